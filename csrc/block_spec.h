@@ -1,0 +1,51 @@
+// What a block computes, decoded from the flat lists of resnet_fused/spec.py (BlockSpec.encode).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <vector>
+
+namespace resnet_fused {
+
+enum class Norm : int64_t { none = 0, running = 1, batch = 2 };
+enum class Skip : int64_t { none = 0, identity = 1, projection = 2 };
+
+struct Stage {
+  std::array<int64_t, 2> stride, padding, dilation;
+  int64_t groups;
+  Norm norm;
+  bool relu;
+  double eps;
+};
+
+struct BlockSpec {
+  std::vector<Stage> convs;  // the chain's stages, then the projection
+  int64_t stages;            // length of the chain
+  Skip skip;
+  bool pre_activation;
+  bool low_memory;
+
+  const Stage& last() const { return convs[stages - 1]; }
+  bool has_projection() const { return skip == Skip::projection; }
+
+  // Whether backward needs the output of convolution i and forward therefore saves it.
+  // The same rule as `saved_convs` in resnet_fused/operators.py.
+  bool saves(int64_t i, bool branch_scaled, bool skip_scaled) const {
+    if (i < stages - 1) return true;
+    return !low_memory && needs_output(i, branch_scaled, skip_scaled);
+  }
+
+  // Whether backward needs it at all; recomputed when it is not saved.
+  bool needs_output(int64_t i, bool branch_scaled, bool skip_scaled) const {
+    if (i < stages - 1) return true;
+    if (i == stages - 1 ? branch_scaled : skip_scaled) return true;
+    return !pre_activation &&
+        (convs[i].norm != Norm::none || (skip == Skip::none && convs[i].relu));
+  }
+
+  // Throws ValueError for lists that `encode` cannot have made.
+  static BlockSpec decode(at::IntArrayRef ints, at::ArrayRef<double> eps);
+};
+
+}  // namespace resnet_fused

@@ -1,0 +1,90 @@
+#include "convolution.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+namespace resnet_fused::cpu {
+namespace {
+
+constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
+
+using Bias = std::optional<at::Tensor>;
+using ScalarList = c10::List<std::optional<at::Scalar>>;
+
+// The operators that torch.compile uses on the CPU; they have no C++ declaration, only a schema.
+template <class Signature>
+auto mkldnn_op(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
+
+bool supported(const char* query) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(query, "").typed<bool()>().call();
+}
+
+}  // namespace
+
+at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage) {
+  return at::convolution(p, weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups).contiguous(kLayout);
+}
+
+at::Tensor convolution_backward_data(const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage) {
+  auto [dp, dw, db] = at::convolution_backward(
+      dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups, {true, false, false});
+  return dp.contiguous(kLayout);
+}
+
+WeightGradients convolution_backward_weight(
+    const at::Tensor& dy, const at::Tensor& p, const at::Tensor& weight, const Stage& stage, bool needs_weight, bool needs_bias) {
+  WeightGradients grads;
+  if (needs_weight) {
+    auto result = at::convolution_backward(
+        dy, p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups, {false, true, false});
+    grads.weight = std::get<1>(result).contiguous(weight.suggest_memory_format());
+  }
+  if (needs_bias) grads.bias = dy.sum(at::IntArrayRef({0, 2, 3}));
+  return grads;
+}
+
+bool has_post_ops(const at::Tensor& x) {
+  if (!at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn() || x.numel() == 0) return false;
+  static const bool bf16 = supported("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool fp16 = supported("mkldnn::_is_mkldnn_fp16_supported");
+  switch (x.scalar_type()) {
+    case at::kFloat: return true;
+    case at::kBFloat16: return bf16;
+    case at::kHalf: return fp16;
+    default: return false;
+  }
+}
+
+at::Tensor convolution_act(const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, bool relu) {
+  static const auto op = mkldnn_op<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
+      std::string_view, ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise", "");
+  return op
+      .call(p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, relu ? "relu" : "none", ScalarList(), std::nullopt)
+      .contiguous(kLayout);
+}
+
+at::Tensor convolution_add_act(
+    const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, const at::Tensor& other, bool in_place, bool relu) {
+  const auto unary = relu ? std::optional<std::string_view>("relu") : std::nullopt;
+  if (in_place) {
+    static const auto op = mkldnn_op<at::Tensor&(
+        at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
+        std::string_view, std::optional<at::Scalar>, std::optional<std::string_view>, ScalarList, std::optional<std::string_view>)>(
+        "mkldnn::_convolution_pointwise_", "binary");
+    at::Tensor sum = other;
+    return op.call(
+        sum, p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, "add", at::Scalar(1.0), unary, ScalarList(), std::nullopt);
+  }
+  static const auto op = mkldnn_op<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
+      std::string_view, std::optional<at::Scalar>, std::optional<std::string_view>, ScalarList, std::optional<std::string_view>)>(
+      "mkldnn::_convolution_pointwise", "binary");
+  return op
+      .call(p, other, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, "add", at::Scalar(1.0), unary, ScalarList(), std::nullopt)
+      .contiguous(kLayout);
+}
+
+}  // namespace resnet_fused::cpu

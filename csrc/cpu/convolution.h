@@ -1,0 +1,37 @@
+// Convolutions of a block. They go to oneDNN through ATen; a convolution of our own, with the normalisation in its
+// prologue and the statistics in its epilogue, takes this file's place.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "../block_spec.h"
+
+namespace resnet_fused::cpu {
+
+// y = conv(p, weight) + bias in channels_last.
+at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage);
+
+// The gradient of p; `like_p` gives its shape and is not read.
+at::Tensor convolution_backward_data(const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage);
+
+struct WeightGradients {
+  at::Tensor weight, bias;  // undefined where not asked for
+};
+WeightGradients convolution_backward_weight(
+    const at::Tensor& dy, const at::Tensor& p, const at::Tensor& weight, const Stage& stage, bool needs_weight, bool needs_bias);
+
+// Whether oneDNN runs x's dtype here, so that the fused forms below can be used.
+bool has_post_ops(const at::Tensor& x);
+
+// relu(conv + bias), or without the relu, as one oneDNN primitive.
+at::Tensor convolution_act(
+    const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage, bool relu);
+
+// relu(conv + bias + other), or without the relu; `other` is overwritten with the result where `in_place`.
+at::Tensor convolution_add_act(
+    const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage,
+    const at::Tensor& other, bool in_place, bool relu);
+
+}  // namespace resnet_fused::cpu

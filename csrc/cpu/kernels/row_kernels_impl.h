@@ -1,0 +1,276 @@
+// The bodies of the row kernels; included once per instruction set, inside namespace ROW_KERNELS_ISA and after the
+// target pragma. Loops over channels are written for the compiler's vectoriser: no branch, no aliasing, no call.
+// No standard header may be included from here: its inline functions would be compiled for the instruction set.
+
+#define CHANNEL_LOOP _Pragma("GCC ivdep") for (int64_t c = 0; c < channels; ++c)
+
+namespace resnet_fused::cpu::ROW_KERNELS_ISA {
+
+static inline float load(float v) { return v; }
+static inline double load(double v) { return v; }
+static inline float load(bf16 v) { return __builtin_bit_cast(float, static_cast<uint32_t>(v.bits) << 16); }
+
+// IEEE half to float without a table: exact, subnormals and NaN included.
+static inline float load(f16 v) {
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
+  const uint32_t shifted = rest << 13;
+  const float normal = __builtin_bit_cast(float, shifted + (112u << 23));
+  const float special = __builtin_bit_cast(float, shifted + (224u << 23));
+  const float subnormal = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
+  const float magnitude = rest >= 0x7c00u ? special : (rest < 0x400u ? subnormal : normal);
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, magnitude) | sign);
+}
+
+template <class T> struct Store;
+template <> struct Store<float> { static inline float from(float v) { return v; } };
+template <> struct Store<double> { static inline double from(double v) { return v; } };
+
+template <> struct Store<bf16> {  // round to nearest, ties to even
+  static inline bf16 from(float v) {
+    const uint32_t u = __builtin_bit_cast(uint32_t, v);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>(v != v ? 0x7fc0u : rounded)};
+  }
+};
+
+template <> struct Store<f16> {  // round to nearest, ties to even
+  static inline f16 from(float v) {
+    const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
+    const uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+    // adding 0.5 lines a subnormal half's last bit up with the float's: the addition rounds
+    const uint32_t subnormal =
+        __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + 0.5f) - 0x3f000000u;
+    const uint32_t finite = rest < 0x38800000u ? subnormal : (normal > 0x7c00u ? 0x7c00u : normal);
+    const uint32_t bits = rest > 0x7f800000u ? 0x7e00u : (rest >= 0x47800000u ? 0x7c00u : finite);
+    return {static_cast<uint16_t>(bits | sign)};
+  }
+};
+
+template <bool relu, class A> static inline A activate(A z) {
+  return relu && z < 0 ? A(0) : z;  // NaN passes, as in PyTorch
+}
+
+template <class A> static inline A apply(const Affine<A>& norm, int64_t c, A y) {
+  return (y - norm.center[c]) * norm.scale[c] + norm.shift[c];
+}
+
+// --- statistics ------------------------------------------------------------------------------------------------------
+
+// Sums of (y - first row) and their squares, four rows a step: one read of y, no cancellation for |mean| >> std.
+template <class T>
+static void statistics(const T* __restrict y, int64_t rows, int64_t channels, sum_t<T>* __restrict mean, sum_t<T>* __restrict m2) {
+  using A = arith_t<T>;
+  using Sum = sum_t<T>;
+  CHANNEL_LOOP { mean[c] = 0; m2[c] = 0; }
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const T* __restrict y0 = y + r * channels;
+    CHANNEL_LOOP {
+      const A first = load(y[c]);
+      const A d0 = load(y0[c]) - first, d1 = load(y0[c + channels]) - first;
+      const A d2 = load(y0[c + 2 * channels]) - first, d3 = load(y0[c + 3 * channels]) - first;
+      mean[c] += (d0 + d1) + (d2 + d3);
+      m2[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    }
+  }
+  for (; r < rows; ++r) {
+    CHANNEL_LOOP {
+      const A d = load(y[r * channels + c]) - load(y[c]);
+      mean[c] += d;
+      m2[c] += d * d;
+    }
+  }
+  const Sum inverse = Sum(1) / static_cast<Sum>(rows);
+  CHANNEL_LOOP {
+    const Sum offset = mean[c] * inverse;
+    const Sum rest = m2[c] - mean[c] * offset;
+    m2[c] = rest < 0 ? Sum(0) : rest;
+    mean[c] = load(y[c]) + offset;
+  }
+}
+
+// --- forward: normalise + residual + activation ------------------------------------------------------------------------
+
+enum class Residual { none, identity, projection };
+
+template <class T, Residual residual, bool relu>
+static void normalize_rows(const NormalizeArgs<T>& args, int64_t rows, int64_t channels) {
+  using A = arith_t<T>;
+  const Affine<A> norm = args.norm, skip_norm = args.skip_norm;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* y = args.y + r * channels;
+    const T* skip = args.skip + (residual == Residual::none ? 0 : r * channels);
+    T* out = args.out + r * channels;
+    CHANNEL_LOOP {
+      A z = apply(norm, c, load(y[c]));
+      if constexpr (residual == Residual::identity) z += load(skip[c]) * skip_norm.scale[c];
+      if constexpr (residual == Residual::projection) z += apply(skip_norm, c, load(skip[c]));
+      out[c] = Store<T>::from(activate<relu>(z));
+    }
+  }
+}
+
+template <class T>
+static void normalize(const NormalizeArgs<T>& args, int64_t rows, int64_t channels) {
+  const bool projection = args.skip && args.skip_norm.center;
+  if (!args.skip) {
+    args.relu ? normalize_rows<T, Residual::none, true>(args, rows, channels)
+              : normalize_rows<T, Residual::none, false>(args, rows, channels);
+  } else if (projection) {
+    args.relu ? normalize_rows<T, Residual::projection, true>(args, rows, channels)
+              : normalize_rows<T, Residual::projection, false>(args, rows, channels);
+  } else {
+    args.relu ? normalize_rows<T, Residual::identity, true>(args, rows, channels)
+              : normalize_rows<T, Residual::identity, false>(args, rows, channels);
+  }
+}
+
+// --- backward: reduction ---------------------------------------------------------------------------------------------
+
+// Channel c of one row: adds to the sums and writes what the flags ask for.
+template <class T, Mask mask, bool projection, bool writes_p, bool relu>
+static inline __attribute__((always_inline)) void reduce_one(
+    const BackwardReduceArgs<T>& args, int64_t at, int64_t c, arith_t<T>& sum, arith_t<T>& sum_y, arith_t<T>& sum_y2) {
+  using A = arith_t<T>;
+  A dz = load(args.dout[at + c]);
+  const A y = load(args.y[at + c]);
+  if constexpr (mask == Mask::output) {
+    dz = load(args.out[at + c]) <= 0 ? A(0) : dz;
+    args.dz[at + c] = Store<T>::from(dz);  // exact: dz is dout or 0
+  }
+  if constexpr (mask == Mask::affine || writes_p) {
+    const A z = apply(args.norm, c, y);
+    if constexpr (mask == Mask::affine) dz = z <= 0 ? A(0) : dz;
+    if constexpr (writes_p) args.p[at + c] = Store<T>::from(activate<relu>(z));
+  }
+  sum += dz;
+  sum_y += dz * (y - args.norm.center[c]);
+  if constexpr (projection) sum_y2 += dz * (load(args.y2[at + c]) - args.center2[c]);
+}
+
+// Four rows a step, so that the running sums are touched once for four.
+template <class T, Mask mask, bool projection, bool writes_p, bool relu>
+static void reduce_rows(const BackwardReduceArgs<T>& in, int64_t rows, int64_t channels) {
+  using A = arith_t<T>;
+  using Sum = sum_t<T>;
+  const BackwardReduceArgs<T> args = in;  // a local copy cannot be aliased by what is written
+  Sum *sum = args.sum_dz, *sum_y = args.sum_dz_y, *sum_y2 = args.sum_dz_y2;
+  CHANNEL_LOOP { sum[c] = 0; sum_y[c] = 0; }
+  if constexpr (projection) CHANNEL_LOOP { sum_y2[c] = 0; }
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    const int64_t at = r * channels;
+    CHANNEL_LOOP {
+      A s = 0, s_y = 0, s_y2 = 0;
+      reduce_one<T, mask, projection, writes_p, relu>(args, at, c, s, s_y, s_y2);
+      reduce_one<T, mask, projection, writes_p, relu>(args, at + channels, c, s, s_y, s_y2);
+      reduce_one<T, mask, projection, writes_p, relu>(args, at + 2 * channels, c, s, s_y, s_y2);
+      reduce_one<T, mask, projection, writes_p, relu>(args, at + 3 * channels, c, s, s_y, s_y2);
+      sum[c] += s;
+      sum_y[c] += s_y;
+      if constexpr (projection) sum_y2[c] += s_y2;
+    }
+  }
+  for (; r < rows; ++r) {
+    CHANNEL_LOOP {
+      A s = 0, s_y = 0, s_y2 = 0;
+      reduce_one<T, mask, projection, writes_p, relu>(args, r * channels, c, s, s_y, s_y2);
+      sum[c] += s;
+      sum_y[c] += s_y;
+      if constexpr (projection) sum_y2[c] += s_y2;
+    }
+  }
+}
+
+template <class T>
+static void backward_reduce(const BackwardReduceArgs<T>& args, int64_t rows, int64_t channels) {
+  switch (args.mask) {
+    case Mask::output:  // the block's end: nothing follows that needs p
+      return args.y2 ? reduce_rows<T, Mask::output, true, false, false>(args, rows, channels)
+                     : reduce_rows<T, Mask::output, false, false, false>(args, rows, channels);
+    case Mask::affine:
+      return args.p ? reduce_rows<T, Mask::affine, false, true, true>(args, rows, channels)
+                    : reduce_rows<T, Mask::affine, false, false, true>(args, rows, channels);
+    case Mask::none:
+      if (args.y2) return reduce_rows<T, Mask::none, true, false, false>(args, rows, channels);
+      return args.p ? reduce_rows<T, Mask::none, false, true, false>(args, rows, channels)
+                    : reduce_rows<T, Mask::none, false, false, false>(args, rows, channels);
+  }
+}
+
+// --- backward: apply -------------------------------------------------------------------------------------------------
+
+template <class T, Mask mask, bool has_y, bool has_add>
+static void apply_rows(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
+  using A = arith_t<T>;
+  const Affine<A> norm = args.norm;
+  const A *k_dz = args.k_dz, *k_y = args.k_y, *k = args.k, *k_add = args.k_add;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* dz_in = args.dz + r * channels;
+    const T* y = args.y + (has_y ? r * channels : 0);
+    const T* add = args.add + (has_add ? r * channels : 0);
+    T* dx = args.dx + r * channels;
+    CHANNEL_LOOP {
+      A dz = load(dz_in[c]);
+      A result = 0;
+      if constexpr (has_y) {
+        const A yc = load(y[c]);
+        if constexpr (mask == Mask::affine) dz = apply(norm, c, yc) <= 0 ? A(0) : dz;
+        result = k_y[c] * (yc - norm.center[c]) + k[c];
+      }
+      result += k_dz[c] * dz;
+      if constexpr (has_add) result += k_add[c] * load(add[c]);
+      dx[c] = Store<T>::from(result);
+    }
+  }
+}
+
+template <class T>
+static void backward_apply(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
+  const bool affine = args.mask == Mask::affine;
+  if (!args.y) {
+    args.add ? apply_rows<T, Mask::none, false, true>(args, rows, channels)
+             : apply_rows<T, Mask::none, false, false>(args, rows, channels);
+  } else if (args.add) {
+    affine ? apply_rows<T, Mask::affine, true, true>(args, rows, channels)
+           : apply_rows<T, Mask::none, true, true>(args, rows, channels);
+  } else {
+    affine ? apply_rows<T, Mask::affine, true, false>(args, rows, channels)
+           : apply_rows<T, Mask::none, true, false>(args, rows, channels);
+  }
+}
+
+// --- max pooling -----------------------------------------------------------------------------------------------------
+
+template <class T>
+static void running_max(const T* __restrict x, uint8_t at, int64_t channels, T* __restrict out, uint8_t* __restrict position) {
+  CHANNEL_LOOP {
+    const auto v = load(x[c]), best = load(out[c]);
+    const bool take = v > best || v != v;
+    out[c] = take ? x[c] : out[c];
+    position[c] = take ? at : position[c];
+  }
+}
+
+template <class T>
+static void add_where(const T* __restrict dout, const uint8_t* __restrict position, uint8_t at, int64_t channels, arith_t<T>* __restrict sum) {
+  CHANNEL_LOOP { sum[c] += position[c] == at ? load(dout[c]) : arith_t<T>(0); }
+}
+
+template <class T>
+static void store(const arith_t<T>* __restrict sum, int64_t channels, T* __restrict out) {
+  CHANNEL_LOOP { out[c] = Store<T>::from(sum[c]); }
+}
+
+template <class T>
+static constexpr RowKernels<T> table = {
+    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, running_max<T>, add_where<T>, store<T>};
+
+const RowKernels<float>& kernels(float) { return table<float>; }
+const RowKernels<double>& kernels(double) { return table<double>; }
+const RowKernels<bf16>& kernels(bf16) { return table<bf16>; }
+const RowKernels<f16>& kernels(f16) { return table<f16>; }
+
+}  // namespace resnet_fused::cpu::ROW_KERNELS_ISA
+
+#undef CHANNEL_LOOP

@@ -1,0 +1,93 @@
+#include "max_pool.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "passes.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
+
+#define DISPATCH(x, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "max_pool2d", __VA_ARGS__)
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Window& win) {
+  const auto x = x_in.contiguous(kLayout);
+  const int64_t n = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  const auto length = [&](int64_t in) { return (in + 2 * win.padding - win.kernel) / win.stride + 1; };
+  const int64_t out_h = length(height), out_w = length(width);
+  auto out = at::empty({n, channels, out_h, out_w}, x.options().memory_format(kLayout));
+  auto positions = at::empty({n, channels, out_h, out_w}, x.options().dtype(at::kByte).memory_format(kLayout));
+  DISPATCH(x, [&] {
+    using T = element_t<scalar_t>;
+    const auto& kernels = row_kernels<T>();
+    const T* source = reinterpret_cast<const T*>(x.const_data_ptr<scalar_t>());
+    T* target = reinterpret_cast<T*>(out.mutable_data_ptr<scalar_t>());
+    uint8_t* position = positions.mutable_data_ptr<uint8_t>();
+    at::parallel_for(0, n * out_h, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t top = (row % out_h) * win.stride - win.padding;
+        const T* image = source + (row / out_h) * height * width * channels;
+        for (int64_t ow = 0; ow < out_w; ++ow) {
+          const int64_t left = ow * win.stride - win.padding;
+          const int64_t h0 = std::max<int64_t>(top, 0), w0 = std::max<int64_t>(left, 0);
+          T* o = target + (row * out_w + ow) * channels;
+          uint8_t* at_o = position + (row * out_w + ow) * channels;
+          // The first position starts the maximum, so that a window of -inf has one.
+          std::memcpy(o, image + (h0 * width + w0) * channels, channels * sizeof(T));
+          std::memset(at_o, static_cast<int>((h0 - top) * win.kernel + (w0 - left)), channels);
+          for (int64_t h = h0; h < std::min(top + win.kernel, height); ++h)
+            for (int64_t w = w0; w < std::min(left + win.kernel, width); ++w)
+              kernels.running_max(
+                  image + (h * width + w) * channels, static_cast<uint8_t>((h - top) * win.kernel + (w - left)), channels, o, at_o);
+        }
+      }
+    });
+  });
+  return {out.contiguous(x_in.suggest_memory_format()), positions};
+}
+
+at::Tensor max_pool2d_backward(
+    const at::Tensor& dout_in, const at::Tensor& positions, int64_t height, int64_t width, const Window& win) {
+  const auto dout = dout_in.contiguous(kLayout);
+  const int64_t n = dout.size(0), channels = dout.size(1), out_h = dout.size(2), out_w = dout.size(3);
+  auto dx = at::empty({n, channels, height, width}, dout.options().memory_format(kLayout));
+  DISPATCH(dout, [&] {
+    using T = element_t<scalar_t>;
+    const auto& kernels = row_kernels<T>();
+    const T* source = reinterpret_cast<const T*>(dout.const_data_ptr<scalar_t>());
+    const uint8_t* position = positions.const_data_ptr<uint8_t>();
+    T* target = reinterpret_cast<T*>(dx.mutable_data_ptr<scalar_t>());
+    // Each input pixel gathers from the windows that cover it: no two threads write one value.
+    at::parallel_for(0, n * height, 1, [&](int64_t begin, int64_t end) {
+      std::vector<acc_t<scalar_t>> sum(channels);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t image = row / height, h = row % height + win.padding;
+        const int64_t oh0 = h < win.kernel ? 0 : (h - win.kernel) / win.stride + 1, oh1 = std::min(h / win.stride, out_h - 1);
+        for (int64_t column = 0; column < width; ++column) {
+          const int64_t w = column + win.padding;
+          const int64_t ow0 = w < win.kernel ? 0 : (w - win.kernel) / win.stride + 1, ow1 = std::min(w / win.stride, out_w - 1);
+          std::fill(sum.begin(), sum.end(), acc_t<scalar_t>(0));
+          for (int64_t oh = oh0; oh <= oh1; ++oh)
+            for (int64_t ow = ow0; ow <= ow1; ++ow) {
+              const int64_t offset = ((image * out_h + oh) * out_w + ow) * channels;
+              const auto at_window = static_cast<uint8_t>((h - oh * win.stride) * win.kernel + (w - ow * win.stride));
+              kernels.add_where(source + offset, position + offset, at_window, channels, sum.data());
+            }
+          kernels.store(sum.data(), channels, target + (row * width + column) * channels);
+        }
+      }
+    });
+  });
+  return dx.contiguous(dout_in.suggest_memory_format());
+}
+
+}  // namespace resnet_fused::cpu

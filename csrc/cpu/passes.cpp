@@ -1,0 +1,163 @@
+#include "passes.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+namespace resnet_fused::cpu {
+namespace {
+
+// Elements of a chunk: large enough to amortise a partial, small enough to spread and to stay in L2.
+constexpr int64_t kChunkElements = 1 << 15;
+constexpr int64_t kMinChunkRows = 16;
+
+struct Chunks {
+  int64_t rows, channels, rows_each, count;
+
+  explicit Chunks(const at::Tensor& y)
+      : rows(y.size(0) * y.size(2) * y.size(3)),
+        channels(y.size(1)),
+        rows_each(std::max(kMinChunkRows, kChunkElements / std::max<int64_t>(channels, 1))),
+        count((rows + rows_each - 1) / rows_each) {}
+
+  // body(chunk, first row, rows of the chunk)
+  template <class Body> void parallel(const Body& body) const {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i, i * rows_each, std::min(rows_each, rows - i * rows_each));
+    });
+  }
+};
+
+template <class S> const element_t<S>* data(const at::Tensor& t) {
+  return t.defined() ? reinterpret_cast<const element_t<S>*>(t.const_data_ptr<S>()) : nullptr;
+}
+template <class S> element_t<S>* mutable_data(const at::Tensor& t) {
+  return t.defined() ? reinterpret_cast<element_t<S>*>(t.mutable_data_ptr<S>()) : nullptr;
+}
+template <class T> T* at_offset(T* p, int64_t offset) { return p ? p + offset : nullptr; }
+
+// out[c] = sum over chunks of partial[chunk][k][c], in chunk order
+template <class Sum>
+std::vector<double> merge_sums(const std::vector<Sum>& partial, const Chunks& chunks, int64_t kinds, int64_t k) {
+  const int64_t channels = chunks.channels;
+  std::vector<double> total(channels, 0.0);
+  for (int64_t i = 0; i < chunks.count; ++i) {
+    const Sum* p = partial.data() + (i * kinds + k) * channels;
+    for (int64_t c = 0; c < channels; ++c) total[c] += p[c];
+  }
+  return total;
+}
+
+}  // namespace
+
+template <class S>
+at::Tensor batch_statistics(const at::Tensor& y) {
+  using A = acc_t<S>;
+  using Sum = sum_t<element_t<S>>;
+  const Chunks chunks(y);
+  const int64_t channels = chunks.channels;
+  std::vector<Sum> partial(chunks.count * 2 * channels);
+  const auto& kernels = row_kernels<element_t<S>>();
+  const auto* source = data<S>(y);
+  chunks.parallel([&](int64_t i, int64_t row, int64_t rows) {
+    Sum* p = partial.data() + i * 2 * channels;
+    kernels.statistics(source + row * channels, rows, channels, p, p + channels);
+  });
+
+  auto result = at::empty({2, channels}, y.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
+  A* mean = result.template mutable_data_ptr<A>();
+  A* var = mean + channels;
+  // Chan, Golub & LeVeque 1979: merge (count, mean, M2) pairwise, here in double and in chunk order.
+  std::vector<double> m(channels, 0.0), m2(channels, 0.0);
+  double seen = 0;
+  for (int64_t i = 0; i < chunks.count; ++i) {
+    const double rows = static_cast<double>(std::min(chunks.rows_each, chunks.rows - i * chunks.rows_each));
+    const double weight = rows / (seen + rows), cross = seen * weight;
+    const Sum* p = partial.data() + i * 2 * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = p[c] - m[c];
+      m[c] += delta * weight;
+      m2[c] += p[channels + c] + delta * delta * cross;
+    }
+    seen += rows;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = static_cast<A>(m[c]);
+    var[c] = static_cast<A>(m2[c] / seen);
+  }
+  return result;
+}
+
+template <class S>
+at::Tensor normalize(const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual) {
+  using A = acc_t<S>;
+  auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const Chunks chunks(y);
+  const auto& kernels = row_kernels<element_t<S>>();
+  const Affine<A> skip_norm = residual.norm ? residual.norm->affine() : Affine<A>{nullptr, residual.scale.data(), nullptr};
+  const auto *source = data<S>(y), *skip = data<S>(residual.skip);
+  auto* target = mutable_data<S>(out);
+  chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
+    const int64_t offset = row * chunks.channels;
+    kernels.normalize(
+        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, relu, target + offset}, rows, chunks.channels);
+  });
+  return out;
+}
+
+template <class S>
+Sums backward_reduce(const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2) {
+  using Sum = sum_t<element_t<S>>;
+  const Chunks chunks(in.y);
+  const int64_t channels = chunks.channels, kinds = norm2 ? 3 : 2;
+  std::vector<Sum> partial(chunks.count * kinds * channels);
+  const auto& kernels = row_kernels<element_t<S>>();
+  const auto *dout = data<S>(in.dout), *out = data<S>(in.out), *y = data<S>(in.y), *y2 = data<S>(in.y2);
+  auto *dz = mutable_data<S>(in.dz), *p = mutable_data<S>(in.p);
+  chunks.parallel([&](int64_t i, int64_t row, int64_t rows) {
+    const int64_t offset = row * channels;
+    Sum* sums = partial.data() + i * kinds * channels;
+    kernels.backward_reduce(
+        {dout + offset, in.mask, at_offset(out, offset), y + offset, norm.affine(), in.mask == Mask::affine,
+         at_offset(y2, offset), norm2 ? norm2->center.data() : nullptr, at_offset(dz, offset), at_offset(p, offset),
+         sums, sums + channels, norm2 ? sums + 2 * channels : nullptr},
+        rows, channels);
+  });
+  Sums sums{merge_sums(partial, chunks, kinds, 0), merge_sums(partial, chunks, kinds, 1), {}};
+  if (norm2) sums.dz_y2 = merge_sums(partial, chunks, kinds, 2);
+  return sums;
+}
+
+template <class S>
+void backward_apply(
+    const at::Tensor& dz, Mask mask, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
+    const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx) {
+  const Chunks chunks(dz);
+  const auto& kernels = row_kernels<element_t<S>>();
+  const auto *source = data<S>(dz), *y_data = data<S>(y), *add_data = data<S>(add);
+  auto* target = mutable_data<S>(dx);
+  chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
+    const int64_t offset = row * chunks.channels;
+    kernels.backward_apply(
+        {source + offset, mask, at_offset(y_data, offset), norm.affine(), k.k_dz.data(), k.k_y.data(), k.k.data(),
+         at_offset(add_data, offset), k.k_add.data(), target + offset},
+        rows, chunks.channels);
+  });
+}
+
+#define INSTANTIATE(S)                                                                                               \
+  template at::Tensor batch_statistics<S>(const at::Tensor&);                                                        \
+  template at::Tensor normalize<S>(                                                                                  \
+      const at::Tensor&, const NormVectors<acc_t<S>>&, bool, const ResidualInput<acc_t<S>>&);                        \
+  template Sums backward_reduce<S>(const ReduceInput&, const NormVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*);  \
+  template void backward_apply<S>(                                                                                   \
+      const at::Tensor&, Mask, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,       \
+      const at::Tensor&, const at::Tensor&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
+#undef INSTANTIATE
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,82 @@
+// The memory-bound passes over whole tensors: the row kernels spread over threads, their partials merged in fixed order.
+//
+// Activations are channels_last tensors of scalar type S, seen as [rows, C]. Work is cut into chunks whose size depends
+// on the shape alone and partials are merged chunk by chunk, so results do not depend on scheduling.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "kernels/row_kernels.h"
+
+namespace resnet_fused::cpu {
+
+// The row kernels' element type and arithmetic type for a torch scalar type.
+template <class S> struct Element { using type = S; };
+template <> struct Element<c10::BFloat16> { using type = bf16; };
+template <> struct Element<c10::Half> { using type = f16; };
+template <class S> using element_t = typename Element<S>::type;
+template <class S> using acc_t = arith_t<element_t<S>>;
+
+// z = (y - center) * scale + shift, with its own storage; inverse_std is kept for the gradients.
+template <class A>
+struct NormVectors {
+  std::vector<A> center, scale, shift, inverse_std;
+  explicit NormVectors(int64_t channels = 0)
+      : center(channels, A(0)), scale(channels, A(1)), shift(channels, A(0)), inverse_std(channels, A(1)) {}
+  Affine<A> affine() const { return {center.data(), scale.data(), shift.data()}; }
+};
+
+template <class A>
+struct ResidualInput {
+  at::Tensor skip;                        // undefined: none
+  const NormVectors<A>* norm = nullptr;   // of the projection; nullptr: the identity skip
+  std::vector<A> scale = {};              // of the identity skip, [C]
+};
+
+// Per channel: sum of dz, of dz * (y - center), of dz * (y2 - center2).
+struct Sums {
+  std::vector<double> dz, dz_y, dz_y2;
+};
+
+struct ReduceInput {
+  at::Tensor dout;
+  Mask mask;
+  at::Tensor out;         // for Mask::output
+  at::Tensor y;
+  at::Tensor y2 = {};     // the projection's, or undefined
+  at::Tensor dz = {};     // written for Mask::output
+  at::Tensor p = {};      // written where defined
+};
+
+// dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
+template <class A>
+struct ApplyVectors {
+  std::vector<A> k_dz, k_y, k, k_add;
+  explicit ApplyVectors(int64_t channels) : k_dz(channels, A(1)), k_y(channels, A(0)), k(channels, A(0)) {}
+};
+
+// [2, C]: mean and biased variance, in arithmetic type.
+template <class S> at::Tensor batch_statistics(const at::Tensor& y);
+
+// act(norm(y) [+ residual]) as a new tensor.
+template <class S>
+at::Tensor normalize(const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual = {});
+
+// The sums behind a normalisation's gradients; norm2 is the projection's.
+template <class S>
+Sums backward_reduce(const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2 = nullptr);
+
+// Writes dx, which may be dz itself; y and add may be undefined.
+template <class S>
+void backward_apply(
+    const at::Tensor& dz,
+    Mask mask,
+    const at::Tensor& y,
+    const NormVectors<acc_t<S>>& norm,
+    const ApplyVectors<acc_t<S>>& k,
+    const at::Tensor& add,
+    const at::Tensor& dx);
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,113 @@
+"""ResNet-50 on photographs, eager and fused side by side: errors, losses, speed, memory.
+
+    python examples/demo.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resnet_fused
+from resnet_fused import benchmark, named_models
+from resnet_fused.info import machine
+from resnet_fused.pictures import photographs
+from resnet_fused.tables import table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50", help="a ResNet's name, or timm:NAME")
+    parser.add_argument("--size", type=int, default=224, help="of the square pictures that are timed")
+    parser.add_argument("--batch", type=int, default=8, help="pictures at once")
+    parser.add_argument("--rounds", type=int, default=3, help="of timing")
+    args = parser.parse_args()
+
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    model = named_models.build(args.model).to(memory_format=torch.channels_last)
+    print(f"{type(model).__module__}.{type(model).__qualname__} as {args.model}")
+    print("\n".join(f"{key:<14} {value}" for key, value in machine().items()))
+    for name, reason in resnet_fused.backends().items():
+        print(f"{'backend':<14} {name}: {reason or 'available'}")
+
+    small = photographs(args.batch, min(args.size, 96))
+    named_models.settle_norms(model, small)
+    equal = equivalence(model, small[:4])
+    losses(model, small)
+    speed(model, photographs(args.batch, args.size), args.rounds)
+    print(f"\n{time.perf_counter() - start:.0f} s in all")
+    return 0 if equal else 1
+
+
+def equivalence(model: nn.Module, x: Tensor) -> bool:
+    """Both against float64; True if the fused errors stay within twice eager's."""
+    rows, equal = [], True
+    for dtype, train in ((None, True), (None, False), (torch.bfloat16, True), (torch.bfloat16, False)):
+        report = resnet_fused.verify(model, x, dtype=dtype, train=train)
+        parts = (*report.blocks, report.whole)
+        part = max(parts, key=lambda part: part.worst.ratio)
+        worst = part.worst
+        rows.append(
+            [
+                f"{'training' if train else 'evaluation'}, {report.dtype}",
+                str(sum(len(part.quantities) for part in parts)),
+                f"{part.name}: {worst.name}",
+                f"{worst.fused_error:.1e}",
+                f"{worst.eager_error:.1e}",
+                f"{worst.ratio:.2f}",
+                "ok" if report.ok else "WRONG",
+            ]
+        )
+        equal = equal and report.ok
+    header = ("", "compared", "worst of them", "fused error", "eager error", "ratio", "")
+    title = "\nErrors against float64: outputs, gradients and running statistics of every block and of the model"
+    print(table(title, header, rows))
+    return equal
+
+
+def losses(model: nn.Module, x: Tensor, steps: int = 3) -> None:
+    """The same training twice: which of the two photographs is a crop from?"""
+    labels = torch.arange(len(x)) % 2  # `photographs` takes them in turn
+    columns = [_train(m, x, labels, steps) for m in (model, resnet_fused.fuse(copy.deepcopy(model)))]
+    rows = [
+        [str(step), f"{eager:.6f}", f"{fused:.6f}", f"{abs(eager - fused):.1e}"]
+        for step, (eager, fused) in enumerate(zip(*columns, strict=True), start=1)
+    ]
+    print(table("\nTraining with SGD, float32", ("step", "eager loss", "fused loss", "difference"), rows))
+
+
+def _train(model: nn.Module, x: Tensor, labels: Tensor, steps: int) -> list[float]:
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    found = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def speed(model: nn.Module, x: Tensor, rounds: int) -> None:
+    """Images per second, and the memory saved for backward."""
+    labels = torch.arange(len(x)) % 2
+    for dtype, name in ((None, "float32"), (torch.bfloat16, "bfloat16 autocast")):
+        for train in (True, False):
+            models = benchmark.contestants(model)
+            if not train:
+                del models["fused, low memory"]  # memory concerns training only
+            found = benchmark.measure(models, x, labels, train=train, dtype=dtype, rounds=rounds)
+            mode = "Training (forward and backward)" if train else "Evaluation"
+            print(benchmark.results(f"\n{mode}, {name}, {len(x)} x {x.shape[2]} x {x.shape[3]}", found), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Residual blocks, forward and backward, as single operators: drop-in for torchvision's and timm's ResNets.
+
+    model = resnet_fused.fuse(torchvision.models.resnet50())
+
+`fuse` and `unfuse` switch a model in place, `explain` says what runs where, `verify` compares with PyTorch,
+`register_block` teaches a new block, `functional` has the operators, `models` the ResNet family.
+"""
+
+from __future__ import annotations
+
+from resnet_fused import dispatch, functional, models
+from resnet_fused.adapters import register_block
+from resnet_fused.block import BlockModules, StageModules
+from resnet_fused.errors import BackendError, NotFusable
+from resnet_fused.explain import explain
+from resnet_fused.fuse import fuse, unfuse
+from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.spec import BlockSpec, StageSpec
+from resnet_fused.verification import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BlockModules",
+    "BlockParams",
+    "BlockSpec",
+    "NotFusable",
+    "StageModules",
+    "StageParams",
+    "StageSpec",
+    "backends",
+    "explain",
+    "functional",
+    "fuse",
+    "models",
+    "register_block",
+    "unfuse",
+    "verify",
+]
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, and why it cannot run on this machine (None: it can)."""
+    kernels = {name: backend.unavailable() for name, backend in dispatch.BACKENDS.items()}
+    return kernels | {name: why_not() for name, why_not in dispatch.ABSENT.items()} | {"eager": None}

@@ -1,0 +1,116 @@
+"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, info and explain."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import resnet_fused
+from resnet_fused import dispatch, named_models
+from resnet_fused.errors import BackendError
+from resnet_fused.info import info
+from resnet_fused.verification import LIMIT, Progress, verify
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WRONG, USAGE = 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 if verify finds a ratio beyond its limit, 2 for a usage error."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)  # type: ignore[no-any-return]
+    except (ValueError, ImportError, OSError, BackendError) as error:
+        print(f"resnet-fused {arguments.command}: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="resnet-fused", description="Fused residual blocks for PyTorch.")
+    parser.add_argument("--version", action="version", version=resnet_fused.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    check = commands.add_parser(
+        "verify",
+        help="compare a fused model with PyTorch and with float64",
+        description="Compare a model's fused blocks with PyTorch's own, both against float64: outputs, gradients and "
+        f"running statistics. Exit status 1 if an error is more than {LIMIT:g} times PyTorch's own.",
+    )
+    _add_model(check)
+    check.add_argument("--dtype", choices=DTYPES, default="float32", help="the 16-bit ones are autocast's")
+    check.add_argument("--train", action="store_true", help="training mode (default: evaluation)")
+    check.add_argument("--backend", choices=dispatch.NAMES, default="auto")
+    check.add_argument("--memory", choices=("default", "low"), default="default")
+    check.add_argument("--images", type=Path, metavar="DIR", help="your pictures (default: scikit-learn's samples)")
+    check.add_argument("--size", type=int, default=224, help="of the square input (default: %(default)s)")
+    check.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write every comparison there")
+    check.set_defaults(run=_verify)
+
+    about = commands.add_parser("info", help="how the extension was built, and which backends can run")
+    about.set_defaults(run=_info)
+
+    why = commands.add_parser("explain", help="which backend runs each block of a model, and why not another")
+    _add_model(why)
+    why.set_defaults(run=_explain)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="resnet50", help="e.g. resnet50, or timm:NAME (default: %(default)s)")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from resnet_fused.pictures import photographs
+
+    torch.manual_seed(0)
+    model = named_models.build(arguments.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = photographs(arguments.batch, arguments.size, arguments.images)
+    named_models.settle_norms(model, x)
+    with _progress() as progress:
+        report = verify(
+            model,
+            x,
+            dtype=DTYPES[arguments.dtype],
+            train=arguments.train,
+            backend=arguments.backend,
+            memory=arguments.memory,
+            progress=progress,
+        )
+    print(report.table())
+    if arguments.json is not None:
+        arguments.json.write_text(report.to_json() + "\n")
+    return 0 if report.ok else WRONG
+
+
+def _info(_: argparse.Namespace) -> int:
+    print(info())
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    resnet_fused.explain(resnet_fused.fuse(named_models.build(arguments.model)))
+    return 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """A bar on standard error while the work runs; without rich, nothing."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
+    except ImportError:
+        yield None
+        return
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""The autograd Functions of the fused operators: what is saved, and which gradients come back.
+
+Saved for a block: x, each stage's convolution output (with memory="low" not the last stage's nor the projection's),
+and `out`, which is the next block's x anyway, for the mask of the final activation. Batch statistics are [2, C].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from resnet_fused import operators
+from resnet_fused.params import BlockParams, Scale
+from resnet_fused.spec import BlockSpec
+
+if TYPE_CHECKING:
+    from resnet_fused.dispatch import Backend
+
+
+def flatten(params: BlockParams, x: Tensor) -> tuple[Tensor | None, ...]:
+    """(x, branch_scale, skip_scale, then six tensors for each convolution), the order of the operators' gradients."""
+    tensors: list[Tensor | None] = [x, _scale(params.branch_scale, x), _scale(params.skip_scale, x)]
+    for p in params.convs:
+        tensors += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var]
+    return tuple(tensors)
+
+
+def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _scale(scale: Scale, x: Tensor) -> Tensor | None:
+    """None stands for 1, which costs nothing."""
+    if isinstance(scale, Tensor):
+        return scale
+    if scale == 1.0:
+        return None
+    return torch.tensor(scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+
+
+def _without_updated(spec: BlockSpec, tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The tensors without the running statistics that are about to be updated in place; backward has the batch's."""
+    kept = list(tensors)
+    for i, stage in enumerate(spec.convs):
+        if stage.batch_stats:
+            kept[3 + 6 * i + 4] = kept[3 + 6 * i + 5] = None
+    return kept
+
+
+class ResidualBlock(torch.autograd.Function):
+    """One residual block; ``apply(spec, backend, *flatten(params, x))`` -> (out, *batch statistics)."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: BlockSpec, backend: Backend, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        out, conv_outputs, batch_stats = backend.forward(spec, tensors)
+        masked_by_out = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
+        ctx.save_for_backward(*_without_updated(spec, tensors), out if masked_by_out else None, *conv_outputs, *batch_stats)
+        ctx.spec, ctx.backend = spec, backend
+        ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
+        ctx.mark_non_differentiable(*batch_stats)
+        ctx.set_materialize_grads(False)
+        return out, *batch_stats
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, (a, b) = ctx.saved_tensors, ctx.split
+        with torch.no_grad():
+            grads = ctx.backend.backward(
+                ctx.spec, dout, saved[a], list(saved[a + 1 : b]), list(saved[b:]), saved[:a], ctx.needs_input_grad[2:]
+            )
+        return None, None, *_refuse_second_derivative("residual_block", dout, grads)
+
+
+class MaxPool2d(torch.autograd.Function):
+    """Max pooling that saves the position of each maximum within its window, one byte an output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+        out, positions = operators.max_pool2d(x, kernel_size, stride, padding)
+        ctx.save_for_backward(positions)
+        ctx.window = (kernel_size, stride, padding)
+        ctx.size = x.shape[2:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        with torch.no_grad():
+            dx = operators.max_pool2d_backward(dout, positions, *ctx.size, *ctx.window)
+        return *_refuse_second_derivative("max_pool2d", dout, [dx]), None, None, None
+
+
+def _refuse_second_derivative(name: str, dout: Tensor, grads: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients; under create_graph, tied to a node that explains itself when it is differentiated."""
+    if not torch.is_grad_enabled():
+        return grads
+    present = [g for g in grads if g is not None]
+    tied = iter(_SecondDerivative.apply(name, dout.detach().requires_grad_(), *present))
+    return [None if g is None else next(tied) for g in grads]
+
+
+class _SecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, dout: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"resnet_fused has no second derivative of {ctx.name}; "  # type: ignore[attr-defined]
+            "use backend='eager' (or unfuse the model) where a gradient is differentiated again"
+        )

@@ -1,0 +1,1 @@
+"""Backends: each answers whether it runs a block, and runs it. Chosen in `resnet_fused.dispatch`."""

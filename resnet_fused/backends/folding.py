@@ -1,0 +1,117 @@
+"""Evaluation folds each normalisation into its convolution; the result is kept until a tensor changes.
+
+    norm(conv(x, w, c)) = conv(x, w * a) + (c * a + b),   a = gamma / sqrt(var + eps),   b = beta - mean * a
+
+The cache hangs on the first convolution's weight and is keyed by identity and version counter of every tensor
+involved, so optimizer steps, `load_state_dict` and `.to()` are seen. Writing through ``tensor.data`` is not: call
+`forget` then (a fused module's `train()` and `eval()` do).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from resnet_fused.params import BlockParams, Scale, StageParams
+from resnet_fused.spec import BlockSpec, StageSpec
+
+Affine = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FoldedBlock:
+    """What `operators.residual_block_infer` takes: weights and biases in x's dtype, the rest in at least float32."""
+
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    pre: Affine | None
+    skip_scale: Tensor | None
+
+
+_cache: Any = WeakIdKeyDictionary()
+
+
+def forget(weight: Tensor) -> None:
+    """Drop what was folded for the block whose first convolution weight this is."""
+    _cache.pop(weight, None)
+
+
+def folded(source: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
+    """The block's tensors with every foldable normalisation and scale folded in, for inputs like x.
+
+    source: the parameters as the caller owns them, not copies cast for one call: they carry the version counters.
+    """
+    anchor = source.convs[0].weight
+    key = _versions(source, x, spec)
+    if key is not None:
+        hit = _cache.get(anchor)
+        if hit is not None and hit[0] == key:
+            return hit[1]  # type: ignore[no-any-return]
+    with torch.no_grad():
+        result = _fold(source, x, spec)
+    if key is not None:
+        _cache[anchor] = (key, result)
+    return result
+
+
+def _versions(params: BlockParams, x: Tensor, spec: BlockSpec) -> tuple[object, ...] | None:
+    """A key that changes whenever a tensor does; None where inference tensors have no version counter."""
+    key: list[object] = [spec, x.dtype]
+    for scale in (params.branch_scale, params.skip_scale):
+        key.append(_version(scale) if isinstance(scale, Tensor) else scale)
+    for p in params.convs:
+        key += [_version(t) for t in (p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var)]
+    return None if "inference" in key else tuple(key)
+
+
+def _version(t: Tensor | None) -> object:
+    if t is None:
+        return None
+    return "inference" if t.is_inference() else (id(t), t.data_ptr(), t._version)
+
+
+def _fold(params: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norms = [_affine(s, p, precision) for s, p in zip(spec.convs, params.convs, strict=True)]
+    pre = None
+    if spec.order == "pre":  # each convolution is followed by the next stage's norm, the last by none
+        pre, *norms = norms[: len(spec.stages)]
+        norms += [None] * (len(spec.convs) - len(norms))
+    weights, biases = [], []
+    for i, (p, norm) in enumerate(zip(params.convs, norms, strict=True)):
+        scale: Scale = 1.0
+        if i >= len(spec.stages) - 1:
+            scale = params.branch_scale if i == len(spec.stages) - 1 else params.skip_scale
+        w, c = _fold_conv(p, norm, scale, precision)
+        weights.append(w.to(x.dtype).contiguous(memory_format=torch.channels_last))
+        biases.append(None if c is None else c.to(x.dtype))
+    skip_scale = None
+    if spec.skip == "identity" and not (isinstance(params.skip_scale, float) and params.skip_scale == 1.0):
+        skip_scale = torch.as_tensor(params.skip_scale, dtype=precision, device=x.device).detach().reshape(-1)
+    return FoldedBlock(weights, biases, pre, skip_scale)
+
+
+def _affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine | None:
+    if not stage.norm:
+        return None
+    assert p.running_mean is not None and p.running_var is not None  # validation has seen to it
+    a = torch.rsqrt(p.running_var.to(precision) + stage.eps)
+    if p.norm_weight is not None:
+        a = a * p.norm_weight.to(precision)
+    b = -p.running_mean.to(precision) * a
+    return a, b if p.norm_bias is None else b + p.norm_bias.to(precision)
+
+
+def _fold_conv(p: StageParams, norm: Affine | None, scale: Scale, precision: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    w, c = p.weight.to(precision), None if p.bias is None else p.bias.to(precision)
+    if norm is not None:
+        a, b = norm
+        w, c = w * a.view(-1, 1, 1, 1), b if c is None else c * a + b
+    if isinstance(scale, Tensor) or scale != 1.0:
+        s = torch.as_tensor(scale, dtype=precision, device=w.device).reshape(-1)
+        w, c = w * s.view(-1, 1, 1, 1), None if c is None else c * s
+    return w, c

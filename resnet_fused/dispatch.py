@@ -1,0 +1,110 @@
+"""Which backend runs a block, and why the others do not.
+
+A backend asked for by name runs or raises `BackendError` with its reason; "auto" takes the first that can, in the
+order below, and otherwise plain PyTorch. `explain` shows the reasons that `auto` met.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Protocol
+
+from torch import Tensor
+
+from resnet_fused import triton_kernels
+from resnet_fused.backends import native
+from resnet_fused.errors import BackendError
+from resnet_fused.params import BlockParams
+from resnet_fused.spec import BlockSpec
+
+log = logging.getLogger("resnet_fused")
+
+
+class Backend(Protocol):
+    """What a backend offers; the tensors of forward and backward are documented in `operators`."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why the backend cannot run on this machine at all, or None."""
+
+    def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+        """Why it cannot run this block, or None."""
+
+    def forward(self, spec: BlockSpec, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """(out, convolution outputs to save, batch statistics)."""
+
+    def backward(
+        self,
+        spec: BlockSpec,
+        dout: Tensor,
+        out: Tensor | None,
+        conv_outputs: list[Tensor],
+        batch_stats: list[Tensor],
+        tensors: tuple[Tensor | None, ...],
+        needs: list[bool],
+    ) -> list[Tensor | None]:
+        """The gradient of every entry of `tensors`, None where `needs` is false."""
+
+    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+        """Evaluation with running statistics and no autograd; params as their owner holds them, before autocast."""
+
+
+BACKENDS: dict[str, Backend] = {"native": native.NativeBackend()}
+ABSENT = {"triton": triton_kernels.why_not}  # names that are known but cannot run, each with its reason
+NAMES = ("auto", *BACKENDS, *ABSENT, "eager")
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError for a name that is no backend."""
+    if backend not in NAMES:
+        raise ValueError(f"unknown backend {backend!r}; accepted: {', '.join(map(repr, NAMES))}")
+
+
+def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec) -> Backend | None:
+    """The backend for this call, None for plain PyTorch ("eager").
+
+    An empty batch always runs in plain PyTorch, whose behaviour it is to keep. Raises ValueError, BackendError.
+    """
+    check_name(backend)
+    if backend == "eager" or x.numel() == 0:
+        return None
+    if backend != "auto":
+        known = BACKENDS.get(backend)
+        reason = ABSENT[backend](x.device.type) if known is None else _reason(known, x, params, spec)
+        if known is None or reason is not None:
+            raise BackendError(f"backend {backend!r} cannot run this block: {reason}. Accepted here: 'auto', 'eager'")
+        return known
+    for candidate in BACKENDS.values():
+        reason = _reason(candidate, x, params, spec)
+        if reason is None:
+            return candidate
+        _log_once(candidate.name, reason)
+    return None
+
+
+def reasons(x: Tensor, params: BlockParams, spec: BlockSpec) -> dict[str, str | None]:
+    """For each backend: why it would not run this block, or None."""
+    ran = {name: _reason(backend, x, params, spec) for name, backend in BACKENDS.items()}
+    return ran | {name: why(x.device.type) for name, why in ABSENT.items()}
+
+
+def select_pool(backend: str, x: Tensor) -> Backend | None:
+    """As `select`, for `max_pool2d`, which only the native CPU backend has."""
+    check_name(backend)
+    chosen = BACKENDS["native"]
+    if backend in ABSENT:
+        raise BackendError(f"backend {backend!r} cannot run max_pool2d: {ABSENT[backend](x.device.type)}")
+    if backend not in ("auto", "native") or x.numel() == 0:
+        return None
+    return chosen if chosen.unavailable() is None and x.device.type == "cpu" else None
+
+
+def _reason(backend: Backend, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+    return backend.unavailable() or backend.unsupported(x, params, spec)
+
+
+@cache
+def _log_once(name: str, reason: str) -> None:
+    log.info("backend %s is not used: %s", name, reason)

@@ -1,0 +1,91 @@
+"""`explain`: which backend each block of a model runs on, and why not another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from resnet_fused import adapters, dispatch
+from resnet_fused.block import FROZEN_NORM, class_path
+from resnet_fused.errors import NotFusable
+from resnet_fused.fuse import why_not
+from resnet_fused.fused_block import FusedModule
+from resnet_fused.stem import FusedStem, pool_reason
+from resnet_fused.tables import table
+
+
+class Row(NamedTuple):
+    """name: qualified, "" for the model itself; block: its original class; backend: "eager" is plain PyTorch."""
+
+    name: str
+    block: str
+    backend: str
+    reason: str
+
+
+class Explanation(list[Row]):
+    """One `Row` for each block, in the order of ``model.named_modules()``; ``str()`` gives the table."""
+
+    def __str__(self) -> str:
+        return table("Residual blocks", Row._fields, [(row.name or "(model)", *row[1:]) for row in self])
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {len(self)} blocks>"
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Print and return, for each block of the model, the backend that it runs on now and the reason.
+
+    Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others.
+    The rest: why they are not fused; a class that is unknown is listed if it holds a convolution and a batch norm.
+    A ResNet's own row is its stem. The model is not run.
+    """
+    rows = Explanation()
+    for name, module in model.named_modules():
+        known = adapters.find(_original(module)) is not None
+        if known or _looks_like_block(module):
+            label = _original(module).__name__
+            rows.append(Row(name, label, *_backend_and_reason(module)))
+    print(rows)
+    return rows
+
+
+def _original(module: nn.Module) -> type[nn.Module]:
+    return module._fused_from if isinstance(module, FusedModule) else type(module)
+
+
+def _looks_like_block(module: nn.Module) -> bool:
+    """Holds a convolution and a batch norm; a Sequential has no formula of its own, so it is none."""
+    children = list(module.children())
+    conv = any(isinstance(child, nn.Conv2d) for child in children)
+    norm = any(isinstance(child, nn.BatchNorm2d) or class_path(type(child)) == FROZEN_NORM for child in children)
+    return conv and norm and not isinstance(module, nn.Sequential)
+
+
+def _backend_and_reason(module: nn.Module) -> tuple[str, str]:
+    if not isinstance(module, FusedModule):
+        return "eager", why_not(module) or "not fused; call fuse(model)"
+    try:
+        params, spec = module.fused_describe()
+    except NotFusable as reason:
+        return "eager", str(reason)
+    weight = params.stages[0].weight
+    x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
+    backend, notes = _dispatched(module._fused_settings.backend, dispatch.reasons(x, params, spec))
+    if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
+        notes.append(pool)
+    return backend, "; ".join(notes)
+
+
+def _dispatched(asked: str, against: dict[str, str | None]) -> tuple[str, list[str]]:
+    """(backend, notes): for "auto" the first without a reason against it, and the reasons before it."""
+    if asked != "auto":
+        reason = against.get(asked)
+        return asked, ["asked for by name" if reason is None else f"forward raises: {reason}"]
+    notes: list[str] = []
+    for name, reason in against.items():
+        if reason is None:
+            return name, notes
+        notes.append(f"{name}: {reason}")
+    return "eager", notes

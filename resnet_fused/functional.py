@@ -1,0 +1,83 @@
+"""Fused blocks as functions of tensors: the public operations beneath the modules.
+
+Data path: functional -> autograd -> operators -> kernels. Modules are unknown here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from resnet_fused import autograd, dispatch, reference, running_stats, validation
+from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.spec import BlockSpec, Memory, StageSpec
+
+
+def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: str = "auto") -> Tensor:
+    """A whole residual block, forward and (through autograd) backward, as one operator each.
+
+    x:       [N, C, H, W]; float32, float64, bfloat16 or float16; channels_last is the fast layout, contiguous is
+             accepted. Under ``torch.autocast`` x and the convolution weights are cast as eager does.
+    params:  tensors on x's device; convolution weights in x's dtype, norm tensors in x's dtype or float32.
+    spec:    what to compute (formula: `resnet_fused.spec`). Stages with `batch_stats` normalise with the batch and
+             update `running_mean`, `running_var` and `num_batches_tracked` in place, after everything succeeded.
+    backend: "auto", or a name from `resnet_fused.backends()`.
+
+    Returns [N, C_out, H', W'] in x's dtype; channels_last if x or the first weight is, as PyTorch's convolution.
+
+    Raises ValueError (shapes, one value per channel in training, unknown backend), TypeError (dtypes),
+    BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
+    """
+    owned = params
+    x, params = _autocast(x, params)
+    sizes = validation.check(x, params, spec)
+    chosen = dispatch.select(backend, x, params, spec)
+    if chosen is None:
+        out = reference.residual_block(x, params, spec)
+    else:
+        tensors = autograd.flatten(params, x)
+        if not spec.batch_stats and not autograd.needs_grad(tensors):
+            return chosen.infer(x, owned, spec)
+        out, *batch_stats = autograd.ResidualBlock.apply(spec, chosen, *tensors)
+        running_stats.update(params, spec, batch_stats, validation.values_per_channel(x, sizes, spec))
+    running_stats.count_batch(params, spec)
+    return out
+
+
+def conv_bn_act(
+    x: Tensor, params: StageParams, stage: StageSpec, *, memory: Memory = "default", backend: str = "auto"
+) -> Tensor:
+    """act(norm(conv(x))): the chain of one, e.g. a ResNet's stem. Arguments and errors as `residual_block`."""
+    return residual_block(x, BlockParams((params,)), BlockSpec((stage,), memory=memory), backend=backend)
+
+
+def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int, *, backend: str = "auto") -> Tensor:
+    """``F.max_pool2d`` that keeps one byte an output for backward where PyTorch keeps x and int64 indices.
+
+    x: [N, C, H, W], any dtype of `residual_block`. Windows of at most 255 positions; NaN propagates, the first
+    maximum in row order receives the gradient, both as in PyTorch. Raises ValueError for a bad shape.
+    """
+    validation.check_pool(x, kernel_size, stride, padding)
+    if dispatch.select_pool(backend, x) is None:
+        return torch.nn.functional.max_pool2d(x, kernel_size, stride, padding)
+    return autograd.MaxPool2d.apply(x, kernel_size, stride, padding)
+
+
+def _autocast(x: Tensor, params: BlockParams) -> tuple[Tensor, BlockParams]:
+    """x and the convolution tensors in autocast's dtype, where it is on; norm tensors stay, as in eager."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, params
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(stage: StageParams) -> StageParams:
+        bias = None if stage.bias is None else stage.bias.to(dtype)
+        return replace(stage, weight=stage.weight.to(dtype), bias=bias)
+
+    return x.to(dtype), replace(
+        params,
+        stages=tuple(map(cast, params.stages)),
+        projection=None if params.projection is None else cast(params.projection),
+    )

@@ -1,0 +1,66 @@
+"""Pre-activations within rounding of zero, where the gradient of ReLU is a matter of rounding.
+
+Two correct float32 runs may put such a value on different sides of zero; one flipped mask moves a gradient by a
+thousand ulp and more, and whether one run of the two has it is chance. What such flips can do is measured on the exact
+network itself: run it in float64 with every pre-activation that lies within `SIGMAS` of rounding error of zero
+taken on the other side. In 16-bit formats thousands of masks flip in either run and average out: nothing to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SIGMAS = 4.0
+_aten = torch.ops.aten
+_RELU = (_aten.relu.default, _aten.relu_.default)
+
+
+class OnRelu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands every input of a ReLU, numbered in the order of execution, to `visit`, which returns the one to use."""
+
+    def __init__(self, visit: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.visit = visit
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _RELU:
+            z = self.visit(self.calls, args[0])
+            self.calls += 1
+            if func is _aten.relu_.default:
+                args[0].copy_(z)
+            else:
+                args = (z, *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class Kinks:
+    """Three runs of one module, in this order: `record` in its dtype, `measure` and `flip` in float64."""
+
+    def __init__(self) -> None:
+        self._recorded: list[Tensor] = []
+        self._near_zero: list[float] = []
+
+    def record(self) -> OnRelu:
+        def visit(_: int, z: Tensor) -> Tensor:
+            self._recorded.append(z.clone())
+            return z
+
+        return OnRelu(visit)
+
+    def measure(self) -> OnRelu:
+        def visit(call: int, z: Tensor) -> Tensor:
+            rounding = (z - self._recorded[call]).square().mean().sqrt()
+            self._recorded[call] = z.new_empty(0)  # no longer needed
+            self._near_zero.append(SIGMAS * float(rounding))
+            return z
+
+        return OnRelu(visit)
+
+    def flip(self) -> OnRelu:
+        return OnRelu(lambda call, z: torch.where(z.abs() <= self._near_zero[call], -z, z))

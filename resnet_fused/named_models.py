@@ -1,0 +1,85 @@
+"""Models by name, for the command line and the demo: torchvision's, this package's own, and timm's."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import models
+
+FAMILY = tuple(name for name in models.__all__ if name[0].islower())
+TIMM = "timm:"
+
+
+def build(name: str) -> nn.Module:
+    """An unfused model with random weights: a ResNet of torchvision if installed, else ours, or ``timm:NAME``.
+
+    Raises ValueError for a name that is not accepted, ImportError for ``timm:`` without timm.
+    """
+    if name.startswith(TIMM):
+        return _timm_model(name.removeprefix(TIMM))
+    if name not in FAMILY:
+        raise ValueError(f"unknown model {name!r}; accepted: {', '.join(FAMILY)}, and {TIMM}NAME for a model of timm")
+    torchvision = import_torchvision()
+    if torchvision is None:
+        return getattr(models, name)(fused=False)  # type: ignore[no-any-return]
+    return getattr(torchvision.models, name)()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def settle_norms(model: nn.Module, x: Tensor) -> None:
+    """Give fresh batch norms weights, biases and running statistics of their own, in place.
+
+    All ones and zeros, as they are made, they would hide a swapped or forgotten one.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(std=0.1)
+    training = model.training
+    model.train()(x)
+    model.train(training)
+
+
+def import_torchvision() -> ModuleType | None:
+    """torchvision, or None if it is not installed.
+
+    Its CUDA build does not load its operators beside a CPU torch, and then fails to describe two that are missing.
+    The models need neither, so their schemas are declared and the import is tried again.
+    """
+    try:
+        return _import()
+    except ImportError:
+        return None
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    for name in ("nms", "qnms"):
+        _SCHEMAS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+    return _import()
+
+
+# what a Library defines lives as long as it does
+_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _import() -> ModuleType:
+    import torchvision
+
+    return torchvision  # type: ignore[no-any-return]
+
+
+def _timm_model(name: str) -> nn.Module:
+    import_torchvision()  # timm imports it, too
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"{TIMM}{name} needs timm: `pip install timm` (import said: {error})") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() gives the names")
+    return timm.create_model(name, pretrained=False)

@@ -1,0 +1,229 @@
+"""The operators of the C++ extension, ``torch.ops.resnet_fused.*``: loading, typed calls, fake kernels.
+
+Schemas stand in csrc/operators.cpp. `tensors` is always `autograd.flatten`: (x, branch_scale, skip_scale), then
+(weight, bias, norm_weight, norm_bias, running_mean, running_var) for each convolution of the spec. The operators are
+functional: nothing is written in place, no output aliases an input.
+
+conv_outputs: the y_i that backward needs and cannot have cheaply, see `saved_convs`.
+batch_stats:  [2, C] (mean, biased variance), float32 (float64 for float64), for each norm with batch statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resnet_fused.errors import BackendError
+from resnet_fused.spec import BlockSpec, StageSpec
+
+TensorList = tuple[Tensor | None, ...]
+BUILD_HINT = (
+    "the C++ extension resnet_fused._C is not built or does not load; in the source folder run "
+    "`pip install --no-build-isolation -e .` with the torch that will run it"
+)
+
+try:
+    from resnet_fused import _C  # importing it registers the operators
+
+    _load_error: str | None = None
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _load_error = f"{BUILD_HINT} (import said: {error})"
+
+
+def load_error() -> str | None:
+    """Why the extension is missing and how to build it, or None."""
+    return _load_error
+
+
+def build_info() -> dict[str, str]:
+    """What the extension was built with and which instruction set it picked; raises BackendError without it."""
+    _require()
+    return dict(_C.build_info())
+
+
+def residual_block_forward(spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(out, conv_outputs, batch_stats)."""
+    _require()
+    return torch.ops.resnet_fused.residual_block_forward(*_lists(tensors), *spec.encode())
+
+
+def residual_block_backward(
+    spec: BlockSpec,
+    dout: Tensor,
+    out: Tensor | None,
+    conv_outputs: Sequence[Tensor],
+    batch_stats: Sequence[Tensor],
+    tensors: TensorList,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient of every entry of `tensors`, None where `needs` is false (running statistics never need one)."""
+    _require()
+    needs = list(needs)
+    grads = iter(
+        torch.ops.resnet_fused.residual_block_backward(
+            dout, out, list(conv_outputs), list(batch_stats), *_lists(tensors), needs, *spec.encode()
+        )
+    )
+    return [next(grads) if need else None for need in needs]
+
+
+def residual_block_infer(
+    x: Tensor,
+    pre: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    skip_scale: Tensor | None,
+    spec: BlockSpec,
+) -> Tensor:
+    """The block with its normalisations folded into `weights` and `biases`.
+
+    pre: scale and shift [C] of the normalisation that precedes the first convolution, in pre-activation order.
+    """
+    _require()
+    ints, _ = spec.encode()
+    a, b = pre if pre is not None else (None, None)
+    return torch.ops.resnet_fused.residual_block_infer(x, a, b, list(weights), list(biases), skip_scale, ints)
+
+
+def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """(maxima, their positions within the window as uint8)."""
+    _require()
+    return torch.ops.resnet_fused.max_pool2d(x, kernel_size, stride, padding)
+
+
+def max_pool2d_backward(
+    dout: Tensor, positions: Tensor, height: int, width: int, kernel_size: int, stride: int, padding: int
+) -> Tensor:
+    _require()
+    return torch.ops.resnet_fused.max_pool2d_backward(dout, positions, height, width, kernel_size, stride, padding)
+
+
+def saved_convs(spec: BlockSpec, branch_scaled: bool, skip_scaled: bool) -> list[int]:
+    """Indices into `spec.convs` whose outputs are saved for backward (csrc/block_spec.h says the same).
+
+    A norm's backward needs its input y; without a norm only the gradient of a scale does. memory="low" recomputes
+    the last stage's and the projection's.
+    """
+    last = len(spec.stages) - 1
+    saved = []
+    for i, stage in enumerate(spec.convs):
+        if i < last:
+            saved.append(i)
+        elif spec.memory == "default":
+            scaled = branch_scaled if i == last else skip_scaled
+            if scaled or (spec.order == "post" and (stage.norm or spec.skip == "none" and stage.act == "relu")):
+                saved.append(i)
+    return saved
+
+
+def _require() -> None:
+    if _load_error is not None:
+        raise BackendError(_load_error)
+
+
+def _lists(tensors: TensorList) -> tuple[object, ...]:
+    x, branch_scale, skip_scale, *flat = tensors
+    return (x, branch_scale, skip_scale, *(flat[i::6] for i in range(6)))
+
+
+# --- fakes: shapes, dtypes and strides of the real kernels -----------------------------------------------------------
+
+
+def _decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
+    """The inverse of `BlockSpec.encode`."""
+    count, skip, pre, low = ints[:4]
+    stages = []
+    for i in range(len(ints) // 9):
+        sh, sw, ph, pw, dh, dw, groups, norm, act = ints[4 + 9 * i : 13 + 9 * i]
+        activation = "relu" if act else "identity"
+        stages.append(
+            StageSpec((sh, sw), (ph, pw), (dh, dw), groups, norm > 0, norm == 2, eps[i] if eps else 0.0, activation)
+        )
+    return BlockSpec(
+        tuple(stages[:count]),
+        ("none", "identity", "projection")[skip],
+        stages[count] if skip == 2 else None,
+        "pre" if pre else "post",
+        "low" if low else "default",
+    )
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[tuple[int, int, int, int]]:
+    shapes, size = [], (x.shape[2], x.shape[3])
+    for i, (stage, weight) in enumerate(zip(spec.convs, weights, strict=True)):
+        source = (x.shape[2], x.shape[3]) if i == len(spec.stages) else size
+        h, w = stage.output_size(source, (weight.shape[2], weight.shape[3]))
+        size = (h, w)
+        shapes.append((x.shape[0], weight.shape[0], h, w))
+    return shapes
+
+
+def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    last = _is_channels_last(x) or _is_channels_last(weight)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("resnet_fused::residual_block_forward")
+    def _(x, branch, skip, weights, biases, gammas, betas, means, variances, ints, eps):  # type: ignore[no-untyped-def]
+        spec = _decode(ints, eps)
+        shapes = _conv_shapes(x, weights, spec)
+        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=_format(x, weights[0]))
+        saved = [
+            x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last)
+            for i in saved_convs(spec, branch is not None, skip is not None)
+        ]
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        widths = [x.shape[1], *(s[1] for s in shapes)] if spec.order == "pre" else [s[1] for s in shapes]
+        stats = [
+            x.new_empty((2, width), dtype=acc)
+            for stage, width in zip(spec.convs, widths, strict=False)
+            if stage.norm and stage.batch_stats
+        ]
+        return out, saved, stats
+
+    @torch.library.register_fake("resnet_fused::residual_block_backward")
+    def _(  # type: ignore[no-untyped-def]
+        dout, out, ys, stats, x, branch, skip, weights, biases, gammas, betas, means, variances, needs, ints, eps
+    ):
+        inputs = [x, branch, skip]
+        for six in zip(weights, biases, gammas, betas, means, variances, strict=True):
+            inputs += six
+        grads = []
+        for i, (t, need) in enumerate(zip(inputs, needs, strict=True)):
+            if need and (i == 0 or (i >= 3 and (i - 3) % 6 == 0)):
+                last = _is_channels_last(t)
+                grads.append(t.new_empty(t.shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
+            elif need:
+                grads.append(t.new_empty(t.shape))
+        return grads
+
+    @torch.library.register_fake("resnet_fused::residual_block_infer")
+    def _(x, a, b, weights, biases, skip_scale, ints):  # type: ignore[no-untyped-def]
+        spec = _decode(ints, [])
+        shape = _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
+        return x.new_empty(shape).contiguous(memory_format=_format(x, weights[0]))
+
+    @torch.library.register_fake("resnet_fused::max_pool2d")
+    def _(x, kernel_size, stride, padding):  # type: ignore[no-untyped-def]
+        n, c, h, w = x.shape
+        size = (n, c, *((length + 2 * padding - kernel_size) // stride + 1 for length in (h, w)))
+        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+        out = x.new_empty(size).contiguous(memory_format=layout)
+        return out, x.new_empty(size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+
+    @torch.library.register_fake("resnet_fused::max_pool2d_backward")
+    def _(dout, positions, height, width, kernel_size, stride, padding):  # type: ignore[no-untyped-def]
+        layout = torch.channels_last if _is_channels_last(dout) else torch.contiguous_format
+        return dout.new_empty((*dout.shape[:2], height, width)).contiguous(memory_format=layout)
+
+
+if _load_error is None:
+    _register_fakes()
