@@ -1,12 +1,13 @@
 """A whole network, eager against fused (and torch.compile), in interleaved rounds.
 
-    python benches/model.py --rounds 9 --json resnet50.json
+python benches/model.py --rounds 9 --json resnet50.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _progress(what: str) -> None:
-    print(f"\r{what:<40}", end="\n" if not what else "", flush=True)
+    """What runs now, on one line of the terminal that the next call replaces."""
+    if sys.stderr.isatty():
+        print(f"\r{what:<40}\r", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 if verify finds a ratio beyond its limit, 2 for a usage error."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)  # type: ignore[no-any-return]
+        return arguments.run(arguments)
     except (ValueError, ImportError, OSError, BackendError) as error:
         print(f"resnet-fused {arguments.command}: {error}", file=sys.stderr)
         return USAGE

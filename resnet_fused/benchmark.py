@@ -83,7 +83,9 @@ def measure(
     Raises ValueError for too few rounds or without "eager".
     """
     if rounds < 2 or PEER not in models:
-        raise ValueError(f"got rounds={rounds} and models {list(models)}; accepted: at least 2, and {PEER!r} among them")
+        raise ValueError(
+            f"got rounds={rounds} and models {list(models)}; accepted: at least 2, and {PEER!r} among them"
+        )
     steps = {name: _step(model.train(train), x, labels, train, dtype) for name, model in models.items()}
     seconds = interleaved(steps, rounds, progress)
     found = []

@@ -1,9 +1,10 @@
 """Pre-activations within rounding of zero, where the gradient of ReLU is a matter of rounding.
 
-Two correct float32 runs may put such a value on different sides of zero; one flipped mask moves a gradient by a
-thousand ulp and more, and whether one run of the two has it is chance. What such flips can do is measured on the exact
-network itself: run it in float64 with every pre-activation that lies within `SIGMAS` of rounding error of zero
-taken on the other side. In 16-bit formats thousands of masks flip in either run and average out: nothing to measure.
+Two correct runs may put such a value on different sides of zero. One flipped mask moves a gradient by a thousand ulp
+of float32 and more, and which of the two runs has it is chance, so that either may look bad beside the other. What
+such flips can do is measured on the exact network itself: run it in float64 with every pre-activation near zero
+taken on the other side. "Near" is in units of the rounding error (root mean square) of the run under scrutiny at
+that ReLU.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SIGMAS = 4.0
+RARE = 4.0  # float32: a mask or two flips in a block, and any value within four sigma may be the one
+MANY = 1.0  # 16 bits: masks flip by the hundred, about as many as lie within one sigma (measured: 1.3x eager's error)
 _aten = torch.ops.aten
 _RELU = (_aten.relu.default, _aten.relu_.default)
 
 
-class OnRelu(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OnRelu(TorchDispatchMode):
     """Hands every input of a ReLU, numbered in the order of execution, to `visit`, which returns the one to use."""
 
     def __init__(self, visit: Callable[[int, Tensor], Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.visit = visit
         self.calls = 0
 
@@ -40,9 +42,10 @@ class OnRelu(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Kinks:
-    """Three runs of one module, in this order: `record` in its dtype, `measure` and `flip` in float64."""
+    """Three runs of one module, in this order: `record` in `dtype`, `measure` and `flip` in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._sigmas = RARE if torch.finfo(dtype).eps < 1e-6 else MANY
         self._recorded: list[Tensor] = []
         self._near_zero: list[float] = []
 
@@ -57,7 +60,7 @@ class Kinks:
         def visit(call: int, z: Tensor) -> Tensor:
             rounding = (z - self._recorded[call]).square().mean().sqrt()
             self._recorded[call] = z.new_empty(0)  # no longer needed
-            self._near_zero.append(SIGMAS * float(rounding))
+            self._near_zero.append(self._sigmas * float(rounding))
             return z
 
         return OnRelu(visit)

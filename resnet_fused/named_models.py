@@ -25,8 +25,8 @@ def build(name: str) -> nn.Module:
         raise ValueError(f"unknown model {name!r}; accepted: {', '.join(FAMILY)}, and {TIMM}NAME for a model of timm")
     torchvision = import_torchvision()
     if torchvision is None:
-        return getattr(models, name)(fused=False)  # type: ignore[no-any-return]
-    return getattr(torchvision.models, name)()  # type: ignore[no-any-return]
+        return getattr(models, name)(fused=False)
+    return getattr(torchvision.models, name)()
 
 
 @torch.no_grad()
@@ -60,18 +60,18 @@ def import_torchvision() -> ModuleType | None:
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]
     for name in ("nms", "qnms"):
-        _SCHEMAS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+        _SCHEMAS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return _import()
 
 
 # what a Library defines lives as long as it does
-_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def _import() -> ModuleType:
     import torchvision
 
-    return torchvision  # type: ignore[no-any-return]
+    return torchvision
 
 
 def _timm_model(name: str) -> nn.Module:

@@ -463,18 +463,19 @@ def test_unknown_blocks_are_left_alone(block: nn.Module) -> None:
 
 
 class ReZero(nn.Module):
-    """x + alpha * F(x), alpha learned from 0 (arXiv:2003.04887), after a learned skip per channel."""
+    """x + alpha * F(x), alpha learned from 0 (arXiv:2003.04887); not from 0 here."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first, self.first_norm = nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
-        self.second, self.second_norm = nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(channels)
         self.alpha = nn.Parameter(torch.tensor(0.3))
-        self.keep = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.second_norm(self.second(torch.relu(self.first_norm(self.first(x)))))
-        return self.keep * x + self.alpha * out
+        return x + self.alpha * out
 
 
 def rezero(block: ReZero) -> BlockModules:
@@ -482,7 +483,25 @@ def rezero(block: ReZero) -> BlockModules:
         StageModules(block.first, block.first_norm, nn.ReLU()),
         StageModules(block.second, block.second_norm, None),
     )
-    return BlockModules(stages, "identity", branch_scale=block.alpha, skip_scale=block.keep)
+    return BlockModules(stages, "identity", branch_scale=block.alpha)
+
+
+class Scaled(nn.Module):
+    """Both paths scaled by channel, as LayerScale (arXiv:2103.17239) does the branch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.gamma = nn.Parameter(torch.rand(channels))
+        self.keep = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.keep * x + self.gamma[:, None, None] * self.norm(self.conv(x))
+
+
+def scaled(block: Scaled) -> BlockModules:
+    stages = (StageModules(block.conv, block.norm, None),)
+    return BlockModules(stages, "identity", branch_scale=block.gamma, skip_scale=block.keep)
 
 
 class PreActivation(nn.Module):
@@ -512,6 +531,7 @@ def pre_activation(block: PreActivation) -> BlockModules:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "_registered", {})
     resnet_fused.register_block(ReZero, rezero)
+    resnet_fused.register_block(Scaled, scaled)
     resnet_fused.register_block(PreActivation, pre_activation)
 
 
@@ -520,16 +540,24 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
 def test_registered_blocks_train_as_their_own_forward(memory: str, autocast: torch.dtype | None) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 8, 1), ReZero(8), PreActivation(8, 12, 2))
-    assert fused_types(fuse(copy.deepcopy(model))) == ["FusedReZero", "FusedPreActivation"]
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), PreActivation(8, 12, 2), ReZero(12))
+    assert fused_types(fuse(copy.deepcopy(model))) == ["FusedPreActivation", "FusedReZero"]
     assert_trains_as_eager(model, pictures(), steps=2, memory=memory, autocast=autocast)
+
+
+@pytest.mark.usefixtures("registered")
+def test_scales_of_each_channel_are_trained() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Scaled(8), Scaled(8))
+    assert fused_types(fuse(copy.deepcopy(model))) == ["FusedScaled", "FusedScaled"]
+    assert_trains_as_eager(model, pictures(), steps=3)
 
 
 def test_register_block_refuses_what_is_no_block() -> None:
     with pytest.raises(TypeError, match=r"subclass of nn.Module"):
         resnet_fused.register_block(ReZero(4), rezero)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="adapter must be callable"):
-        resnet_fused.register_block(ReZero, BlockModules(()))  # type: ignore[arg-type]
+        resnet_fused.register_block(ReZero, BlockModules((), "none"))  # type: ignore[arg-type]
     assert adapters.find(ReZero) is None
 
 

@@ -82,7 +82,7 @@ def test_weights_and_logits_are_torchvisions(name: str, arguments: dict[str, Any
 def test_each_member_trains_as_eager(name: str) -> None:
     """At reduced depth, which repeats the same blocks."""
     torch.manual_seed(0)
-    assert_trains_as_eager(getattr(models, name)(**SHORT), pictures())
+    assert_trains_as_eager(getattr(models, name)(**SHORT), pictures(2, 48, 48))
 
 
 def test_a_dilated_model_trains_as_eager() -> None:
@@ -126,7 +126,7 @@ def test_arguments_that_fit_no_model() -> None:
 def test_torchvision_resnet18_trains_as_eager(autocast: torch.dtype | None, torchvision: Any) -> None:
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=5)
-    assert_trains_as_eager(model, pictures(8), steps=5, autocast=autocast)
+    assert_trains_as_eager(model, pictures(4, 48, 48), steps=5, autocast=autocast)
 
 
 def test_torchvision_models_are_fused_whole(torchvision: Any) -> None:
@@ -148,7 +148,7 @@ def test_sizes_behave_as_in_pytorch(shape: tuple[int, int, int], mode: str, torc
     fused, exact, x = fuse(copy.deepcopy(model)), copy.deepcopy(model).double(), pictures(*shape)
     if mode == "train" and shape == (1, 32, 32):
         for each in (model, fused):
-            with pytest.raises(ValueError, match="Expected more than 1 value|expected more than 1 value"):
+            with pytest.raises(ValueError, match=r"(?i)expected more than 1 value"):
                 each(x)
         return
     assert_as_accurate("logits", fused(x), model(x), exact(x.double()))
@@ -180,7 +180,7 @@ def test_a_stem_with_another_pooling(pool: nn.Module, fused: bool) -> None:
     torch.manual_seed(0)
     model = models.resnet18(fused=False, layers=(1, 1, 1, 1), num_classes=5)
     model.maxpool = pool
-    assert_trains_as_eager(model, pictures(2, 48, 48))
+    assert_trains_as_eager(model, pictures(4, 32, 32))
     reason = stem_reason(fuse(model))
     assert ("maxpool is" in reason) is not fused
 

@@ -32,7 +32,7 @@ def pictures(n: int = 2, size: int = 64) -> Tensor:
 def test_resnet18_trains_as_eager(autocast: torch.dtype | None) -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=5)
-    assert_trains_as_eager(model, pictures(8), steps=5, autocast=autocast)
+    assert_trains_as_eager(model, pictures(4, 48), steps=5, autocast=autocast)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
 def test_variants_are_fused_whole_and_train_as_eager(arguments: dict[str, Any]) -> None:
     model = short(resnet.Bottleneck, **arguments)
-    assert_trains_as_eager(model, pictures(2, 48))
+    assert_trains_as_eager(model, pictures(2, 32))
     rows = explain(fuse(model))
     assert [row.block for row in rows] == ["ResNet"] + ["Bottleneck"] * 5
     assert not any("accepted" in row.reason for row in rows)
@@ -101,15 +101,15 @@ def test_a_stem_whose_pooling_is_a_convolution() -> None:
     assert "maxpool is Sequential" in row.reason
 
 
-def test_gradient_checkpointing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every block runs twice, as in eager: once more in backward."""
+def test_gradient_checkpointing_is_kept() -> None:
+    """A checkpointed block starts once more, in backward."""
     calls: list[str] = []
     plain, model = fuse(short()), fuse(short())
     model.set_grad_checkpointing()
     for name in ("layer1", "layer4"):
-        getattr(model, name)[0].register_forward_hook(lambda *_, name=name: calls.append(name))
+        getattr(model, name)[0].register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     expected, got = train(plain, pictures()), train(model, pictures())
-    assert sorted(calls) == ["layer1"] * 3 + ["layer4"] * 3  # forward, recomputation, evaluation
+    assert calls == ["layer1", "layer4", "layer4", "layer1", "layer1", "layer4"]  # forward, backward, evaluation
     for name, value in expected.items():
         if "gradient" in name or name == "output":
             torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
@@ -129,7 +129,7 @@ def test_the_other_ways_through_the_model() -> None:
 
 def test_frozen_batch_norm() -> None:
     """timm's freezing replaces BatchNorm2d by torchvision's FrozenBatchNorm2d."""
-    model = timm.utils.freeze_batch_norm_2d(short())
+    model = timm.layers.freeze_batch_norm_2d(short())
     assert_trains_as_eager(model, pictures())
     rows = explain(fuse(model))
     assert len(rows) == 6

@@ -21,6 +21,20 @@ bool supported(const char* query) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(query, "").typed<bool()>().call();
 }
 
+// A pointwise convolution is a matrix product over pixels, and channels_last activations are its matrices already.
+bool is_matrix_product(const at::Tensor& weight, const Stage& stage) {
+  return weight.size(2) == 1 && weight.size(3) == 1 && stage.groups == 1 && stage.stride[0] == 1 && stage.stride[1] == 1 &&
+      stage.padding[0] == 0 && stage.padding[1] == 0;
+}
+
+// [N, C, H, W] in channels_last as [N * H * W, C], the same memory.
+at::Tensor as_rows(const at::Tensor& t) {
+  const int64_t channels = t.size(1);
+  return t.as_strided({t.numel() / channels, channels}, {channels, 1});
+}
+
+at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
+
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage) {
@@ -31,6 +45,13 @@ at::Tensor convolution_backward_data(const at::Tensor& dy, const at::Tensor& lik
   auto [dp, dw, db] = at::convolution_backward(
       dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups, {true, false, false});
   return dp.contiguous(kLayout);
+}
+
+bool convolution_backward_data_into(
+    const at::Tensor& dy, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated) {
+  if (!is_matrix_product(weight, stage)) return false;
+  as_rows(accumulated).addmm_(as_rows(dy), as_matrix(weight));
+  return true;
 }
 
 WeightGradients convolution_backward_weight(

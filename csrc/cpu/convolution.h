@@ -16,6 +16,11 @@ at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const std:
 // The gradient of p; `like_p` gives its shape and is not read.
 at::Tensor convolution_backward_data(const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage);
 
+// accumulated += the gradient of p, without an intermediate. Returns false, and does nothing, where the convolution is
+// no matrix product.
+bool convolution_backward_data_into(
+    const at::Tensor& dy, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated);
+
 struct WeightGradients {
   at::Tensor weight, bias;  // undefined where not asked for
 };

@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "passes.h"
@@ -33,21 +32,22 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Wind
     T* target = reinterpret_cast<T*>(out.mutable_data_ptr<scalar_t>());
     uint8_t* position = positions.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, n * out_h, 1, [&](int64_t begin, int64_t end) {
+      using A = acc_t<scalar_t>;
+      std::vector<A> best(channels), place(channels);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t top = (row % out_h) * win.stride - win.padding;
         const T* image = source + (row / out_h) * height * width * channels;
         for (int64_t ow = 0; ow < out_w; ++ow) {
-          const int64_t left = ow * win.stride - win.padding;
-          const int64_t h0 = std::max<int64_t>(top, 0), w0 = std::max<int64_t>(left, 0);
-          T* o = target + (row * out_w + ow) * channels;
-          uint8_t* at_o = position + (row * out_w + ow) * channels;
-          // The first position starts the maximum, so that a window of -inf has one.
-          std::memcpy(o, image + (h0 * width + w0) * channels, channels * sizeof(T));
-          std::memset(at_o, static_cast<int>((h0 - top) * win.kernel + (w0 - left)), channels);
-          for (int64_t h = h0; h < std::min(top + win.kernel, height); ++h)
-            for (int64_t w = w0; w < std::min(left + win.kernel, width); ++w)
-              kernels.running_max(
-                  image + (h * width + w) * channels, static_cast<uint8_t>((h - top) * win.kernel + (w - left)), channels, o, at_o);
+          const int64_t left = ow * win.stride - win.padding, offset = (row * out_w + ow) * channels;
+          bool first = true;  // the first position starts the maximum, so that a window of -inf has one
+          for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + win.kernel, height); ++h)
+            for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + win.kernel, width); ++w) {
+              const auto at_window = static_cast<A>((h - top) * win.kernel + (w - left));
+              kernels.running_max(image + (h * width + w) * channels, at_window, first, channels, best.data(), place.data());
+              first = false;
+            }
+          kernels.store(best.data(), channels, target + offset);
+          kernels.store_bytes(place.data(), channels, position + offset);
         }
       }
     });

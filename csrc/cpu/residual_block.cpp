@@ -350,6 +350,14 @@ class Backward {
     const bool below = needs_input_grad(i);
     const int64_t n = block.input_norm(i), s = block.projection();
     const bool joins_projection = i == 0 && dy_s.defined();
+    // dz is a buffer of ours (not dout) that nothing after this convolution reads
+    const bool owns_dz = dz.defined() && !spec.pre_activation && spec.last().relu && !dz.is_same(dy);
+    if (i == 0 && n < 0 && below && owns_dz && !tensors.skip_scale &&
+        convolution_backward_data_into(dy, tensors.weights[0], spec.convs[0], dz)) {
+      weight_grads(0, dy, block.x);
+      dx = std::move(dz);
+      return;
+    }
     at::Tensor dp, p = i == block.last() ? last_input : at::Tensor();
     last_input.reset();
     if (below) {

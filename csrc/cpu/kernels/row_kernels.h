@@ -75,11 +75,12 @@ struct RowKernels {
   void (*normalize)(const NormalizeArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_reduce)(const BackwardReduceArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_apply)(const BackwardApplyArgs<T>&, int64_t rows, int64_t channels);
-  // out and position := those of x wherever x is greater than out, or NaN
-  void (*running_max)(const T* x, uint8_t at, int64_t channels, T* out, uint8_t* position);
+  // best and position := x and `at` wherever x is greater than best, or NaN, or everywhere if `first`
+  void (*running_max)(const T* x, A at, bool first, int64_t channels, A* best, A* position);
   // sum += dout wherever position == at
   void (*add_where)(const T* dout, const uint8_t* position, uint8_t at, int64_t channels, A* sum);
-  void (*store)(const A* sum, int64_t channels, T* out);
+  void (*store)(const A* values, int64_t channels, T* out);
+  void (*store_bytes)(const A* values, int64_t channels, uint8_t* out);
 };
 
 // The table for the best instruction set that this processor has.

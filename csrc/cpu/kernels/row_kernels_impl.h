@@ -242,12 +242,13 @@ static void backward_apply(const BackwardApplyArgs<T>& args, int64_t rows, int64
 
 // --- max pooling -----------------------------------------------------------------------------------------------------
 
+// Positions travel in the arithmetic type so that every lane of the loop has one width.
 template <class T>
-static void running_max(const T* __restrict x, uint8_t at, int64_t channels, T* __restrict out, uint8_t* __restrict position) {
+static void running_max(const T* x, arith_t<T> at, bool first, int64_t channels, arith_t<T>* best, arith_t<T>* position) {
   CHANNEL_LOOP {
-    const auto v = load(x[c]), best = load(out[c]);
-    const bool take = v > best || v != v;
-    out[c] = take ? x[c] : out[c];
+    const auto v = load(x[c]);
+    const bool take = first | (v > best[c]) | (v != v);
+    best[c] = take ? v : best[c];
     position[c] = take ? at : position[c];
   }
 }
@@ -263,8 +264,14 @@ static void store(const arith_t<T>* __restrict sum, int64_t channels, T* __restr
 }
 
 template <class T>
+static void store_bytes(const arith_t<T>* values, int64_t channels, uint8_t* out) {
+  CHANNEL_LOOP { out[c] = static_cast<uint8_t>(static_cast<int32_t>(values[c])); }
+}
+
+template <class T>
 static constexpr RowKernels<T> table = {
-    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, running_max<T>, add_where<T>, store<T>};
+    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, running_max<T>, add_where<T>, store<T>,
+    store_bytes<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }

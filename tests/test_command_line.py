@@ -1,0 +1,116 @@
+"""The command line: exit status, messages, files."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused import operators, pictures, reference, tables
+from resnet_fused.__main__ import main
+from resnet_fused.info import info
+from resnet_fused.params import BlockParams
+from resnet_fused.spec import BlockSpec
+
+SMALL = ["--model", "resnet18", "--size", "32", "--batch", "2", "--backend", "eager"]
+right = reference.residual_block
+
+
+def test_verify_passes_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    file = tmp_path / "report.json"
+    assert main(["verify", *SMALL, "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert report["ok"] is True and report["train"] is False and len(report["blocks"]) == 9
+    assert "the whole model" in capsys.readouterr().out
+
+
+def test_verify_fails_on_a_wrong_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image")
+    noise = torch.randint(256, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save(tmp_path / "noise.png")
+
+    def wrong(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+        return right(x, replace(params, branch_scale=1.01), spec)
+
+    monkeypatch.setattr(reference, "residual_block", wrong)
+    assert main(["verify", *SMALL, "--images", str(tmp_path)]) == 1
+
+
+def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--model", "resnet51"]) == 2
+    message = capsys.readouterr().err
+    assert "unknown model 'resnet51'; accepted: resnet18, resnet34, resnet50" in message and "timm:NAME" in message
+
+
+def test_unusable_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", *SMALL, "--images", str(tmp_path)]) == 2
+    assert "accepted: a folder with .jpg" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", "--dtype", "float8"])
+    assert stopped.value.code == 2
+
+
+def test_a_missing_dependency_names_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["verify", *SMALL]) == 2
+    message = capsys.readouterr().err
+    assert "pip install resnet_fused[pictures]" in message and "--images DIR" in message
+
+
+def test_photographs_differ_and_repeat() -> None:
+    pytest.importorskip("sklearn")
+    x = pictures.photographs(4, 24)
+    assert x.shape == (4, 3, 24, 24) and x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(x, pictures.photographs(4, 24))
+    assert all(not torch.equal(x[i], x[j]) for i in range(4) for j in range(i))
+    assert -2.2 < x.min() < -1 and 1 < x.max() < 2.7  # black and white under ImageNet's mean and deviation
+
+
+def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(operators, "_load_error", "not built on purpose")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("not built on purpose") == 2  # the extension itself, and the native backend
+    assert torch.__version__ in text and "triton" in text
+
+
+def test_info_with_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "_load_error", None)
+    monkeypatch.setattr(operators, "build_info", lambda: {"compiler": "a compiler"})
+    assert "a compiler" in info()
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", "resnet18"]) == 0
+    assert "layer4.1" in capsys.readouterr().out
+
+
+def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "rich", None)
+    drawn = tables.table("Title", ("name", "count"), [["first", "1"], ["b", "20"]])
+    assert drawn.splitlines() == ["Title", "name   count", "-----  -----", "first      1", "b         20"]
+
+
+def test_progress_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    real = builtins.__import__
+
+    def without_rich(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("rich"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    monkeypatch.setattr(tables, "rich", None)
+    assert main(["verify", *SMALL]) == 0
