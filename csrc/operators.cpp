@@ -213,4 +213,7 @@ TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("max_pool2d_backward", &max_pool2d_backward);
 }
 
+// Packed weights (resnet_fused/backends/folding.py) carry this key.
+TORCH_LIBRARY_IMPL(resnet_fused, MkldnnCPU, m) { m.impl("residual_block_infer", &residual_block_infer); }
+
 }  // namespace resnet_fused

@@ -38,7 +38,8 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
         out = reference.residual_block(x, params, spec)
     else:
         tensors = autograd.flatten(params, x)
-        if not spec.batch_stats and not autograd.needs_grad(tensors):
+        folds = not torch.compiler.is_compiling()  # the cache of folded weights is no business of a traced graph
+        if folds and not spec.batch_stats and not autograd.needs_grad(tensors):
             return chosen.infer(x, owned, spec)
         out, *batch_stats = autograd.ResidualBlock.apply(spec, chosen, *tensors)
         running_stats.update(params, spec, batch_stats, validation.values_per_channel(x, sizes, spec))

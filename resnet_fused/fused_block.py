@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from resnet_fused import adapters, functional
@@ -58,7 +59,7 @@ class FusedModule(nn.Module):
 
     def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
         """`fused_describe`, or None, with the reason logged, where the class's own forward has to run."""
-        if not isinstance(x, Tensor):  # torch.fx traces the original with a Proxy
+        if not isinstance(x, Tensor) or torch.jit.is_tracing():  # torch.fx and torch.jit trace the original
             return None
         try:
             return self.fused_describe()

@@ -14,8 +14,10 @@ FAMILY = tuple(name for name in models.__all__ if name[0].islower())
 TIMM = "timm:"
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, *, zero_init_residual: bool = False) -> nn.Module:
     """An unfused model with random weights: a ResNet of torchvision if installed, else ours, or ``timm:NAME``.
+
+    zero_init_residual: start each branch's last norm at zero, as torchvision's argument does; timm's models always do.
 
     Raises ValueError for a name that is not accepted, ImportError for ``timm:`` without timm.
     """
@@ -25,8 +27,8 @@ def build(name: str) -> nn.Module:
         raise ValueError(f"unknown model {name!r}; accepted: {', '.join(FAMILY)}, and {TIMM}NAME for a model of timm")
     torchvision = import_torchvision()
     if torchvision is None:
-        return getattr(models, name)(fused=False)
-    return getattr(torchvision.models, name)()
+        return getattr(models, name)(fused=False, zero_init_residual=zero_init_residual)
+    return getattr(torchvision.models, name)(zero_init_residual=zero_init_residual)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from resnet_fused.errors import BackendError
 from resnet_fused.spec import BlockSpec, StageSpec
@@ -151,10 +152,6 @@ def _decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
     )
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-
-
 def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[tuple[int, int, int, int]]:
     shapes, size = [], (x.shape[2], x.shape[3])
     for i, (stage, weight) in enumerate(zip(spec.convs, weights, strict=True)):
@@ -166,7 +163,7 @@ def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[
 
 
 def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    last = _is_channels_last(x) or _is_channels_last(weight)
+    last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
     return torch.channels_last if last else torch.contiguous_format
 
 
@@ -199,8 +196,7 @@ def _register_fakes() -> None:
         grads = []
         for i, (t, need) in enumerate(zip(inputs, needs, strict=True)):
             if need and (i == 0 or (i >= 3 and (i - 3) % 6 == 0)):
-                last = _is_channels_last(t)
-                grads.append(t.new_empty(t.shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
+                grads.append(t.new_empty(t.shape).contiguous(memory_format=suggest_memory_format(t)))
             elif need:
                 grads.append(t.new_empty(t.shape))
         return grads
@@ -215,14 +211,13 @@ def _register_fakes() -> None:
     def _(x, kernel_size, stride, padding):  # type: ignore[no-untyped-def]
         n, c, h, w = x.shape
         size = (n, c, *((length + 2 * padding - kernel_size) // stride + 1 for length in (h, w)))
-        layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-        out = x.new_empty(size).contiguous(memory_format=layout)
+        out = x.new_empty(size).contiguous(memory_format=suggest_memory_format(x))
         return out, x.new_empty(size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
     @torch.library.register_fake("resnet_fused::max_pool2d_backward")
     def _(dout, positions, height, width, kernel_size, stride, padding):  # type: ignore[no-untyped-def]
-        layout = torch.channels_last if _is_channels_last(dout) else torch.contiguous_format
-        return dout.new_empty((*dout.shape[:2], height, width)).contiguous(memory_format=layout)
+        dx = dout.new_empty((*dout.shape[:2], height, width))
+        return dx.contiguous(memory_format=suggest_memory_format(dout))
 
 
 if _load_error is None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from resnet_fused import operators, pictures, reference, tables
+from resnet_fused import models, named_models, operators, pictures, reference, tables
 from resnet_fused.__main__ import main
 from resnet_fused.info import info
 from resnet_fused.params import BlockParams
@@ -21,6 +21,14 @@ from resnet_fused.spec import BlockSpec
 
 SMALL = ["--model", "resnet18", "--size", "32", "--batch", "2", "--backend", "eager"]
 right = reference.residual_block
+
+
+@pytest.fixture
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model name stands for a single small block."""
+    downsample = nn.Sequential(nn.Conv2d(3, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+    net = nn.Sequential(models.BasicBlock(3, 8, 2, downsample))
+    monkeypatch.setattr(named_models, "build", lambda name: net)
 
 
 def test_verify_passes_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +40,7 @@ def test_verify_passes_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFix
     assert "the whole model" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("one_block")
 def test_verify_fails_on_a_wrong_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Image = pytest.importorskip("PIL.Image")
     noise = torch.randint(256, (40, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -102,6 +111,7 @@ def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn.splitlines() == ["Title", "name   count", "-----  -----", "first      1", "b         20"]
 
 
+@pytest.mark.usefixtures("one_block")
 def test_progress_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     real = builtins.__import__

@@ -230,11 +230,25 @@ def test_hooks_on_the_block_run() -> None:
     assert seen == [("pre", (4, 8, 9, 10)), ("backward", (4, 8, 9, 10))]
 
 
-def test_symbolic_tracing_gets_the_original() -> None:
+def test_tracing_gets_the_original() -> None:
     model = fuse(net()).eval()
-    traced = torch.fx.symbolic_trace(model)
-    assert "bn1" in traced.code
-    torch.testing.assert_close(traced(pictures()), net().eval()(pictures()))
+    symbolic, traced = torch.fx.symbolic_trace(model), torch.jit.trace(model, pictures())
+    assert "bn1" in symbolic.code
+    assert "aten::batch_norm" in str(traced.inlined_graph)
+    for each in (symbolic, traced):
+        torch.testing.assert_close(each(pictures(2, 8, 6, 5)), net().eval()(pictures(2, 8, 6, 5)))
+
+
+def test_exported_and_compiled_graphs_hold_the_fused_operators() -> None:
+    model, x = fuse(net()).eval(), pictures()
+    with torch.no_grad():
+        expected = net().eval()(x)
+        exported = torch.export.export(model, (x,)).module()
+        torch.testing.assert_close(exported(x), expected)
+    compiled = torch.compile(fuse(net()), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), net()(x))
+    fused = any("resnet_fused" in str(node.target) for node in exported.graph.nodes)
+    assert fused is (FIRST == "native")
 
 
 # --- batch norm, as nn.BatchNorm2d decides ---------------------------------------------------------------------------

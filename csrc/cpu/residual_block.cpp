@@ -15,7 +15,8 @@ constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 // A channels_last result is due where PyTorch's convolution would give one.
 at::MemoryFormat result_format(const at::Tensor& x, const at::Tensor& first_weight) {
-  const bool last = x.suggest_memory_format() == kLayout || first_weight.suggest_memory_format() == kLayout;
+  const bool packed = first_weight.is_mkldnn();  // has no format to ask for
+  const bool last = x.suggest_memory_format() == kLayout || (!packed && first_weight.suggest_memory_format() == kLayout);
   return last ? kLayout : at::MemoryFormat::Contiguous;
 }
 

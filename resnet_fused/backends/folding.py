@@ -4,7 +4,9 @@
 
 The cache hangs on the first convolution's weight and is keyed by identity and version counter of every tensor
 involved, so optimizer steps, `load_state_dict` and `.to()` are seen. Writing through ``tensor.data`` is not: call
-`forget` then (a fused module's `train()` and `eval()` do).
+`forget` then (a fused module does when it changes between training and evaluation).
+
+Where oneDNN will run them, the weights are also brought into its blocked layout, once instead of at every call.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused.params import BlockParams, Scale, StageParams
@@ -26,10 +29,11 @@ Affine = tuple[Tensor, Tensor]
 class FoldedBlock:
     """What `operators.residual_block_infer` takes: weights and biases in x's dtype, the rest in at least float32."""
 
-    weights: list[Tensor]
+    weights: list[Tensor]  # opaque where packed
     biases: list[Tensor | None]
     pre: Affine | None
     skip_scale: Tensor | None
+    channels_last: bool  # of the first weight before packing
 
 
 _cache: Any = WeakIdKeyDictionary()
@@ -60,7 +64,7 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
 
 def _versions(params: BlockParams, x: Tensor, spec: BlockSpec) -> tuple[object, ...] | None:
     """A key that changes whenever a tensor does; None where inference tensors have no version counter."""
-    key: list[object] = [spec, x.dtype]
+    key: list[object] = [spec, x.dtype, _packs(x)]
     for scale in (params.branch_scale, params.skip_scale):
         key.append(_version(scale) if isinstance(scale, Tensor) else scale)
     for p in params.convs:
@@ -87,12 +91,15 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
         if i >= len(spec.stages) - 1:
             scale = params.branch_scale if i == len(spec.stages) - 1 else params.skip_scale
         w, c = _fold_conv(p, norm, scale, precision)
-        weights.append(w.to(x.dtype).contiguous(memory_format=torch.channels_last))
+        weights.append(w.to(x.dtype))
         biases.append(None if c is None else c.to(x.dtype))
+    channels_last = suggest_memory_format(weights[0]) == torch.channels_last
+    if _packs(x):
+        weights = _pack(weights, x, spec)
     skip_scale = None
     if spec.skip == "identity" and not (isinstance(params.skip_scale, float) and params.skip_scale == 1.0):
         skip_scale = torch.as_tensor(params.skip_scale, dtype=precision, device=x.device).detach().reshape(-1)
-    return FoldedBlock(weights, biases, pre, skip_scale)
+    return FoldedBlock(weights, biases, pre, skip_scale, channels_last)
 
 
 def _affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine | None:
@@ -115,3 +122,28 @@ def _fold_conv(p: StageParams, norm: Affine | None, scale: Scale, precision: tor
         s = torch.as_tensor(scale, dtype=precision, device=w.device).reshape(-1)
         w, c = w * s.view(-1, 1, 1, 1), None if c is None else c * s
     return w, c
+
+
+def _packs(x: Tensor) -> bool:
+    """Whether oneDNN runs convolutions of x; csrc/cpu/convolution.cpp (`has_post_ops`) asks the same."""
+    if not (x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if x.dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return x.dtype == torch.float32
+
+
+def _pack(weights: list[Tensor], x: Tensor, spec: BlockSpec) -> list[Tensor]:
+    """The weights in the layout that oneDNN prefers for inputs of x's size; other sizes work, with a reorder."""
+    packed, shape = [], list(x.shape)
+    for i, (stage, weight) in enumerate(zip(spec.convs, weights, strict=True)):
+        source = list(x.shape) if i == len(spec.stages) else shape
+        stride, padding, dilation = stage.geometry
+        packed.append(
+            torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, stage.groups, source)
+        )
+        height, width = stage.output_size((source[2], source[3]), (weight.shape[2], weight.shape[3]))
+        shape = [x.shape[0], weight.shape[0], height, width]
+    return packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from resnet_fused import operators
@@ -39,4 +40,6 @@ class NativeBackend:
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
         folded = folding.folded(params, x, spec)
-        return operators.residual_block_infer(x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec)
+        out = operators.residual_block_infer(x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec)
+        # a packed weight has lost the memory format that, with x's, decides on the output's
+        return out.contiguous(memory_format=torch.channels_last) if folded.channels_last else out

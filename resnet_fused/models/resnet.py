@@ -192,7 +192,7 @@ def _factory(
     name: str, block: type[BasicBlock | Bottleneck], layers: tuple[int, int, int, int], **defaults: int
 ) -> Factory:
     def build(*, fused: bool = True, backend: str = "auto", memory: Memory = "default", **kwargs: Any) -> ResNet:
-        model = ResNet(**{"block": block, "layers": layers} | defaults | kwargs)  # type: ignore[arg-type]
+        model = ResNet(**{"block": block, "layers": layers} | defaults | kwargs)
         return fuse(model, backend=backend, memory=memory) if fused else model
 
     build.__name__ = build.__qualname__ = name
