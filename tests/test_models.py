@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -216,7 +217,7 @@ def test_feature_extraction_by_tracing(torchvision: Any) -> None:
     """torchvision's create_feature_extractor traces, and gets the original modules."""
     model = torchvision.models.resnet18().eval()
     nodes = {"layer1": "low", "layer3.0.bn2": "high"}
-    extract = torchvision.models.feature_extraction.create_feature_extractor
+    extract = importlib.import_module("torchvision.models.feature_extraction").create_feature_extractor
     expected = extract(copy.deepcopy(model), nodes)(pictures())
     got = extract(fuse(model), nodes)(pictures())
     assert {name: value.shape for name, value in got.items()} == {k: v.shape for k, v in expected.items()}

@@ -56,28 +56,19 @@ template <class A> static inline A apply(const Affine<A>& norm, int64_t c, A y) 
 
 // --- statistics ------------------------------------------------------------------------------------------------------
 
-// Sums of (y - first row) and their squares, four rows a step: one read of y, no cancellation for |mean| >> std.
+// Sums of (y - first row) and their squares: one read of y, no cancellation for |mean| >> std. Row after row, in the
+// order of memory: several rows at once would touch the sums less but halve the bandwidth that prefetching gives.
 template <class T>
-static void statistics(const T* __restrict y, int64_t rows, int64_t channels, sum_t<T>* __restrict mean, sum_t<T>* __restrict m2) {
+static void statistics(const T* y, int64_t rows, int64_t channels, sum_t<T>* mean, sum_t<T>* m2) {
   using A = arith_t<T>;
   using Sum = sum_t<T>;
   CHANNEL_LOOP { mean[c] = 0; m2[c] = 0; }
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    const T* __restrict y0 = y + r * channels;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = y + r * channels;
     CHANNEL_LOOP {
-      const A first = load(y[c]);
-      const A d0 = load(y0[c]) - first, d1 = load(y0[c + channels]) - first;
-      const A d2 = load(y0[c + 2 * channels]) - first, d3 = load(y0[c + 3 * channels]) - first;
-      mean[c] += (d0 + d1) + (d2 + d3);
-      m2[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-    }
-  }
-  for (; r < rows; ++r) {
-    CHANNEL_LOOP {
-      const A d = load(y[r * channels + c]) - load(y[c]);
+      const A d = load(row[c]) - load(y[c]);
       mean[c] += d;
-      m2[c] += d * d;
+      m2[c] += Sum(d) * d;
     }
   }
   const Sum inverse = Sum(1) / static_cast<Sum>(rows);
@@ -127,57 +118,37 @@ static void normalize(const NormalizeArgs<T>& args, int64_t rows, int64_t channe
 
 // --- backward: reduction ---------------------------------------------------------------------------------------------
 
-// Channel c of one row: adds to the sums and writes what the flags ask for.
 template <class T, Mask mask, bool projection, bool writes_p, bool relu>
-static inline __attribute__((always_inline)) void reduce_one(
-    const BackwardReduceArgs<T>& args, int64_t at, int64_t c, arith_t<T>& sum, arith_t<T>& sum_y, arith_t<T>& sum_y2) {
-  using A = arith_t<T>;
-  A dz = load(args.dout[at + c]);
-  const A y = load(args.y[at + c]);
-  if constexpr (mask == Mask::output) {
-    dz = load(args.out[at + c]) <= 0 ? A(0) : dz;
-    args.dz[at + c] = Store<T>::from(dz);  // exact: dz is dout or 0
-  }
-  if constexpr (mask == Mask::affine || writes_p) {
-    const A z = apply(args.norm, c, y);
-    if constexpr (mask == Mask::affine) dz = z <= 0 ? A(0) : dz;
-    if constexpr (writes_p) args.p[at + c] = Store<T>::from(activate<relu>(z));
-  }
-  sum += dz;
-  sum_y += dz * (y - args.norm.center[c]);
-  if constexpr (projection) sum_y2 += dz * (load(args.y2[at + c]) - args.center2[c]);
-}
-
-// Four rows a step, so that the running sums are touched once for four.
-template <class T, Mask mask, bool projection, bool writes_p, bool relu>
-static void reduce_rows(const BackwardReduceArgs<T>& in, int64_t rows, int64_t channels) {
+static void reduce_rows(const BackwardReduceArgs<T>& args, int64_t rows, int64_t channels) {
   using A = arith_t<T>;
   using Sum = sum_t<T>;
-  const BackwardReduceArgs<T> args = in;  // a local copy cannot be aliased by what is written
+  const Affine<A> norm = args.norm;
+  const A* center2 = args.center2;
   Sum *sum = args.sum_dz, *sum_y = args.sum_dz_y, *sum_y2 = args.sum_dz_y2;
   CHANNEL_LOOP { sum[c] = 0; sum_y[c] = 0; }
   if constexpr (projection) CHANNEL_LOOP { sum_y2[c] = 0; }
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
+  for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = r * channels;
+    const T *dout = args.dout + at, *y = args.y + at;
+    const T* out = mask == Mask::output ? args.out + at : nullptr;
+    const T* y2 = projection ? args.y2 + at : nullptr;
+    T* dz_out = mask == Mask::output ? args.dz + at : nullptr;
+    T* p = writes_p ? args.p + at : nullptr;
     CHANNEL_LOOP {
-      A s = 0, s_y = 0, s_y2 = 0;
-      reduce_one<T, mask, projection, writes_p, relu>(args, at, c, s, s_y, s_y2);
-      reduce_one<T, mask, projection, writes_p, relu>(args, at + channels, c, s, s_y, s_y2);
-      reduce_one<T, mask, projection, writes_p, relu>(args, at + 2 * channels, c, s, s_y, s_y2);
-      reduce_one<T, mask, projection, writes_p, relu>(args, at + 3 * channels, c, s, s_y, s_y2);
-      sum[c] += s;
-      sum_y[c] += s_y;
-      if constexpr (projection) sum_y2[c] += s_y2;
-    }
-  }
-  for (; r < rows; ++r) {
-    CHANNEL_LOOP {
-      A s = 0, s_y = 0, s_y2 = 0;
-      reduce_one<T, mask, projection, writes_p, relu>(args, r * channels, c, s, s_y, s_y2);
-      sum[c] += s;
-      sum_y[c] += s_y;
-      if constexpr (projection) sum_y2[c] += s_y2;
+      A dz = load(dout[c]);
+      const A yc = load(y[c]);
+      if constexpr (mask == Mask::output) {
+        dz = load(out[c]) <= 0 ? A(0) : dz;
+        dz_out[c] = Store<T>::from(dz);  // exact: dz is dout or 0
+      }
+      if constexpr (mask == Mask::affine || writes_p) {
+        const A z = apply(norm, c, yc);
+        if constexpr (mask == Mask::affine) dz = z <= 0 ? A(0) : dz;
+        if constexpr (writes_p) p[c] = Store<T>::from(activate<relu>(z));
+      }
+      sum[c] += dz;
+      sum_y[c] += Sum(dz) * (yc - norm.center[c]);
+      if constexpr (projection) sum_y2[c] += Sum(dz) * (load(y2[c]) - center2[c]);
     }
   }
 }
