@@ -21,7 +21,7 @@ extension = CppExtension(
     depends=sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.h")),
     define_macros=[("RESNET_FUSED_VERSION", f'"{VERSION}"')],
     # at::parallel_for is a header: without -fopenmp it compiles to a plain loop.
-    extra_compile_args=["-O3", "-g0", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"],
+    extra_compile_args=["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"],
     extra_link_args=["-fopenmp"],
 )
 

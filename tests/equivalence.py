@@ -7,8 +7,6 @@ exact, or nearly so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -43,15 +41,3 @@ def assert_as_accurate(
     error, eager_error = relative_error(got, exact), relative_error(eager, exact)
     allowed = max(factor * eager_error, FLOOR_ULPS * torch.finfo(eager.dtype).eps)
     assert error <= allowed, f"{name}: error {error:.3g} against fp64, eager's is {eager_error:.3g}"  # false for NaN
-
-
-def assert_all_as_accurate(
-    got: Mapping[str, Tensor | None],
-    eager: Mapping[str, Tensor | None],
-    exact: Mapping[str, Tensor | None],
-    factor: float = 2,
-) -> None:
-    """`assert_as_accurate` for each name; the three mappings have the same names."""
-    assert got.keys() == eager.keys() == exact.keys()
-    for name in got:
-        assert_as_accurate(name, got[name], eager[name], exact[name], factor)

@@ -314,6 +314,25 @@ def test_padding_is_zero_after_the_activation(dtype: torch.dtype, backend: str) 
     assert torch.equal(inferred[0, 0], expected) and torch.equal(trained[0, 0], expected)
 
 
+@backends
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("step", [1, 2, 3])
+@formats
+def test_rounds_once_to_nearest_even(
+    memory_format: torch.memory_format, step: int, dtype: torch.dtype, backend: str
+) -> None:
+    """out = x + x/2^k is exact in fp32; with half an ulp (step 1) every second value of a binade is a tie."""
+    factor = torch.finfo(dtype).eps * 2.0**-step
+    case = block(1, kernel=1, channels=17, norm=False, act="identity", size=(9, 8))
+    x, params, spec = case.build(dtype, memory_format)
+    eye = torch.eye(17, dtype=dtype)[:, :, None, None]
+    params = replace(params, stages=(replace(params.stages[0], weight=eye),), branch_scale=factor)
+    dout = case.upstream(dtype).contiguous(memory_format=memory_format)
+    trained = run(x, params, spec, backend, dout)
+    for got, value in ((trained["out"], x), (run(x, params, spec, backend)["out"], x), (trained["grad of x"], dout)):
+        assert torch.equal(got, (value.double() * (1 + factor)).to(dtype))  # type: ignore[arg-type]
+
+
 def sliced(x: Tensor) -> Tensor:
     """x's values as a window of a wider tensor whose rest is NaN."""
     n, c, h, w = x.shape

@@ -10,15 +10,13 @@ static inline float load(float v) { return v; }
 static inline double load(double v) { return v; }
 static inline float load(bf16 v) { return __builtin_bit_cast(float, static_cast<uint32_t>(v.bits) << 16); }
 
-// IEEE half to float without a table: exact, subnormals and NaN included.
+// A half's exponent and mantissa in a float's place are the value times 2^-112, subnormals included; one exact product
+// mends that, and an all-ones exponent has to become one again.
 static inline float load(f16 v) {
-  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
-  const uint32_t shifted = rest << 13;
-  const float normal = __builtin_bit_cast(float, shifted + (112u << 23));
-  const float special = __builtin_bit_cast(float, shifted + (224u << 23));
-  const float subnormal = static_cast<float>(static_cast<int32_t>(rest)) * 0x1p-24f;
-  const float magnitude = rest >= 0x7c00u ? special : (rest < 0x400u ? subnormal : normal);
-  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, magnitude) | sign);
+  const uint32_t rest = v.bits & 0x7fffu;
+  const uint32_t finite = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest << 13) * 0x1p112f);
+  const uint32_t special = rest >= 0x7c00u ? 0x7f800000u : 0u;
+  return __builtin_bit_cast(float, finite | special | (static_cast<uint32_t>(v.bits & 0x8000u) << 16));
 }
 
 template <class T> struct Store;
@@ -33,16 +31,21 @@ template <> struct Store<bf16> {  // round to nearest, ties to even
   }
 };
 
-template <> struct Store<f16> {  // round to nearest, ties to even
+// Round to nearest, ties to even: adding 2^13 times the value's power of two (at least 2^-14, where halves become
+// subnormal) leaves ten bits of mantissa, rounded by the addition itself.
+template <> struct Store<f16> {
   static inline f16 from(float v) {
-    const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = (u >> 16) & 0x8000u, rest = u & 0x7fffffffu;
-    const uint32_t normal = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-    // adding 0.5 lines a subnormal half's last bit up with the float's: the addition rounds
-    const uint32_t subnormal =
-        __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + 0.5f) - 0x3f000000u;
-    const uint32_t finite = rest < 0x38800000u ? subnormal : (normal > 0x7c00u ? 0x7c00u : normal);
-    const uint32_t bits = rest > 0x7f800000u ? 0x7e00u : (rest >= 0x47800000u ? 0x7c00u : finite);
-    return {static_cast<uint16_t>(bits | sign)};
+    const uint32_t u = __builtin_bit_cast(uint32_t, v), rest = u & 0x7fffffffu;
+    const uint32_t power = rest & 0x7f800000u, least = power > 0x38800000u ? power : 0x38800000u;
+    const uint32_t in_range = least < 0x47800000u ? least : 0x47800000u;
+    const float magic = __builtin_bit_cast(float, in_range + (13u << 23));
+    const uint32_t sum = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + magic) - __builtin_bit_cast(uint32_t, magic);
+    // `sum` counts steps of 2^-10 times the power; below the power's own 2^10 steps stand subnormals
+    const uint32_t steps = sum + (((in_range - 0x38800000u) >> 23) << 10);
+    const uint32_t finite = steps < 0x7c00u ? steps : 0x7c00u;
+    const uint32_t overflow = rest >= 0x477ff000u ? 0x7c00u : finite;
+    const uint32_t bits = rest > 0x7f800000u ? 0x7e00u : overflow;
+    return {static_cast<uint16_t>(bits | ((u >> 16) & 0x8000u))};
   }
 };
 
