@@ -61,7 +61,9 @@ std::vector<std::vector<int64_t>> check_convolutions(
   return shapes;
 }
 
-std::vector<std::vector<int64_t>> check(const BlockTensors& block, const BlockSpec& spec) {
+std::vector<std::vector<int64_t>> check(const BlockTensors& block, const BlockSpec& spec, at::ArrayRef<double> eps) {
+  TORCH_CHECK_VALUE(
+      eps.size() == spec.convs.size(), "the spec has ", spec.convs.size(), " convolutions, got ", eps.size(), " eps");
   const auto shapes = check_convolutions(block.x, block.weights, block.biases, spec);
   for (size_t i = 0; i < spec.convs.size(); ++i) {
     const auto conv = static_cast<int64_t>(i);
@@ -99,7 +101,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residua
   const auto spec = BlockSpec::decode(ints, eps);
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
-  check(block, spec);
+  check(block, spec, eps);
   auto result = cpu::residual_block_forward(block, spec);
   return {result.out, result.conv_outputs, result.batch_stats};
 }
@@ -113,7 +115,7 @@ std::vector<at::Tensor> residual_block_backward(
   const auto spec = BlockSpec::decode(ints, eps);
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
-  const auto shapes = check(block, spec);
+  const auto shapes = check(block, spec, eps);
   const at::IntArrayRef shape = shapes[spec.stages - 1];
   TORCH_CHECK_VALUE(dout.sizes() == shape, "dout must be ", shape, ", got ", dout.sizes());
   TORCH_CHECK_TYPE(dout.scalar_type() == x.scalar_type(), "dout is ", dout.scalar_type(), ", x is ", x.scalar_type());

@@ -73,7 +73,7 @@ class ResidualBlock(torch.autograd.Function):
             grads = ctx.backend.backward(
                 ctx.spec, dout, saved[a], list(saved[a + 1 : b]), list(saved[b:]), saved[:a], ctx.needs_input_grad[2:]
             )
-        return None, None, *_refuse_second_derivative("residual_block", dout, grads)
+        return None, None, *_refuse_second_derivative("residual_block", grads, [dout, *saved[:a]])
 
 
 class MaxPool2d(torch.autograd.Function):
@@ -92,23 +92,26 @@ class MaxPool2d(torch.autograd.Function):
         (positions,) = ctx.saved_tensors
         with torch.no_grad():
             dx = operators.max_pool2d_backward(dout, positions, *ctx.size, *ctx.window)
-        return *_refuse_second_derivative("max_pool2d", dout, [dx]), None, None, None
+        return *_refuse_second_derivative("max_pool2d", [dx], [dout]), None, None, None
 
 
-def _refuse_second_derivative(name: str, dout: Tensor, grads: list[Tensor | None]) -> list[Tensor | None]:
-    """The gradients; under create_graph, tied to a node that explains itself when it is differentiated."""
+def _refuse_second_derivative(
+    name: str, grads: list[Tensor | None], sources: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients; under create_graph, tied to what they depend on by a node that explains itself when asked."""
     if not torch.is_grad_enabled():
         return grads
+    differentiable = [t for t in sources if t is not None and t.requires_grad]
     present = [g for g in grads if g is not None]
-    tied = iter(_SecondDerivative.apply(name, dout.detach().requires_grad_(), *present))
+    tied = iter(_SecondDerivative.apply(name, len(present), *present, *differentiable))
     return [None if g is None else next(tied) for g in grads]
 
 
 class _SecondDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, dout: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.name = name
-        return tuple(g.view_as(g) for g in grads)
+        return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: FunctionCtx, *_: Tensor) -> None:

@@ -62,9 +62,12 @@ def check_name(backend: str) -> None:
         raise ValueError(f"unknown backend {backend!r}; accepted: {', '.join(map(repr, NAMES))}")
 
 
-def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec) -> Backend | None:
+def select(
+    backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusal: str | None = None
+) -> Backend | None:
     """The backend for this call, None for plain PyTorch ("eager").
 
+    refusal: a reason, known to the caller, that holds for every backend.
     An empty batch always runs in plain PyTorch, whose behaviour it is to keep. Raises ValueError, BackendError.
     """
     check_name(backend)
@@ -72,12 +75,12 @@ def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec) -> Bac
         return None
     if backend != "auto":
         known = BACKENDS.get(backend)
-        reason = ABSENT[backend](x.device.type) if known is None else _reason(known, x, params, spec)
+        reason = ABSENT[backend](x.device.type) if known is None else refusal or _reason(known, x, params, spec)
         if known is None or reason is not None:
             raise BackendError(f"backend {backend!r} cannot run this block: {reason}. Accepted here: 'auto', 'eager'")
         return known
     for candidate in BACKENDS.values():
-        reason = _reason(candidate, x, params, spec)
+        reason = refusal or _reason(candidate, x, params, spec)
         if reason is None:
             return candidate
         _log_once(candidate.name, reason)
@@ -94,11 +97,19 @@ def select_pool(backend: str, x: Tensor) -> Backend | None:
     """As `select`, for `max_pool2d`, which only the native CPU backend has."""
     check_name(backend)
     chosen = BACKENDS["native"]
-    if backend in ABSENT:
-        raise BackendError(f"backend {backend!r} cannot run max_pool2d: {ABSENT[backend](x.device.type)}")
-    if backend not in ("auto", "native") or x.numel() == 0:
+    if backend == "eager" or x.numel() == 0:
         return None
-    return chosen if chosen.unavailable() is None and x.device.type == "cpu" else None
+    if backend in ABSENT:
+        reason: str | None = ABSENT[backend](x.device.type)
+    else:
+        elsewhere = None if x.device.type == "cpu" else f"the native backend runs on CPU tensors, x is on {x.device}"
+        reason = chosen.unavailable() or elsewhere
+    if reason is None:
+        return chosen
+    if backend != "auto":
+        raise BackendError(f"backend {backend!r} cannot run max_pool2d: {reason}. Accepted here: 'auto', 'eager'")
+    _log_once(chosen.name, reason)
+    return None
 
 
 def _reason(backend: Backend, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:

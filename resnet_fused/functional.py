@@ -30,10 +30,13 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     Raises ValueError (shapes, one value per channel in training, unknown backend), TypeError (dtypes),
     BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
     """
+    validation.check_input(x)
     owned = params
-    x, params = _autocast(x, params)
+    mixes = _autocast_mixes(x, spec)
+    if not mixes:
+        x, params = _autocast(x, params)
     sizes = validation.check(x, params, spec)
-    chosen = dispatch.select(backend, x, params, spec)
+    chosen = dispatch.select(backend, x, params, spec, None if not mixes else _MIXES)
     if chosen is None:
         out = reference.residual_block(x, params, spec)
     else:
@@ -66,12 +69,27 @@ def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int, *, backen
     return autograd.MaxPool2d.apply(x, kernel_size, stride, padding)
 
 
+_MIXES = "under autocast x is wider than the convolutions and reaches the block's norm or skip path as it is"
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast, where it is on, gives to x's convolutions."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _autocast_mixes(x: Tensor, spec: BlockSpec) -> bool:
+    """Whether eager would compute parts of this block in x's own dtype, which then is the output's."""
+    return _autocast_dtype(x) not in (None, x.dtype) and (spec.order == "pre" or spec.skip == "identity")
+
+
 def _autocast(x: Tensor, params: BlockParams) -> tuple[Tensor, BlockParams]:
     """x and the convolution tensors in autocast's dtype, where it is on; norm tensors stay, as in eager."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    dtype = _autocast_dtype(x)
+    if dtype is None:
         return x, params
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(stage: StageParams) -> StageParams:
         bias = None if stage.bias is None else stage.bias.to(dtype)

@@ -31,7 +31,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("identity", "relu")  # index = code in cs
 
 
 def _pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> IntPair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= minimum for v in pair):
         raise ValueError(f"{name} must be an int or a pair of ints >= {minimum}, got {value!r}")
     return pair[0], pair[1]
@@ -70,8 +70,8 @@ class StageSpec:
         object.__setattr__(self, "dilation", _pair("dilation", self.dilation, 1))
         if not isinstance(self.groups, int) or self.groups < 1:
             raise ValueError(f"groups must be a positive int, got {self.groups!r}")
-        if self.eps < 0:
-            raise ValueError(f"eps must not be negative, got {self.eps!r}")
+        if not 0 <= self.eps < float("inf"):  # false for NaN
+            raise ValueError(f"eps must be a finite number >= 0, got {self.eps!r}")
         _one_of("act", self.act, ACTIVATIONS)
 
     def output_size(self, size: IntPair, kernel: IntPair) -> IntPair:

@@ -16,7 +16,7 @@ def check(x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Shape]:
 
     Raises ValueError for shapes, devices and counts, TypeError for dtypes.
     """
-    _check_input(x)
+    check_input(x)
     if len(params.convs) != len(spec.convs) or (params.projection is None) != (spec.projection is None):
         raise ValueError(
             f"params hold {len(params.stages)} stages {_with(params.projection)}, "
@@ -57,7 +57,7 @@ def values_per_channel(x: Tensor, shapes: list[Shape], spec: BlockSpec) -> list[
 
 def check_pool(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
     """Raises ValueError or TypeError for an input or a window that `max_pool2d` does not take."""
-    _check_input(x)
+    check_input(x)
     if not 1 <= kernel_size <= 15 or stride < 1 or not 0 <= padding <= kernel_size // 2:
         raise ValueError(
             f"got kernel_size={kernel_size}, stride={stride}, padding={padding}; accepted: a kernel of 1 to 15, "
@@ -67,7 +67,8 @@ def check_pool(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
         raise ValueError(f"a {kernel_size}x{kernel_size} window does not fit the input {tuple(x.shape)}")
 
 
-def _check_input(x: Tensor) -> None:
+def check_input(x: Tensor) -> None:
+    """Raises TypeError or ValueError for an x that no block takes, whatever its parameters."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() != 4:

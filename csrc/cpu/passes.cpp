@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 
 namespace resnet_fused::cpu {
 namespace {
@@ -140,13 +141,26 @@ void backward_apply(
   chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
     const int64_t offset = row * chunks.channels;
     kernels.backward_apply(
-        {source + offset, mask, at_offset(y_data, offset), norm.affine(), k.k_dz.data(), k.k_y.data(), k.k.data(),
+        {source + offset, mask, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(), k.k.data(),
          at_offset(add_data, offset), k.k_add.data(), target + offset},
         rows, chunks.channels);
   });
 }
 
+template <class S>
+bool all_finite(const at::Tensor& x) {
+  const Chunks chunks(x);
+  const auto& kernels = row_kernels<element_t<S>>();
+  const auto* source = data<S>(x);
+  std::atomic<bool> finite{true};
+  chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
+    if (finite && !kernels.all_finite(source + row * chunks.channels, rows * chunks.channels)) finite = false;
+  });
+  return finite;
+}
+
 #define INSTANTIATE(S)                                                                                               \
+  template bool all_finite<S>(const at::Tensor&);                                                                    \
   template at::Tensor batch_statistics<S>(const at::Tensor&);                                                        \
   template at::Tensor normalize<S>(                                                                                  \
       const at::Tensor&, const NormVectors<acc_t<S>>&, bool, const ResidualInput<acc_t<S>>&);                        \

@@ -54,6 +54,7 @@ struct ReduceInput {
 template <class A>
 struct ApplyVectors {
   std::vector<A> k_dz, k_y, k, k_add;
+  bool y_term = false;  // whether k_y and k count
   explicit ApplyVectors(int64_t channels) : k_dz(channels, A(1)), k_y(channels, A(0)), k(channels, A(0)) {}
 };
 
@@ -68,7 +69,7 @@ at::Tensor normalize(const at::Tensor& y, const NormVectors<acc_t<S>>& norm, boo
 template <class S>
 Sums backward_reduce(const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2 = nullptr);
 
-// Writes dx, which may be dz itself; y and add may be undefined.
+// Writes dx, which may be dz itself. y serves the mask and the y term, and may be undefined without them, as may add.
 template <class S>
 void backward_apply(
     const at::Tensor& dz,
@@ -78,5 +79,8 @@ void backward_apply(
     const ApplyVectors<acc_t<S>>& k,
     const at::Tensor& add,
     const at::Tensor& dx);
+
+// Whether no element is infinite or NaN.
+template <class S> bool all_finite(const at::Tensor& x);
 
 }  // namespace resnet_fused::cpu

@@ -325,6 +325,7 @@ class Backward {
     for (int64_t c = 0; c < channels; ++c) {
       const double scale = static_cast<double>(factor[c]) * norm.scale[c];
       k.k_dz[c] = static_cast<A>(scale);
+      k.y_term = batch;
       if (!batch) continue;
       const double inverse_std = norm.inverse_std[c];
       k.k_y[c] = static_cast<A>(-scale * inverse_std * inverse_std * sum_y[c] / rows);
@@ -431,15 +432,17 @@ at::Tensor infer(
     const std::vector<at::Tensor>& weights, const OptionalTensors& biases, const std::optional<at::Tensor>& skip_scale, const BlockSpec& spec) {
   using A = acc_t<S>;
   const auto x = x_in.contiguous(kLayout);
-  const bool post_ops = has_post_ops(x);
+  // oneDNN's ReLU turns NaN into 0, PyTorch's does not: what may hold one takes the ReLU of our own pass.
+  const bool post_ops = has_post_ops(x), fuses_relu = post_ops && all_finite<S>(x);
   const int64_t last = spec.stages - 1;
   const auto relu_after = [&](int64_t i) {  // the activation between convolution i and the next, or the block's own
     if (spec.pre_activation) return i < last && spec.convs[i + 1].relu;
     return spec.convs[i].relu;
   };
   const auto run = [&](int64_t i, const at::Tensor& p, bool relu) {
-    if (post_ops) return convolution_act(p, weights[i], biases[i], spec.convs[i], relu);
-    const auto y = convolution(p, weights[i], biases[i], spec.convs[i]);
+    if (fuses_relu || (post_ops && !relu)) return convolution_act(p, weights[i], biases[i], spec.convs[i], relu);
+    const auto y = post_ops ? convolution_act(p, weights[i], biases[i], spec.convs[i], false)
+                            : convolution(p, weights[i], biases[i], spec.convs[i]);
     return relu ? normalize<S>(y, NormVectors<A>(y.size(1)), true) : y;
   };
 
@@ -461,7 +464,7 @@ at::Tensor infer(
     out = run(last, u, relu);
   } else {
     const auto skip = spec.has_projection() ? run(spec.stages, first, false) : x;
-    if (post_ops && !skip_scale) {
+    if (fuses_relu && !skip_scale) {
       out = convolution_add_act(u, weights[last], biases[last], spec.convs[last], skip, spec.has_projection(), relu);
     } else {
       const auto y = run(last, u, false);

@@ -2,8 +2,8 @@
 
     norm(conv(x, w, c)) = conv(x, w * a) + (c * a + b),   a = gamma / sqrt(var + eps),   b = beta - mean * a
 
-The cache hangs on the first convolution's weight and is keyed by identity and version counter of every tensor
-involved, so optimizer steps, `load_state_dict` and `.to()` are seen. Writing through ``tensor.data`` is not: call
+The cache hangs on the first convolution's weight and holds while every tensor involved is the same object, at the
+same address and version counter, so optimizer steps, `load_state_dict` and `.to()` are seen. Writing through ``tensor.data`` is not: call
 `forget` then (a fused module does when it changes between training and evaluation).
 
 Where oneDNN will run them, the weights are also brought into its blocked layout, once instead of at every call.
@@ -11,6 +11,7 @@ Where oneDNN will run them, the weights are also brought into its blocked layout
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,35 +50,30 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
 
     source: the parameters as the caller owns them, not copies cast for one call: they carry the version counters.
     """
+    tensors = _tensors(source)
+    if any(t.is_inference() for t in tensors):  # no version counter: nothing to hold the cache against
+        return _fold(source, x, spec)
+    floats = tuple(s for s in (source.branch_scale, source.skip_scale) if not isinstance(s, Tensor))
+    key = (spec, x.dtype, _packs(x), floats, tuple((t.data_ptr(), t._version) for t in tensors))
     anchor = source.convs[0].weight
-    key = _versions(source, x, spec)
-    if key is not None:
-        hit = _cache.get(anchor)
-        if hit is not None and hit[0] == key:
-            return hit[1]  # type: ignore[no-any-return]
-    with torch.no_grad():
-        result = _fold(source, x, spec)
-    if key is not None:
-        _cache[anchor] = (key, result)
+    hit = _cache.get(anchor)
+    # The objects are compared too, through weak references: a new tensor may live at a dead one's address.
+    if hit is not None and hit[0] == key and all(r() is t for r, t in zip(hit[1], tensors, strict=True)):
+        return hit[2]  # type: ignore[no-any-return]
+    result = _fold(source, x, spec)
+    _cache[anchor] = (key, tuple(map(weakref.ref, tensors)), result)
     return result
 
 
-def _versions(params: BlockParams, x: Tensor, spec: BlockSpec) -> tuple[object, ...] | None:
-    """A key that changes whenever a tensor does; None where inference tensors have no version counter."""
-    key: list[object] = [spec, x.dtype, _packs(x)]
-    for scale in (params.branch_scale, params.skip_scale):
-        key.append(_version(scale) if isinstance(scale, Tensor) else scale)
+def _tensors(params: BlockParams) -> list[Tensor]:
+    """Every tensor that folding reads."""
+    candidates: list[Scale | None] = [params.branch_scale, params.skip_scale]
     for p in params.convs:
-        key += [_version(t) for t in (p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var)]
-    return None if "inference" in key else tuple(key)
+        candidates += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var]
+    return [t for t in candidates if isinstance(t, Tensor)]
 
 
-def _version(t: Tensor | None) -> object:
-    if t is None:
-        return None
-    return "inference" if t.is_inference() else (id(t), t.data_ptr(), t._version)
-
-
+@torch.no_grad()
 def _fold(params: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms = [_affine(s, p, precision) for s, p in zip(spec.convs, params.convs, strict=True)]

@@ -57,7 +57,8 @@ struct BackwardApplyArgs {
   using A = arith_t<T>;
   const T* dz;
   Mask mask;             // none, or affine where dz is still dout
-  const T* y;            // nullptr: without the y term
+  const T* y;            // for Mask::affine and the y term, else nullptr
+  bool y_term;           // without it k_y and k do not count: a NaN in y must not reach a frozen norm's gradient
   Affine<A> norm;
   const A* k_dz;         // dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
   const A* k_y;
@@ -75,6 +76,8 @@ struct RowKernels {
   void (*normalize)(const NormalizeArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_reduce)(const BackwardReduceArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_apply)(const BackwardApplyArgs<T>&, int64_t rows, int64_t channels);
+  // whether no element is infinite or NaN
+  bool (*all_finite)(const T* x, int64_t count);
   // best and position := x and `at` wherever x is greater than best, or NaN, or everywhere if `first`
   void (*running_max)(const T* x, A at, bool first, int64_t channels, A* best, A* position);
   // sum += dout wherever position == at

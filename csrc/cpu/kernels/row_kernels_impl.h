@@ -174,44 +174,65 @@ static void backward_reduce(const BackwardReduceArgs<T>& args, int64_t rows, int
 
 // --- backward: apply -------------------------------------------------------------------------------------------------
 
-template <class T, Mask mask, bool has_y, bool has_add>
+template <class T, Mask mask, bool y_term, bool has_add>
 static void apply_rows(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
   using A = arith_t<T>;
+  constexpr bool reads_y = y_term || mask == Mask::affine;
   const Affine<A> norm = args.norm;
   const A *k_dz = args.k_dz, *k_y = args.k_y, *k = args.k, *k_add = args.k_add;
   for (int64_t r = 0; r < rows; ++r) {
-    const T* dz_in = args.dz + r * channels;
-    const T* y = args.y + (has_y ? r * channels : 0);
-    const T* add = args.add + (has_add ? r * channels : 0);
-    T* dx = args.dx + r * channels;
+    const int64_t at = r * channels;
+    const T* dz_in = args.dz + at;
+    const T* y = reads_y ? args.y + at : nullptr;
+    const T* add = has_add ? args.add + at : nullptr;
+    T* dx = args.dx + at;
     CHANNEL_LOOP {
       A dz = load(dz_in[c]);
-      A result = 0;
-      if constexpr (has_y) {
-        const A yc = load(y[c]);
-        if constexpr (mask == Mask::affine) dz = apply(norm, c, yc) <= 0 ? A(0) : dz;
-        result = k_y[c] * (yc - norm.center[c]) + k[c];
-      }
-      result += k_dz[c] * dz;
+      if constexpr (mask == Mask::affine) dz = apply(norm, c, A(load(y[c]))) <= 0 ? A(0) : dz;
+      A result = k_dz[c] * dz;
+      if constexpr (y_term) result += k_y[c] * (load(y[c]) - norm.center[c]) + k[c];
       if constexpr (has_add) result += k_add[c] * load(add[c]);
       dx[c] = Store<T>::from(result);
     }
   }
 }
 
+template <class T, Mask mask>
+static void apply_masked(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
+  if (args.y_term) {
+    args.add ? apply_rows<T, mask, true, true>(args, rows, channels) : apply_rows<T, mask, true, false>(args, rows, channels);
+  } else {
+    args.add ? apply_rows<T, mask, false, true>(args, rows, channels) : apply_rows<T, mask, false, false>(args, rows, channels);
+  }
+}
+
 template <class T>
 static void backward_apply(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
-  const bool affine = args.mask == Mask::affine;
-  if (!args.y) {
-    args.add ? apply_rows<T, Mask::none, false, true>(args, rows, channels)
-             : apply_rows<T, Mask::none, false, false>(args, rows, channels);
-  } else if (args.add) {
-    affine ? apply_rows<T, Mask::affine, true, true>(args, rows, channels)
-           : apply_rows<T, Mask::none, true, true>(args, rows, channels);
-  } else {
-    affine ? apply_rows<T, Mask::affine, true, false>(args, rows, channels)
-           : apply_rows<T, Mask::none, true, false>(args, rows, channels);
+  args.mask == Mask::affine ? apply_masked<T, Mask::affine>(args, rows, channels)
+                            : apply_masked<T, Mask::none>(args, rows, channels);
+}
+
+// --- finiteness ------------------------------------------------------------------------------------------------------
+
+// The bits of an infinity without its sign; of what is not finite, none are smaller.
+static inline uint16_t magnitude(bf16 v) { return v.bits & 0x7fffu; }
+static inline uint16_t magnitude(f16 v) { return v.bits & 0x7fffu; }
+static inline uint32_t magnitude(float v) { return __builtin_bit_cast(uint32_t, v) & 0x7fffffffu; }
+static inline uint64_t magnitude(double v) { return __builtin_bit_cast(uint64_t, v) & 0x7fffffffffffffffull; }
+template <class T> struct Infinity;
+template <> struct Infinity<bf16> { static constexpr uint16_t bits = 0x7f80u; };
+template <> struct Infinity<f16> { static constexpr uint16_t bits = 0x7c00u; };
+template <> struct Infinity<float> { static constexpr uint32_t bits = 0x7f800000u; };
+template <> struct Infinity<double> { static constexpr uint64_t bits = 0x7ff0000000000000ull; };
+
+template <class T>
+static bool all_finite(const T* x, int64_t count) {
+  auto largest = magnitude(x[0]);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto m = magnitude(x[i]);
+    largest = m > largest ? m : largest;
   }
+  return largest < Infinity<T>::bits;
 }
 
 // --- max pooling -----------------------------------------------------------------------------------------------------
@@ -244,7 +265,7 @@ static void store_bytes(const arith_t<T>* values, int64_t channels, uint8_t* out
 
 template <class T>
 static constexpr RowKernels<T> table = {
-    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, running_max<T>, add_where<T>, store<T>,
+    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, all_finite<T>, running_max<T>, add_where<T>, store<T>,
     store_bytes<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
