@@ -96,12 +96,11 @@ class Block {
     const bool batch = spec.convs[conv].norm == Norm::batch;
     norm.center = to_vector<A>(batch ? batch_stats.select(0, 0) : *tensors.running_means[conv]);
     const auto var = to_vector<A>(batch ? batch_stats.select(0, 1) : *tensors.running_vars[conv]);
-    for (int64_t c = 0; c < channels; ++c)
-      norm.inverse_std[c] = A(1) / std::sqrt(var[c] + static_cast<A>(spec.convs[conv].eps));
-    norm.scale = norm.inverse_std;
-    if (tensors.norm_weights[conv]) {
-      const auto gamma = to_vector<A>(*tensors.norm_weights[conv]);
-      for (int64_t c = 0; c < channels; ++c) norm.scale[c] *= gamma[c];
+    const auto gamma = scale_vector<A>(tensors.norm_weights[conv], channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double inverse_std = 1.0 / std::sqrt(static_cast<double>(var[c]) + spec.convs[conv].eps);
+      norm.inverse_std[c] = static_cast<A>(inverse_std);
+      norm.scale[c] = static_cast<A>(inverse_std * gamma[c]);
     }
     if (tensors.norm_biases[conv]) norm.shift = to_vector<A>(*tensors.norm_biases[conv]);
   }
