@@ -20,8 +20,16 @@ extension = CppExtension(
     sources=sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.cpp")),
     depends=sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.h")),
     define_macros=[("RESNET_FUSED_VERSION", f'"{VERSION}"')],
-    # at::parallel_for is a header: without -fopenmp it compiles to a plain loop.
-    extra_compile_args=["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"],
+    extra_compile_args=[
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fopenmp",  # at::parallel_for is a header: without it, it compiles to a plain loop
+        "-fno-trapping-math",  # lets the vectoriser turn branches around float operations into selects
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-unknown-pragmas",
+    ],
     extra_link_args=["-fopenmp"],
 )
 

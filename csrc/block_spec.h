@@ -40,8 +40,7 @@ struct BlockSpec {
   bool needs_output(int64_t i, bool branch_scaled, bool skip_scaled) const {
     if (i < stages - 1) return true;
     if (i == stages - 1 ? branch_scaled : skip_scaled) return true;
-    return !pre_activation &&
-        (convs[i].norm != Norm::none || (skip == Skip::none && convs[i].relu));
+    return !pre_activation && (convs[i].norm != Norm::none || (skip == Skip::none && convs[i].relu));
   }
 
   // Throws ValueError for lists that `encode` cannot have made.

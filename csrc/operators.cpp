@@ -18,8 +18,8 @@ OptionalTensors to_vector(const OptionalList& list) { return {list.begin(), list
 
 void check_vector(const char* name, const std::optional<at::Tensor>& t, int64_t channels, int64_t conv) {
   TORCH_CHECK_VALUE(
-      !t || (t->dim() == 1 && t->size(0) == channels), name, " of convolution ", conv, " must be [", channels, "], got ",
-      t->sizes());
+      !t || (t->dim() == 1 && t->size(0) == channels), name, " of convolution ", conv, " must be [", channels,
+      "], got ", t->sizes());
 }
 
 void check_scale(const char* name, const std::optional<at::Tensor>& t, int64_t channels) {
@@ -40,15 +40,17 @@ std::vector<std::vector<int64_t>> check_convolutions(
     const auto& stage = spec.convs[i];
     const auto& w = weights[i];
     const auto in = static_cast<int64_t>(i) == spec.stages ? x.sizes().vec() : source;
-    TORCH_CHECK_TYPE(w.scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), ", weight ", i, " is ", w.scalar_type());
+    TORCH_CHECK_TYPE(
+        w.scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), ", weight ", i, " is ", w.scalar_type());
     TORCH_CHECK_VALUE(
-        w.dim() == 4 && w.size(1) * stage.groups == in[1] && w.size(0) % stage.groups == 0, "convolution ", i, " receives ",
-        in[1], " channels in ", stage.groups, " groups, its weight is ", w.sizes());
+        w.dim() == 4 && w.size(1) * stage.groups == in[1] && w.size(0) % stage.groups == 0, "convolution ", i,
+        " receives ", in[1], " channels in ", stage.groups, " groups, its weight is ", w.sizes());
     check_vector("bias", biases[i], w.size(0), static_cast<int64_t>(i));
     std::vector<int64_t> shape{x.size(0), w.size(0)};
     for (int64_t d = 0; d < 2; ++d) {
       const int64_t extent = stage.dilation[d] * (w.size(2 + d) - 1) + 1, padded = in[2 + d] + 2 * stage.padding[d];
-      TORCH_CHECK_VALUE(padded >= extent, "the kernel of convolution ", i, " does not fit its input ", at::IntArrayRef(in));
+      TORCH_CHECK_VALUE(
+          padded >= extent, "the kernel of convolution ", i, " does not fit its input ", at::IntArrayRef(in));
       shape.push_back((padded - extent) / stage.stride[d] + 1);
     }
     shapes.push_back(shape);
@@ -84,11 +86,18 @@ std::vector<std::vector<int64_t>> check(const BlockTensors& block, const BlockSp
 
 BlockTensors block_tensors(
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
-    at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights, const OptionalList& norm_biases,
-    const OptionalList& running_means, const OptionalList& running_vars) {
+    at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights,
+    const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars) {
   BlockTensors block{
-      x, branch_scale, skip_scale, weights.vec(), to_vector(biases), to_vector(norm_weights), to_vector(norm_biases),
-      to_vector(running_means), to_vector(running_vars)};
+      x,
+      branch_scale,
+      skip_scale,
+      weights.vec(),
+      to_vector(biases),
+      to_vector(norm_weights),
+      to_vector(norm_biases),
+      to_vector(running_means),
+      to_vector(running_vars)};
   for (const auto* list : {&block.norm_weights, &block.norm_biases, &block.running_means, &block.running_vars})
     TORCH_CHECK_VALUE(list->size() == block.weights.size(), "every list of tensors needs one entry a convolution");
   return block;
@@ -96,8 +105,9 @@ BlockTensors block_tensors(
 
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residual_block_forward(
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
-    at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights, const OptionalList& norm_biases,
-    const OptionalList& running_means, const OptionalList& running_vars, at::IntArrayRef ints, at::ArrayRef<double> eps) {
+    at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights,
+    const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars,
+    at::IntArrayRef ints, at::ArrayRef<double> eps) {
   const auto spec = BlockSpec::decode(ints, eps);
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
@@ -107,11 +117,11 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residua
 }
 
 std::vector<at::Tensor> residual_block_backward(
-    const at::Tensor& dout, const std::optional<at::Tensor>& out, at::TensorList conv_outputs, at::TensorList batch_stats,
-    const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
-    at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights, const OptionalList& norm_biases,
-    const OptionalList& running_means, const OptionalList& running_vars, const c10::List<bool>& needs, at::IntArrayRef ints,
-    at::ArrayRef<double> eps) {
+    const at::Tensor& dout, const std::optional<at::Tensor>& out, at::TensorList conv_outputs,
+    at::TensorList batch_stats, const at::Tensor& x, const std::optional<at::Tensor>& branch_scale,
+    const std::optional<at::Tensor>& skip_scale, at::TensorList weights, const OptionalList& biases,
+    const OptionalList& norm_weights, const OptionalList& norm_biases, const OptionalList& running_means,
+    const OptionalList& running_vars, const c10::List<bool>& needs, at::IntArrayRef ints, at::ArrayRef<double> eps) {
   const auto spec = BlockSpec::decode(ints, eps);
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
@@ -121,9 +131,11 @@ std::vector<at::Tensor> residual_block_backward(
   TORCH_CHECK_TYPE(dout.scalar_type() == x.scalar_type(), "dout is ", dout.scalar_type(), ", x is ", x.scalar_type());
   const bool masked = spec.last().relu && !spec.pre_activation && spec.skip != Skip::none;
   TORCH_CHECK_VALUE(
-      !masked || (out && out->sizes() == shape && out->scalar_type() == x.scalar_type()), "backward needs the block's output ", shape);
+      !masked || (out && out->sizes() == shape && out->scalar_type() == x.scalar_type()),
+      "backward needs the block's output ", shape);
   TORCH_CHECK_VALUE(
-      needs.size() == 3 + 6 * spec.convs.size(), "needs must have ", 3 + 6 * spec.convs.size(), " flags, got ", needs.size());
+      needs.size() == 3 + 6 * spec.convs.size(), "needs must have ", 3 + 6 * spec.convs.size(), " flags, got ",
+      needs.size());
   size_t saved = 0, stats = 0;
   for (size_t i = 0; i < spec.convs.size(); ++i) {
     if (spec.saves(static_cast<int64_t>(i), branch_scale.has_value(), skip_scale.has_value())) {
@@ -147,7 +159,8 @@ std::vector<at::Tensor> residual_block_backward(
 
 at::Tensor residual_block_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
-    at::TensorList weights, const OptionalList& biases, const std::optional<at::Tensor>& skip_scale, at::IntArrayRef ints) {
+    at::TensorList weights, const OptionalList& biases, const std::optional<at::Tensor>& skip_scale,
+    at::IntArrayRef ints) {
   const auto spec = BlockSpec::decode(ints, {});
   const auto shapes = check_convolutions(x, weights, to_vector(biases), spec);
   check_vector("pre_scale", pre_scale, x.size(1), 0);
@@ -159,21 +172,22 @@ at::Tensor residual_block_infer(
 
 cpu::Window window(int64_t kernel, int64_t stride, int64_t padding) {
   TORCH_CHECK_VALUE(
-      kernel >= 1 && kernel <= 15 && stride >= 1 && padding >= 0 && 2 * padding <= kernel, "unsupported pooling window: kernel ",
-      kernel, ", stride ", stride, ", padding ", padding);
+      kernel >= 1 && kernel <= 15 && stride >= 1 && padding >= 0 && 2 * padding <= kernel,
+      "unsupported pooling window: kernel ", kernel, ", stride ", stride, ", padding ", padding);
   return {kernel, stride, padding};
 }
 
 std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x, int64_t kernel, int64_t stride, int64_t padding) {
   const auto win = window(kernel, stride, padding);
   TORCH_CHECK_VALUE(
-      x.dim() == 4 && x.numel() > 0 && std::min(x.size(2), x.size(3)) + 2 * padding >= kernel, "x must be [N, C, H, W] and hold a window, got ",
-      x.sizes());
+      x.dim() == 4 && x.numel() > 0 && std::min(x.size(2), x.size(3)) + 2 * padding >= kernel,
+      "x must be [N, C, H, W] and hold a window, got ", x.sizes());
   return cpu::max_pool2d(x, win);
 }
 
 at::Tensor max_pool2d_backward(
-    const at::Tensor& dout, const at::Tensor& positions, int64_t height, int64_t width, int64_t kernel, int64_t stride, int64_t padding) {
+    const at::Tensor& dout, const at::Tensor& positions, int64_t height, int64_t width, int64_t kernel, int64_t stride,
+    int64_t padding) {
   const auto win = window(kernel, stride, padding);
   TORCH_CHECK_VALUE(
       dout.dim() == 4 && positions.sizes() == dout.sizes() && positions.scalar_type() == at::kByte &&
@@ -203,7 +217,8 @@ TORCH_LIBRARY(resnet_fused, m) {
       "Tensor? skip_scale, int[] spec) -> Tensor out");
   m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> (Tensor out, Tensor positions)");
   m.def(
-      "max_pool2d_backward(Tensor dout, Tensor positions, int height, int width, int kernel_size, int stride, int padding) "
+      "max_pool2d_backward(Tensor dout, Tensor positions, int height, int width, int kernel_size, int stride, int "
+      "padding) "
       "-> Tensor dx");
 }
 

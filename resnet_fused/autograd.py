@@ -57,7 +57,9 @@ class ResidualBlock(torch.autograd.Function):
     def forward(ctx: Any, spec: BlockSpec, backend: Backend, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         out, conv_outputs, batch_stats = backend.forward(spec, tensors)
         masked_by_out = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
-        ctx.save_for_backward(*_without_updated(spec, tensors), out if masked_by_out else None, *conv_outputs, *batch_stats)
+        ctx.save_for_backward(
+            *_without_updated(spec, tensors), out if masked_by_out else None, *conv_outputs, *batch_stats
+        )
         ctx.spec, ctx.backend = spec, backend
         ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
         ctx.mark_non_differentiable(*batch_stats)

@@ -62,9 +62,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"unknown backend {backend!r}; accepted: {', '.join(map(repr, NAMES))}")
 
 
-def select(
-    backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusal: str | None = None
-) -> Backend | None:
+def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusal: str | None = None) -> Backend | None:
     """The backend for this call, None for plain PyTorch ("eager").
 
     refusal: a reason, known to the caller, that holds for every backend.

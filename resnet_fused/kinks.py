@@ -44,8 +44,9 @@ class OnRelu(TorchDispatchMode):
 class Kinks:
     """Three runs of one module, in this order: `record` in `dtype`, `measure` and `flip` in float64."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._sigmas = RARE if torch.finfo(dtype).eps < 1e-6 else MANY
+    def __init__(self, dtype: torch.dtype, sigmas: float | None = None) -> None:
+        """sigmas: what "near" means; by default RARE or MANY, as fits a network in `dtype`."""
+        self._sigmas = sigmas or (RARE if torch.finfo(dtype).eps < 1e-6 else MANY)
         self._recorded: list[Tensor] = []
         self._near_zero: list[float] = []
 

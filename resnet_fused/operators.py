@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from resnet_fused.errors import BackendError
-from resnet_fused.spec import BlockSpec, StageSpec
+from resnet_fused.spec import ACTIVATIONS, BlockSpec, StageSpec
 
 TensorList = tuple[Tensor | None, ...]
 BUILD_HINT = (
@@ -26,11 +26,11 @@ BUILD_HINT = (
 )
 
 try:
-    from resnet_fused import _C  # importing it registers the operators
+    from resnet_fused import _C  # type: ignore[attr-defined]  # importing it registers the operators
 
     _load_error: str | None = None
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
+    _C = None
     _load_error = f"{BUILD_HINT} (import said: {error})"
 
 
@@ -115,7 +115,7 @@ def saved_convs(spec: BlockSpec, branch_scaled: bool, skip_scaled: bool) -> list
             saved.append(i)
         elif spec.memory == "default":
             scaled = branch_scaled if i == last else skip_scaled
-            if scaled or (spec.order == "post" and (stage.norm or spec.skip == "none" and stage.act == "relu")):
+            if scaled or (spec.order == "post" and (stage.norm or (spec.skip == "none" and stage.act == "relu"))):
                 saved.append(i)
     return saved
 
@@ -139,10 +139,8 @@ def _decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
     stages = []
     for i in range(len(ints) // 9):
         sh, sw, ph, pw, dh, dw, groups, norm, act = ints[4 + 9 * i : 13 + 9 * i]
-        activation = "relu" if act else "identity"
-        stages.append(
-            StageSpec((sh, sw), (ph, pw), (dh, dw), groups, norm > 0, norm == 2, eps[i] if eps else 0.0, activation)
-        )
+        each_eps = eps[i] if eps else 0.0
+        stages.append(StageSpec((sh, sw), (ph, pw), (dh, dw), groups, norm > 0, norm == 2, each_eps, ACTIVATIONS[act]))
     return BlockSpec(
         tuple(stages[:count]),
         ("none", "identity", "projection")[skip],

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.errors import BackendError
-from resnet_fused.kinks import Kinks
+from resnet_fused.kinks import MANY, RARE, Kinks
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec, StageSpec
 
@@ -50,7 +50,7 @@ def assert_equivalent(blocks: list[Block], douts: list[Tensor], backend: str) ->
     relu = any(stage.act == "relu" for stage in spec.stages)
     runs: dict[str, list[Results]] = {"got": [], "eager": [], "other": [], "flipped": [], "exact": []}
     for (x, params, _), dout in zip(blocks, douts, strict=True):
-        kinks = Kinks(dtype)
+        kinks = Kinks(dtype, MANY if dtype == torch.bfloat16 else RARE)  # of so few values, halves flip one at most
         runs["got"].append(run(x, params, spec, backend, dout))
         with kinks.record():
             runs["eager"].append(run(x, params, spec, "eager", dout))
@@ -483,7 +483,9 @@ def test_poison_reaches_the_operators(backend: str) -> None:
 
 
 @backends
-@pytest.mark.parametrize("case", [block(2, order="pre", channels=8), block(2, channels=8)], ids=["pre", "identity skip"])
+@pytest.mark.parametrize(
+    "case", [block(2, order="pre", channels=8), block(2, channels=8)], ids=["pre", "identity skip"]
+)
 def test_autocast_of_a_float_skip_path(case: Case, backend: str) -> None:
     """Here eager computes the norm or the skip path in fp32: "auto" leaves that to it, a named backend says so."""
     x, params, spec = case.build(torch.float32, torch.channels_last, 0)

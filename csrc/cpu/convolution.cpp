@@ -23,8 +23,8 @@ bool supported(const char* query) {
 
 // A pointwise convolution is a matrix product over pixels, and channels_last activations are its matrices already.
 bool is_matrix_product(const at::Tensor& weight, const Stage& stage) {
-  return weight.size(2) == 1 && weight.size(3) == 1 && stage.groups == 1 && stage.stride[0] == 1 && stage.stride[1] == 1 &&
-      stage.padding[0] == 0 && stage.padding[1] == 0;
+  return weight.size(2) == 1 && weight.size(3) == 1 && stage.groups == 1 && stage.stride[0] == 1 &&
+         stage.stride[1] == 1 && stage.padding[0] == 0 && stage.padding[1] == 0;
 }
 
 // [N, C, H, W] in channels_last as [N * H * W, C], the same memory.
@@ -35,13 +35,16 @@ at::Tensor as_rows(const at::Tensor& t) {
 
 // oneDNN 3.12's float weight gradient of a 1x1 convolution with unequal strides writes out of bounds (two threads,
 // channels_last; plain PyTorch crashes with it too). Dropping the pixels that the stride skips leaves stride 1.
-std::pair<at::Tensor, Stage> without_unequal_strides(const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
+std::pair<at::Tensor, Stage> without_unequal_strides(
+    const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
   if (stage.stride[0] == stage.stride[1] || weight.size(2) != 1 || weight.size(3) != 1) return {p, stage};
   Stage unit = stage;
   const auto padded = at::constant_pad_nd(p, {stage.padding[1], stage.padding[1], stage.padding[0], stage.padding[0]});
   unit.stride = {1, 1};
   unit.padding = {0, 0};
-  return {padded.slice(2, 0, std::nullopt, stage.stride[0]).slice(3, 0, std::nullopt, stage.stride[1]).contiguous(kLayout), unit};
+  return {
+      padded.slice(2, 0, std::nullopt, stage.stride[0]).slice(3, 0, std::nullopt, stage.stride[1]).contiguous(kLayout),
+      unit};
 }
 
 at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
@@ -49,12 +52,15 @@ at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.s
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage) {
-  return at::convolution(p, weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups).contiguous(kLayout);
+  return at::convolution(p, weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups)
+      .contiguous(kLayout);
 }
 
-at::Tensor convolution_backward_data(const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage) {
+at::Tensor convolution_backward_data(
+    const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage) {
   auto [dp, dw, db] = at::convolution_backward(
-      dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups, {true, false, false});
+      dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
+      {true, false, false});
   return dp.contiguous(kLayout);
 }
 
@@ -66,12 +72,14 @@ bool convolution_backward_data_into(
 }
 
 WeightGradients convolution_backward_weight(
-    const at::Tensor& dy, const at::Tensor& p_in, const at::Tensor& weight, const Stage& stage_in, bool needs_weight, bool needs_bias) {
+    const at::Tensor& dy, const at::Tensor& p_in, const at::Tensor& weight, const Stage& stage_in, bool needs_weight,
+    bool needs_bias) {
   WeightGradients grads;
   if (needs_weight) {
     const auto [p, stage] = without_unequal_strides(p_in, weight, stage_in);
     auto result = at::convolution_backward(
-        dy, p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups, {false, true, false});
+        dy, p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
+        {false, true, false});
     grads.weight = std::get<1>(result).contiguous(weight.suggest_memory_format());
   }
   if (needs_bias) grads.bias = dy.sum(at::IntArrayRef({0, 2, 3}));
@@ -83,40 +91,51 @@ bool has_post_ops(const at::Tensor& x) {
   static const bool bf16 = supported("mkldnn::_is_mkldnn_bf16_supported");
   static const bool fp16 = supported("mkldnn::_is_mkldnn_fp16_supported");
   switch (x.scalar_type()) {
-    case at::kFloat: return true;
-    case at::kBFloat16: return bf16;
-    case at::kHalf: return fp16;
-    default: return false;
+    case at::kFloat:
+      return true;
+    case at::kBFloat16:
+      return bf16;
+    case at::kHalf:
+      return fp16;
+    default:
+      return false;
   }
 }
 
-at::Tensor convolution_act(const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, bool relu) {
+at::Tensor convolution_act(
+    const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, bool relu) {
   static const auto op = mkldnn_op<at::Tensor(
       const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
       std::string_view, ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise", "");
   return op
-      .call(p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, relu ? "relu" : "none", ScalarList(), std::nullopt)
+      .call(
+          p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, relu ? "relu" : "none",
+          ScalarList(), std::nullopt)
       .contiguous(kLayout);
 }
 
 at::Tensor convolution_add_act(
-    const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, const at::Tensor& other, bool in_place, bool relu) {
+    const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, const at::Tensor& other,
+    bool in_place, bool relu) {
   const auto unary = relu ? std::optional<std::string_view>("relu") : std::nullopt;
   if (in_place) {
     static const auto op = mkldnn_op<at::Tensor&(
-        at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
-        std::string_view, std::optional<at::Scalar>, std::optional<std::string_view>, ScalarList, std::optional<std::string_view>)>(
-        "mkldnn::_convolution_pointwise_", "binary");
+        at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef,
+        at::IntArrayRef, int64_t, std::string_view, std::optional<at::Scalar>, std::optional<std::string_view>,
+        ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise_", "binary");
     at::Tensor sum = other;
     return op.call(
-        sum, p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, "add", at::Scalar(1.0), unary, ScalarList(), std::nullopt);
+        sum, p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, "add", at::Scalar(1.0), unary,
+        ScalarList(), std::nullopt);
   }
   static const auto op = mkldnn_op<at::Tensor(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
-      std::string_view, std::optional<at::Scalar>, std::optional<std::string_view>, ScalarList, std::optional<std::string_view>)>(
-      "mkldnn::_convolution_pointwise", "binary");
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef,
+      at::IntArrayRef, int64_t, std::string_view, std::optional<at::Scalar>, std::optional<std::string_view>,
+      ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise", "binary");
   return op
-      .call(p, other, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, "add", at::Scalar(1.0), unary, ScalarList(), std::nullopt)
+      .call(
+          p, other, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, "add", at::Scalar(1.0),
+          unary, ScalarList(), std::nullopt)
       .contiguous(kLayout);
 }
 

@@ -11,10 +11,12 @@
 namespace resnet_fused::cpu {
 
 // y = conv(p, weight) + bias in channels_last.
-at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage);
+at::Tensor convolution(
+    const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage);
 
 // The gradient of p; `like_p` gives its shape and is not read.
-at::Tensor convolution_backward_data(const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage);
+at::Tensor convolution_backward_data(
+    const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage);
 
 // accumulated += the gradient of p, without an intermediate. Returns false, and does nothing, where the convolution is
 // no matrix product.
@@ -25,14 +27,16 @@ struct WeightGradients {
   at::Tensor weight, bias;  // undefined where not asked for
 };
 WeightGradients convolution_backward_weight(
-    const at::Tensor& dy, const at::Tensor& p, const at::Tensor& weight, const Stage& stage, bool needs_weight, bool needs_bias);
+    const at::Tensor& dy, const at::Tensor& p, const at::Tensor& weight, const Stage& stage, bool needs_weight,
+    bool needs_bias);
 
 // Whether oneDNN runs x's dtype here, so that the fused forms below can be used.
 bool has_post_ops(const at::Tensor& x);
 
 // relu(conv + bias), or without the relu, as one oneDNN primitive.
 at::Tensor convolution_act(
-    const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage, bool relu);
+    const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage,
+    bool relu);
 
 // relu(conv + bias + other), or without the relu; `other` is overwritten with the result where `in_place`.
 at::Tensor convolution_add_act(

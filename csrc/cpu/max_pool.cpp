@@ -14,7 +14,8 @@ namespace {
 
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
-#define DISPATCH(x, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "max_pool2d", __VA_ARGS__)
+#define DISPATCH(x, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "max_pool2d", __VA_ARGS__)
 
 }  // namespace
 
@@ -43,7 +44,8 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Wind
           for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + win.kernel, height); ++h)
             for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + win.kernel, width); ++w) {
               const auto at_window = static_cast<A>((h - top) * win.kernel + (w - left));
-              kernels.running_max(image + (h * width + w) * channels, at_window, first, channels, best.data(), place.data());
+              kernels.running_max(
+                  image + (h * width + w) * channels, at_window, first, channels, best.data(), place.data());
               first = false;
             }
           kernels.store(best.data(), channels, target + offset);
@@ -71,10 +73,12 @@ at::Tensor max_pool2d_backward(
       std::vector<acc_t<scalar_t>> sum(channels);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t image = row / height, h = row % height + win.padding;
-        const int64_t oh0 = h < win.kernel ? 0 : (h - win.kernel) / win.stride + 1, oh1 = std::min(h / win.stride, out_h - 1);
+        const int64_t oh0 = h < win.kernel ? 0 : (h - win.kernel) / win.stride + 1,
+                      oh1 = std::min(h / win.stride, out_h - 1);
         for (int64_t column = 0; column < width; ++column) {
           const int64_t w = column + win.padding;
-          const int64_t ow0 = w < win.kernel ? 0 : (w - win.kernel) / win.stride + 1, ow1 = std::min(w / win.stride, out_w - 1);
+          const int64_t ow0 = w < win.kernel ? 0 : (w - win.kernel) / win.stride + 1,
+                        ow1 = std::min(w / win.stride, out_w - 1);
           std::fill(sum.begin(), sum.end(), acc_t<scalar_t>(0));
           for (int64_t oh = oh0; oh <= oh1; ++oh)
             for (int64_t ow = ow0; ow <= ow1; ++ow) {

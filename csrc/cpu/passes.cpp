@@ -23,20 +23,26 @@ struct Chunks {
         count((rows + rows_each - 1) / rows_each) {}
 
   // body(chunk, first row, rows of the chunk)
-  template <class Body> void parallel(const Body& body) const {
+  template <class Body>
+  void parallel(const Body& body) const {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i, i * rows_each, std::min(rows_each, rows - i * rows_each));
     });
   }
 };
 
-template <class S> const element_t<S>* data(const at::Tensor& t) {
+template <class S>
+const element_t<S>* data(const at::Tensor& t) {
   return t.defined() ? reinterpret_cast<const element_t<S>*>(t.const_data_ptr<S>()) : nullptr;
 }
-template <class S> element_t<S>* mutable_data(const at::Tensor& t) {
+template <class S>
+element_t<S>* mutable_data(const at::Tensor& t) {
   return t.defined() ? reinterpret_cast<element_t<S>*>(t.mutable_data_ptr<S>()) : nullptr;
 }
-template <class T> T* at_offset(T* p, int64_t offset) { return p ? p + offset : nullptr; }
+template <class T>
+T* at_offset(T* p, int64_t offset) {
+  return p ? p + offset : nullptr;
+}
 
 // out[c] = sum over chunks of partial[chunk][k][c], in chunk order
 template <class Sum>
@@ -66,7 +72,8 @@ at::Tensor batch_statistics(const at::Tensor& y) {
     kernels.statistics(source + row * channels, rows, channels, p, p + channels);
   });
 
-  auto result = at::empty({2, channels}, y.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
+  auto result = at::empty(
+      {2, channels}, y.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
   A* mean = result.template mutable_data_ptr<A>();
   A* var = mean + channels;
   // Chan, Golub & LeVeque 1979: merge (count, mean, M2) pairwise, here in double and in chunk order.
@@ -91,18 +98,21 @@ at::Tensor batch_statistics(const at::Tensor& y) {
 }
 
 template <class S>
-at::Tensor normalize(const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual) {
+at::Tensor normalize(
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual) {
   using A = acc_t<S>;
   auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Chunks chunks(y);
   const auto& kernels = row_kernels<element_t<S>>();
-  const Affine<A> skip_norm = residual.norm ? residual.norm->affine() : Affine<A>{nullptr, residual.scale.data(), nullptr};
+  const Affine<A> skip_norm =
+      residual.norm ? residual.norm->affine() : Affine<A>{nullptr, residual.scale.data(), nullptr};
   const auto *source = data<S>(y), *skip = data<S>(residual.skip);
   auto* target = mutable_data<S>(out);
   chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
     const int64_t offset = row * chunks.channels;
     kernels.normalize(
-        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, relu, target + offset}, rows, chunks.channels);
+        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, relu, target + offset}, rows,
+        chunks.channels);
   });
   return out;
 }
@@ -141,8 +151,8 @@ void backward_apply(
   chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
     const int64_t offset = row * chunks.channels;
     kernels.backward_apply(
-        {source + offset, mask, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(), k.k.data(),
-         at_offset(add_data, offset), k.k_add.data(), target + offset},
+        {source + offset, mask, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(),
+         k.k.data(), at_offset(add_data, offset), k.k_add.data(), target + offset},
         rows, chunks.channels);
   });
 }
@@ -159,14 +169,14 @@ bool all_finite(const at::Tensor& x) {
   return finite;
 }
 
-#define INSTANTIATE(S)                                                                                               \
-  template bool all_finite<S>(const at::Tensor&);                                                                    \
-  template at::Tensor batch_statistics<S>(const at::Tensor&);                                                        \
-  template at::Tensor normalize<S>(                                                                                  \
-      const at::Tensor&, const NormVectors<acc_t<S>>&, bool, const ResidualInput<acc_t<S>>&);                        \
-  template Sums backward_reduce<S>(const ReduceInput&, const NormVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*);  \
-  template void backward_apply<S>(                                                                                   \
-      const at::Tensor&, Mask, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,       \
+#define INSTANTIATE(S)                                                                                              \
+  template bool all_finite<S>(const at::Tensor&);                                                                   \
+  template at::Tensor batch_statistics<S>(const at::Tensor&);                                                       \
+  template at::Tensor normalize<S>(                                                                                 \
+      const at::Tensor&, const NormVectors<acc_t<S>>&, bool, const ResidualInput<acc_t<S>>&);                       \
+  template Sums backward_reduce<S>(const ReduceInput&, const NormVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*); \
+  template void backward_apply<S>(                                                                                  \
+      const at::Tensor&, Mask, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,      \
       const at::Tensor&, const at::Tensor&);
 INSTANTIATE(float)
 INSTANTIATE(double)

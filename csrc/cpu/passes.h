@@ -1,4 +1,5 @@
-// The memory-bound passes over whole tensors: the row kernels spread over threads, their partials merged in fixed order.
+// The memory-bound passes over whole tensors: the row kernels spread over threads, their partials merged in fixed
+// order.
 //
 // Activations are channels_last tensors of scalar type S, seen as [rows, C]. Work is cut into chunks whose size depends
 // on the shape alone and partials are merged chunk by chunk, so results do not depend on scheduling.
@@ -13,11 +14,22 @@
 namespace resnet_fused::cpu {
 
 // The row kernels' element type and arithmetic type for a torch scalar type.
-template <class S> struct Element { using type = S; };
-template <> struct Element<c10::BFloat16> { using type = bf16; };
-template <> struct Element<c10::Half> { using type = f16; };
-template <class S> using element_t = typename Element<S>::type;
-template <class S> using acc_t = arith_t<element_t<S>>;
+template <class S>
+struct Element {
+  using type = S;
+};
+template <>
+struct Element<c10::BFloat16> {
+  using type = bf16;
+};
+template <>
+struct Element<c10::Half> {
+  using type = f16;
+};
+template <class S>
+using element_t = typename Element<S>::type;
+template <class S>
+using acc_t = arith_t<element_t<S>>;
 
 // z = (y - center) * scale + shift, with its own storage; inverse_std is kept for the gradients.
 template <class A>
@@ -30,9 +42,9 @@ struct NormVectors {
 
 template <class A>
 struct ResidualInput {
-  at::Tensor skip;                        // undefined: none
-  const NormVectors<A>* norm = nullptr;   // of the projection; nullptr: the identity skip
-  std::vector<A> scale = {};              // of the identity skip, [C]
+  at::Tensor skip;                       // undefined: none
+  const NormVectors<A>* norm = nullptr;  // of the projection; nullptr: the identity skip
+  std::vector<A> scale = {};             // of the identity skip, [C]
 };
 
 // Per channel: sum of dz, of dz * (y - center), of dz * (y2 - center2).
@@ -43,11 +55,11 @@ struct Sums {
 struct ReduceInput {
   at::Tensor dout;
   Mask mask;
-  at::Tensor out;         // for Mask::output
+  at::Tensor out;  // for Mask::output
   at::Tensor y;
-  at::Tensor y2 = {};     // the projection's, or undefined
-  at::Tensor dz = {};     // written for Mask::output
-  at::Tensor p = {};      // written where defined
+  at::Tensor y2 = {};  // the projection's, or undefined
+  at::Tensor dz = {};  // written for Mask::output
+  at::Tensor p = {};   // written where defined
 };
 
 // dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
@@ -59,28 +71,27 @@ struct ApplyVectors {
 };
 
 // [2, C]: mean and biased variance, in arithmetic type.
-template <class S> at::Tensor batch_statistics(const at::Tensor& y);
+template <class S>
+at::Tensor batch_statistics(const at::Tensor& y);
 
 // act(norm(y) [+ residual]) as a new tensor.
 template <class S>
-at::Tensor normalize(const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual = {});
+at::Tensor normalize(
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual = {});
 
 // The sums behind a normalisation's gradients; norm2 is the projection's.
 template <class S>
-Sums backward_reduce(const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2 = nullptr);
+Sums backward_reduce(
+    const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2 = nullptr);
 
 // Writes dx, which may be dz itself. y serves the mask and the y term, and may be undefined without them, as may add.
 template <class S>
 void backward_apply(
-    const at::Tensor& dz,
-    Mask mask,
-    const at::Tensor& y,
-    const NormVectors<acc_t<S>>& norm,
-    const ApplyVectors<acc_t<S>>& k,
-    const at::Tensor& add,
-    const at::Tensor& dx);
+    const at::Tensor& dz, Mask mask, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
+    const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx);
 
 // Whether no element is infinite or NaN.
-template <class S> bool all_finite(const at::Tensor& x);
+template <class S>
+bool all_finite(const at::Tensor& x);
 
 }  // namespace resnet_fused::cpu

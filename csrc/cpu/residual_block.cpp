@@ -16,7 +16,8 @@ constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 // A channels_last result is due where PyTorch's convolution would give one.
 at::MemoryFormat result_format(const at::Tensor& x, const at::Tensor& first_weight) {
   const bool packed = first_weight.is_mkldnn();  // has no format to ask for
-  const bool last = x.suggest_memory_format() == kLayout || (!packed && first_weight.suggest_memory_format() == kLayout);
+  const bool last =
+      x.suggest_memory_format() == kLayout || (!packed && first_weight.suggest_memory_format() == kLayout);
   return last ? kLayout : at::MemoryFormat::Contiguous;
 }
 
@@ -59,7 +60,11 @@ class Block {
   using A = acc_t<S>;
 
   Block(const BlockTensors& tensors, const BlockSpec& spec)
-      : tensors(tensors), spec(spec), x(tensors.x.contiguous(kLayout)), norms(spec.convs.size()), y(spec.convs.size()) {}
+      : tensors(tensors),
+        spec(spec),
+        x(tensors.x.contiguous(kLayout)),
+        norms(spec.convs.size()),
+        y(spec.convs.size()) {}
 
   const BlockTensors& tensors;
   const BlockSpec& spec;
@@ -134,14 +139,17 @@ BlockForward forward(const BlockTensors& tensors, const BlockSpec& spec) {
   if (spec.has_projection()) {
     const int64_t s = block.projection();
     block.y[s] = block.conv(s, first_input);
-    if (!spec.pre_activation) normalize_after(s, block.y[s]);
-    else block.set_norm(s, {}, block.width(s));
+    if (!spec.pre_activation)
+      normalize_after(s, block.y[s]);
+    else
+      block.set_norm(s, {}, block.width(s));
   }
   first_input.reset();
 
   const int64_t last = block.last(), channels = block.width(last);
   auto join = block.norm_at_join(last) ? block.norms[last] : NormVectors<A>(channels);
-  const auto alpha = scale_vector<A>(tensors.branch_scale, channels), sigma = scale_vector<A>(tensors.skip_scale, channels);
+  const auto alpha = scale_vector<A>(tensors.branch_scale, channels),
+             sigma = scale_vector<A>(tensors.skip_scale, channels);
   NormVectors<A> skip_norm(channels);
   for (int64_t c = 0; c < channels; ++c) {
     join.scale[c] *= alpha[c];
@@ -158,7 +166,8 @@ BlockForward forward(const BlockTensors& tensors, const BlockSpec& spec) {
     residual = {block.x, nullptr, sigma};
   }
   const bool relu = !spec.pre_activation && spec.last().relu;
-  result.out = normalize<S>(block.y[last], join, relu, residual).contiguous(result_format(tensors.x, tensors.weights[0]));
+  result.out =
+      normalize<S>(block.y[last], join, relu, residual).contiguous(result_format(tensors.x, tensors.weights[0]));
   for (size_t i = 0; i < spec.convs.size(); ++i)
     if (spec.saves(i, tensors.branch_scale.has_value(), tensors.skip_scale.has_value()))
       result.conv_outputs.push_back(block.y[i]);
@@ -176,7 +185,8 @@ class Backward {
       : block(tensors, spec), tensors(tensors), spec(spec), needs(needs), grads(needs.flags().size()) {}
 
   std::vector<at::Tensor> run(
-      const at::Tensor& dout, const at::Tensor& out, const std::vector<at::Tensor>& conv_outputs, const std::vector<at::Tensor>& batch_stats) {
+      const at::Tensor& dout, const at::Tensor& out, const std::vector<at::Tensor>& conv_outputs,
+      const std::vector<at::Tensor>& batch_stats) {
     restore(conv_outputs, batch_stats);
     join(dout.contiguous(kLayout), out);
     for (int64_t i = block.last(); i >= 0; --i) stage(i);
@@ -220,15 +230,18 @@ class Backward {
     size_t output = 0, stats = 0;
     for (size_t i = 0; i < spec.convs.size(); ++i) {
       if (spec.saves(i, branch_scaled, skip_scaled)) {
-        TORCH_CHECK_VALUE(output < conv_outputs.size(), "backward got ", conv_outputs.size(), " convolution outputs, needs more");
+        TORCH_CHECK_VALUE(
+            output < conv_outputs.size(), "backward got ", conv_outputs.size(), " convolution outputs, needs more");
         block.y[i] = conv_outputs[output++];
       }
       at::Tensor batch;
       if (spec.convs[i].norm == Norm::batch) {
-        TORCH_CHECK_VALUE(stats < batch_stats.size(), "backward got ", batch_stats.size(), " batch statistics, needs more");
+        TORCH_CHECK_VALUE(
+            stats < batch_stats.size(), "backward got ", batch_stats.size(), " batch statistics, needs more");
         batch = batch_stats[stats++];
       }
-      block.set_norm(i, batch, spec.pre_activation ? tensors.weights[i].size(1) * spec.convs[i].groups : block.width(i));
+      block.set_norm(
+          i, batch, spec.pre_activation ? tensors.weights[i].size(1) * spec.convs[i].groups : block.width(i));
     }
     const int64_t last = block.last();
     if (!block.y[last].defined() && spec.needs_output(last, branch_scaled, skip_scaled)) {
@@ -246,7 +259,8 @@ class Backward {
   void join(const at::Tensor& dout, const at::Tensor& out) {
     const int64_t last = block.last(), s = block.projection(), channels = block.width(last);
     const bool relu = !spec.pre_activation && spec.last().relu;
-    const auto alpha = scale_vector<A>(tensors.branch_scale, channels), sigma = scale_vector<A>(tensors.skip_scale, channels);
+    const auto alpha = scale_vector<A>(tensors.branch_scale, channels),
+               sigma = scale_vector<A>(tensors.skip_scale, channels);
     // Of a plain chain the mask is recomputed from y and `out` need not be saved.
     const Mask mask = !relu ? Mask::none : spec.skip == Skip::none ? Mask::affine : Mask::output;
     auto norm = block.norm_at_join(last) ? block.norms[last] : NormVectors<A>(channels);
@@ -273,11 +287,13 @@ class Backward {
       sums = backward_reduce<S>(in, mask_norm, &norm_s);
     }
 
-    if (needs.branch_scale()) grads[1] = like_scale(join_scale_grad(last, norm, sums.dz, sums.dz_y), *tensors.branch_scale);
+    if (needs.branch_scale())
+      grads[1] = like_scale(join_scale_grad(last, norm, sums.dz, sums.dz_y), *tensors.branch_scale);
     if (needs.skip_scale()) grads[2] = like_scale(skip_scale_grad(norm_s, sums), *tensors.skip_scale);
     if (block.norm_at_join(last)) norm_grads(last, norm, sums.dz, sums.dz_y, alpha);
     if (needs_input_grad(last) || needs.weight(last) || needs.bias(last))
-      dy = join_conv_grad(last, norm, sums.dz, sums.dz_y, alpha, tensors.branch_scale.has_value(), mask == Mask::affine, mask_norm);
+      dy = join_conv_grad(
+          last, norm, sums.dz, sums.dz_y, alpha, tensors.branch_scale.has_value(), mask == Mask::affine, mask_norm);
     if (spec.has_projection()) {
       if (block.norm_at_join(s)) norm_grads(s, norm_s, sums.dz, sums.dz_y2, sigma);
       if (needs.weight(s) || needs.bias(s) || needs.x() || (spec.pre_activation && needs.norm(0)))
@@ -288,7 +304,8 @@ class Backward {
     if (spec.skip != Skip::identity) dz.reset();
   }
 
-  // Per channel: sum dz * norm(y) = gamma * inverse_std * sum dz (y - center) + beta * sum dz; without a norm sum dz * y.
+  // Per channel: sum dz * norm(y) = gamma * inverse_std * sum dz (y - center) + beta * sum dz; without a norm sum dz *
+  // y.
   std::vector<double> join_scale_grad(
       int64_t, const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y) const {
     std::vector<double> grad(sum.size());
@@ -304,7 +321,8 @@ class Backward {
 
   // dgamma = factor * sum dz * y_hat, dbeta = factor * sum dz
   void norm_grads(
-      int64_t conv, const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y, const std::vector<A>& factor) {
+      int64_t conv, const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y,
+      const std::vector<A>& factor) {
     std::vector<double> dgamma(sum.size()), dbeta(sum.size());
     for (size_t c = 0; c < sum.size(); ++c) {
       dgamma[c] = factor[c] * norm.inverse_std[c] * sum_y[c];
@@ -317,7 +335,8 @@ class Backward {
   // Coefficients of dy = scale * (dz - mean(dz) - y_hat * mean(dz * y_hat)), times factor; the means only for batch
   // statistics, through which the gradient flows (Ioffe & Szegedy 2015).
   ApplyVectors<A> apply_vectors(
-      int64_t conv, bool normed, const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y, int64_t rows, const std::vector<A>& factor) const {
+      int64_t conv, bool normed, const NormVectors<A>& norm, const std::vector<double>& sum,
+      const std::vector<double>& sum_y, int64_t rows, const std::vector<A>& factor) const {
     const int64_t channels = norm.scale.size();
     ApplyVectors<A> k(channels);
     const bool batch = normed && spec.convs[conv].norm == Norm::batch;
@@ -406,7 +425,8 @@ class Backward {
 
   void weight_grads(int64_t conv, const at::Tensor& dy_conv, const at::Tensor& p) {
     if (!needs.weight(conv) && !needs.bias(conv)) return;
-    auto g = convolution_backward_weight(dy_conv, p, tensors.weights[conv], spec.convs[conv], needs.weight(conv), needs.bias(conv));
+    auto g = convolution_backward_weight(
+        dy_conv, p, tensors.weights[conv], spec.convs[conv], needs.weight(conv), needs.bias(conv));
     weight_grad(conv) = g.weight;
     bias_grad(conv) = g.bias;
   }
@@ -428,7 +448,8 @@ class Backward {
 template <class S>
 at::Tensor infer(
     const at::Tensor& x_in, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
-    const std::vector<at::Tensor>& weights, const OptionalTensors& biases, const std::optional<at::Tensor>& skip_scale, const BlockSpec& spec) {
+    const std::vector<at::Tensor>& weights, const OptionalTensors& biases, const std::optional<at::Tensor>& skip_scale,
+    const BlockSpec& spec) {
   using A = acc_t<S>;
   const auto x = x_in.contiguous(kLayout);
   // oneDNN's ReLU turns NaN into 0, PyTorch's does not: what may hold one takes the ReLU of our own pass.
@@ -476,7 +497,8 @@ at::Tensor infer(
 
 }  // namespace
 
-#define DISPATCH(x, ...) AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "residual_block", __VA_ARGS__)
+#define DISPATCH(x, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "residual_block", __VA_ARGS__)
 
 BlockForward residual_block_forward(const BlockTensors& block, const BlockSpec& spec) {
   return DISPATCH(block.x, [&] { return forward<scalar_t>(block, spec); });
@@ -486,14 +508,14 @@ std::vector<at::Tensor> residual_block_backward(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
     const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec) {
   const auto out_last = out ? out->contiguous(kLayout) : at::Tensor();
-  return DISPATCH(block.x, [&] {
-    return Backward<scalar_t>(block, spec, needs).run(dout, out_last, conv_outputs, batch_stats);
-  });
+  return DISPATCH(
+      block.x, [&] { return Backward<scalar_t>(block, spec, needs).run(dout, out_last, conv_outputs, batch_stats); });
 }
 
 at::Tensor residual_block_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
-    const std::vector<at::Tensor>& weights, const OptionalTensors& biases, const std::optional<at::Tensor>& skip_scale, const BlockSpec& spec) {
+    const std::vector<at::Tensor>& weights, const OptionalTensors& biases, const std::optional<at::Tensor>& skip_scale,
+    const BlockSpec& spec) {
   return DISPATCH(x, [&] { return infer<scalar_t>(x, pre_scale, pre_shift, weights, biases, skip_scale, spec); });
 }
 

@@ -3,8 +3,8 @@
     norm(conv(x, w, c)) = conv(x, w * a) + (c * a + b),   a = gamma / sqrt(var + eps),   b = beta - mean * a
 
 The cache hangs on the first convolution's weight and holds while every tensor involved is the same object, at the
-same address and version counter, so optimizer steps, `load_state_dict` and `.to()` are seen. Writing through ``tensor.data`` is not: call
-`forget` then (a fused module does when it changes between training and evaluation).
+same address and version counter, so optimizer steps, `load_state_dict` and `.to()` are seen. Writing through
+``tensor.data`` is not: call `forget` then (a fused module does when it changes between training and evaluation).
 
 Where oneDNN will run them, the weights are also brought into its blocked layout, once instead of at every call.
 """
@@ -59,7 +59,7 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
     hit = _cache.get(anchor)
     # The objects are compared too, through weak references: a new tensor may live at a dead one's address.
     if hit is not None and hit[0] == key and all(r() is t for r, t in zip(hit[1], tensors, strict=True)):
-        return hit[2]  # type: ignore[no-any-return]
+        return hit[2]
     result = _fold(source, x, spec)
     _cache[anchor] = (key, tuple(map(weakref.ref, tensors)), result)
     return result
@@ -109,7 +109,9 @@ def _affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine 
     return a, b if p.norm_bias is None else b + p.norm_bias.to(precision)
 
 
-def _fold_conv(p: StageParams, norm: Affine | None, scale: Scale, precision: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _fold_conv(
+    p: StageParams, norm: Affine | None, scale: Scale, precision: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
     w, c = p.weight.to(precision), None if p.bias is None else p.bias.to(precision)
     if norm is not None:
         a, b = norm

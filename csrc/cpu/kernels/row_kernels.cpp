@@ -6,12 +6,12 @@
 
 namespace resnet_fused::cpu {
 
-#define DECLARE_TABLES(isa)                 \
-  namespace isa {                           \
-  const RowKernels<float>& kernels(float);  \
-  const RowKernels<double>& kernels(double);\
-  const RowKernels<bf16>& kernels(bf16);    \
-  const RowKernels<f16>& kernels(f16);      \
+#define DECLARE_TABLES(isa)                  \
+  namespace isa {                            \
+  const RowKernels<float>& kernels(float);   \
+  const RowKernels<double>& kernels(double); \
+  const RowKernels<bf16>& kernels(bf16);     \
+  const RowKernels<f16>& kernels(f16);       \
   }
 DECLARE_TABLES(baseline)
 #if defined(__x86_64__)
@@ -44,7 +44,8 @@ Isa isa() {
 
 }  // namespace
 
-template <class T> const RowKernels<T>& row_kernels() {
+template <class T>
+const RowKernels<T>& row_kernels() {
 #if defined(__x86_64__)
   if (isa() == Isa::avx512) return avx512::kernels(T{});
   if (isa() == Isa::avx2) return avx2::kernels(T{});
@@ -59,9 +60,12 @@ template const RowKernels<f16>& row_kernels<f16>();
 
 const char* row_kernel_isa() {
   switch (isa()) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "baseline";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 

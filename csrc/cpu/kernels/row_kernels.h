@@ -28,10 +28,10 @@ struct NormalizeArgs {
   using A = arith_t<T>;
   const T* y;
   Affine<A> norm;
-  const T* skip;         // nullptr: no residual
-  Affine<A> skip_norm;   // of the projection; center == nullptr: the identity skip times skip_norm.scale
+  const T* skip;        // nullptr: no residual
+  Affine<A> skip_norm;  // of the projection; center == nullptr: the identity skip times skip_norm.scale
   bool relu;
-  T* out;                // act(norm(y) [+ skip])
+  T* out;  // act(norm(y) [+ skip])
 };
 
 template <class T>
@@ -39,33 +39,33 @@ struct BackwardReduceArgs {
   using A = arith_t<T>;
   const T* dout;
   Mask mask;
-  const T* out;          // for Mask::output
+  const T* out;  // for Mask::output
   const T* y;
-  Affine<A> norm;        // center for the sums, the rest for Mask::affine and p
-  bool relu;             // of p
-  const T* y2;           // the projection's, or nullptr
+  Affine<A> norm;  // center for the sums, the rest for Mask::affine and p
+  bool relu;       // of p
+  const T* y2;     // the projection's, or nullptr
   const A* center2;
-  T* dz;                 // Mask::output only: dout * act', kept for the passes that follow
-  T* p;                  // act(norm(y)), the next convolution's input, or nullptr
-  sum_t<T>* sum_dz;      // sum of dz over the rows
-  sum_t<T>* sum_dz_y;    // sum of dz * (y - center)
-  sum_t<T>* sum_dz_y2;   // sum of dz * (y2 - center2)
+  T* dz;                // Mask::output only: dout * act', kept for the passes that follow
+  T* p;                 // act(norm(y)), the next convolution's input, or nullptr
+  sum_t<T>* sum_dz;     // sum of dz over the rows
+  sum_t<T>* sum_dz_y;   // sum of dz * (y - center)
+  sum_t<T>* sum_dz_y2;  // sum of dz * (y2 - center2)
 };
 
 template <class T>
 struct BackwardApplyArgs {
   using A = arith_t<T>;
   const T* dz;
-  Mask mask;             // none, or affine where dz is still dout
-  const T* y;            // for Mask::affine and the y term, else nullptr
-  bool y_term;           // without it k_y and k do not count: a NaN in y must not reach a frozen norm's gradient
+  Mask mask;    // none, or affine where dz is still dout
+  const T* y;   // for Mask::affine and the y term, else nullptr
+  bool y_term;  // without it k_y and k do not count: a NaN in y must not reach a frozen norm's gradient
   Affine<A> norm;
-  const A* k_dz;         // dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
+  const A* k_dz;  // dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
   const A* k_y;
   const A* k;
-  const T* add;          // nullptr: without
+  const T* add;  // nullptr: without
   const A* k_add;
-  T* dx;                 // may be dz itself
+  T* dx;  // may be dz itself
 };
 
 template <class T>
@@ -87,7 +87,8 @@ struct RowKernels {
 };
 
 // The table for the best instruction set that this processor has.
-template <class T> const RowKernels<T>& row_kernels();
+template <class T>
+const RowKernels<T>& row_kernels();
 
 // "avx512", "avx2" or "baseline". RESNET_FUSED_ISA chooses a lower one.
 const char* row_kernel_isa();

@@ -19,11 +19,19 @@ static inline float load(f16 v) {
   return __builtin_bit_cast(float, finite | special | (static_cast<uint32_t>(v.bits & 0x8000u) << 16));
 }
 
-template <class T> struct Store;
-template <> struct Store<float> { static inline float from(float v) { return v; } };
-template <> struct Store<double> { static inline double from(double v) { return v; } };
+template <class T>
+struct Store;
+template <>
+struct Store<float> {
+  static inline float from(float v) { return v; }
+};
+template <>
+struct Store<double> {
+  static inline double from(double v) { return v; }
+};
 
-template <> struct Store<bf16> {  // round to nearest, ties to even
+template <>
+struct Store<bf16> {  // round to nearest, ties to even
   static inline bf16 from(float v) {
     const uint32_t u = __builtin_bit_cast(uint32_t, v);
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -33,13 +41,15 @@ template <> struct Store<bf16> {  // round to nearest, ties to even
 
 // Round to nearest, ties to even: adding 2^13 times the value's power of two (at least 2^-14, where halves become
 // subnormal) leaves ten bits of mantissa, rounded by the addition itself.
-template <> struct Store<f16> {
+template <>
+struct Store<f16> {
   static inline f16 from(float v) {
     const uint32_t u = __builtin_bit_cast(uint32_t, v), rest = u & 0x7fffffffu;
     const uint32_t power = rest & 0x7f800000u, least = power > 0x38800000u ? power : 0x38800000u;
     const uint32_t in_range = least < 0x47800000u ? least : 0x47800000u;
     const float magic = __builtin_bit_cast(float, in_range + (13u << 23));
-    const uint32_t sum = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + magic) - __builtin_bit_cast(uint32_t, magic);
+    const uint32_t sum =
+        __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + magic) - __builtin_bit_cast(uint32_t, magic);
     // `sum` counts steps of 2^-10 times the power; below the power's own 2^10 steps stand subnormals
     const uint32_t steps = sum + (((in_range - 0x38800000u) >> 23) << 10);
     const uint32_t finite = steps < 0x7c00u ? steps : 0x7c00u;
@@ -49,11 +59,13 @@ template <> struct Store<f16> {
   }
 };
 
-template <bool relu, class A> static inline A activate(A z) {
+template <bool relu, class A>
+static inline A activate(A z) {
   return relu && z < 0 ? A(0) : z;  // NaN passes, as in PyTorch
 }
 
-template <class A> static inline A apply(const Affine<A>& norm, int64_t c, A y) {
+template <class A>
+static inline A apply(const Affine<A>& norm, int64_t c, A y) {
   return (y - norm.center[c]) * norm.scale[c] + norm.shift[c];
 }
 
@@ -65,7 +77,10 @@ template <class T>
 static void statistics(const T* y, int64_t rows, int64_t channels, sum_t<T>* mean, sum_t<T>* m2) {
   using A = arith_t<T>;
   using Sum = sum_t<T>;
-  CHANNEL_LOOP { mean[c] = 0; m2[c] = 0; }
+  CHANNEL_LOOP {
+    mean[c] = 0;
+    m2[c] = 0;
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = y + r * channels;
     CHANNEL_LOOP {
@@ -83,7 +98,8 @@ static void statistics(const T* y, int64_t rows, int64_t channels, sum_t<T>* mea
   }
 }
 
-// --- forward: normalise + residual + activation ------------------------------------------------------------------------
+// --- forward: normalise + residual + activation
+// ------------------------------------------------------------------------
 
 enum class Residual { none, identity, projection };
 
@@ -128,8 +144,13 @@ static void reduce_rows(const BackwardReduceArgs<T>& args, int64_t rows, int64_t
   const Affine<A> norm = args.norm;
   const A* center2 = args.center2;
   Sum *sum = args.sum_dz, *sum_y = args.sum_dz_y, *sum_y2 = args.sum_dz_y2;
-  CHANNEL_LOOP { sum[c] = 0; sum_y[c] = 0; }
-  if constexpr (projection) CHANNEL_LOOP { sum_y2[c] = 0; }
+  CHANNEL_LOOP {
+    sum[c] = 0;
+    sum_y[c] = 0;
+  }
+  if constexpr (projection) CHANNEL_LOOP {
+      sum_y2[c] = 0;
+    }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = r * channels;
     const T *dout = args.dout + at, *y = args.y + at;
@@ -200,9 +221,11 @@ static void apply_rows(const BackwardApplyArgs<T>& args, int64_t rows, int64_t c
 template <class T, Mask mask>
 static void apply_masked(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
   if (args.y_term) {
-    args.add ? apply_rows<T, mask, true, true>(args, rows, channels) : apply_rows<T, mask, true, false>(args, rows, channels);
+    args.add ? apply_rows<T, mask, true, true>(args, rows, channels)
+             : apply_rows<T, mask, true, false>(args, rows, channels);
   } else {
-    args.add ? apply_rows<T, mask, false, true>(args, rows, channels) : apply_rows<T, mask, false, false>(args, rows, channels);
+    args.add ? apply_rows<T, mask, false, true>(args, rows, channels)
+             : apply_rows<T, mask, false, false>(args, rows, channels);
   }
 }
 
@@ -219,11 +242,24 @@ static inline uint16_t magnitude(bf16 v) { return v.bits & 0x7fffu; }
 static inline uint16_t magnitude(f16 v) { return v.bits & 0x7fffu; }
 static inline uint32_t magnitude(float v) { return __builtin_bit_cast(uint32_t, v) & 0x7fffffffu; }
 static inline uint64_t magnitude(double v) { return __builtin_bit_cast(uint64_t, v) & 0x7fffffffffffffffull; }
-template <class T> struct Infinity;
-template <> struct Infinity<bf16> { static constexpr uint16_t bits = 0x7f80u; };
-template <> struct Infinity<f16> { static constexpr uint16_t bits = 0x7c00u; };
-template <> struct Infinity<float> { static constexpr uint32_t bits = 0x7f800000u; };
-template <> struct Infinity<double> { static constexpr uint64_t bits = 0x7ff0000000000000ull; };
+template <class T>
+struct Infinity;
+template <>
+struct Infinity<bf16> {
+  static constexpr uint16_t bits = 0x7f80u;
+};
+template <>
+struct Infinity<f16> {
+  static constexpr uint16_t bits = 0x7c00u;
+};
+template <>
+struct Infinity<float> {
+  static constexpr uint32_t bits = 0x7f800000u;
+};
+template <>
+struct Infinity<double> {
+  static constexpr uint64_t bits = 0x7ff0000000000000ull;
+};
 
 template <class T>
 static bool all_finite(const T* x, int64_t count) {
@@ -239,7 +275,8 @@ static bool all_finite(const T* x, int64_t count) {
 
 // Positions travel in the arithmetic type so that every lane of the loop has one width.
 template <class T>
-static void running_max(const T* x, arith_t<T> at, bool first, int64_t channels, arith_t<T>* best, arith_t<T>* position) {
+static void running_max(
+    const T* x, arith_t<T> at, bool first, int64_t channels, arith_t<T>* best, arith_t<T>* position) {
   CHANNEL_LOOP {
     const auto v = load(x[c]);
     const bool take = first | (v > best[c]) | (v != v);
@@ -249,7 +286,9 @@ static void running_max(const T* x, arith_t<T> at, bool first, int64_t channels,
 }
 
 template <class T>
-static void add_where(const T* __restrict dout, const uint8_t* __restrict position, uint8_t at, int64_t channels, arith_t<T>* __restrict sum) {
+static void add_where(
+    const T* __restrict dout, const uint8_t* __restrict position, uint8_t at, int64_t channels,
+    arith_t<T>* __restrict sum) {
   CHANNEL_LOOP { sum[c] += position[c] == at ? load(dout[c]) : arith_t<T>(0); }
 }
 
@@ -264,9 +303,9 @@ static void store_bytes(const arith_t<T>* values, int64_t channels, uint8_t* out
 }
 
 template <class T>
-static constexpr RowKernels<T> table = {
-    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, all_finite<T>, running_max<T>, add_where<T>, store<T>,
-    store_bytes<T>};
+static constexpr RowKernels<T> table = {statistics<T>,     normalize<T>,  backward_reduce<T>,
+                                        backward_apply<T>, all_finite<T>, running_max<T>,
+                                        add_where<T>,      store<T>,      store_bytes<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }

@@ -5,17 +5,38 @@
 
 namespace resnet_fused::cpu {
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
-template <class T> struct Arithmetic { using type = float; };
-template <> struct Arithmetic<double> { using type = double; };
-template <class T> using arith_t = typename Arithmetic<T>::type;
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using arith_t = typename Arithmetic<T>::type;
 
 // Sums over many rows: PyTorch sums float in double, and so do we; 16-bit values need no more than float.
-template <class T> struct Summation { using type = float; };
-template <> struct Summation<float> { using type = double; };
-template <> struct Summation<double> { using type = double; };
-template <class T> using sum_t = typename Summation<T>::type;
+template <class T>
+struct Summation {
+  using type = float;
+};
+template <>
+struct Summation<float> {
+  using type = double;
+};
+template <>
+struct Summation<double> {
+  using type = double;
+};
+template <class T>
+using sum_t = typename Summation<T>::type;
 
 }  // namespace resnet_fused::cpu
