@@ -12,6 +12,7 @@ else
   RUN := $(VENV)/bin/python
   READY := $(VENV)/.ready
 endif
+CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
@@ -47,13 +48,13 @@ bench: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m clang_format --dry-run -Werror $(SOURCES)
+	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES)
 	$(RUN) -m mypy
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(RUN) -m clang_format -i $(SOURCES)
+	$(CLANG_FORMAT) -i $(SOURCES)
 
 clean:
 	rm -rf build dist *.egg-info resnet_fused/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
