@@ -41,6 +41,8 @@ def test_wheel_works_without_the_extension(wheel: zipfile.ZipFile, tmp_path: Pat
     """Unpacked without `_C`: "auto" runs plain PyTorch, "native" says how to build it."""
     wheel.extractall(tmp_path, [name for name in wheel.namelist() if not name.endswith(".so")])
     script = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import torch, resnet_fused
 model = resnet_fused.models.resnet18(num_classes=3)
 print(model(torch.randn(2, 3, 32, 32)).shape)

@@ -23,18 +23,15 @@ struct Arithmetic<double> {
 template <class T>
 using arith_t = typename Arithmetic<T>::type;
 
-// Sums over many rows: PyTorch sums float in double, and so do we; 16-bit values need no more than float.
+// Sums over many rows are kept in double, as PyTorch keeps them; bfloat16, whose values carry eight bits, in float,
+// which is twice as fast.
 template <class T>
 struct Summation {
+  using type = double;
+};
+template <>
+struct Summation<bf16> {
   using type = float;
-};
-template <>
-struct Summation<float> {
-  using type = double;
-};
-template <>
-struct Summation<double> {
-  using type = double;
 };
 template <class T>
 using sum_t = typename Summation<T>::type;
