@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from resnet_fused import triton_kernels
+from resnet_fused import triton_kernels  # type: ignore[attr-defined, unused-ignore]  # stands beside, ships within
 from resnet_fused.backends import native
 from resnet_fused.errors import BackendError
 from resnet_fused.params import BlockParams
