@@ -202,19 +202,25 @@ at::Tensor max_pool2d_backward(
 
 }  // namespace
 
+constexpr auto kForward =
+    "(Tensor x, Tensor? branch_scale, Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, "
+    "Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, int[] spec, float[] eps) "
+    "-> (Tensor out, Tensor[] conv_outputs, Tensor[] batch_stats)";
+constexpr auto kBackward =
+    "(Tensor dout, Tensor? out, Tensor[] conv_outputs, Tensor[] batch_stats, Tensor x, Tensor? branch_scale, "
+    "Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases, "
+    "Tensor?[] running_means, Tensor?[] running_vars, bool[] needs, int[] spec, float[] eps) -> Tensor[] grads";
+constexpr auto kInfer =
+    "(Tensor x, Tensor? pre_scale, Tensor? pre_shift, Tensor[] weights, Tensor?[] biases, Tensor? skip_scale, "
+    "int[] spec) -> Tensor out";
+
 TORCH_LIBRARY(resnet_fused, m) {
-  m.def(
-      "residual_block_forward(Tensor x, Tensor? branch_scale, Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, "
-      "Tensor?[] norm_weights, Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, int[] spec, "
-      "float[] eps) -> (Tensor out, Tensor[] conv_outputs, Tensor[] batch_stats)");
-  m.def(
-      "residual_block_backward(Tensor dout, Tensor? out, Tensor[] conv_outputs, Tensor[] batch_stats, Tensor x, "
-      "Tensor? branch_scale, Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, "
-      "Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, bool[] needs, int[] spec, float[] eps) "
-      "-> Tensor[] grads");
-  m.def(
-      "residual_block_infer(Tensor x, Tensor? pre_scale, Tensor? pre_shift, Tensor[] weights, Tensor?[] biases, "
-      "Tensor? skip_scale, int[] spec) -> Tensor out");
+  // The overload names the kernels: csrc's, or those that resnet_fused/backends/triton.py registers.
+  for (const std::string overload : {"", ".triton"}) {
+    m.def(("residual_block_forward" + overload + kForward).c_str());
+    m.def(("residual_block_backward" + overload + kBackward).c_str());
+    m.def(("residual_block_infer" + overload + kInfer).c_str());
+  }
   m.def("max_pool2d(Tensor x, int kernel_size, int stride, int padding) -> (Tensor out, Tensor positions)");
   m.def(
       "max_pool2d_backward(Tensor dout, Tensor positions, int height, int width, int kernel_size, int stride, int "

@@ -12,8 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from resnet_fused import triton_kernels  # type: ignore[attr-defined, unused-ignore]  # stands beside, ships within
-from resnet_fused.backends import native
+from resnet_fused.backends import native, triton
 from resnet_fused.errors import BackendError
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
@@ -51,9 +50,8 @@ class Backend(Protocol):
         """Evaluation with running statistics and no autograd; params as their owner holds them, before autocast."""
 
 
-BACKENDS: dict[str, Backend] = {"native": native.NativeBackend()}
-ABSENT = {"triton": triton_kernels.why_not}  # names that are known but cannot run, each with its reason
-NAMES = ("auto", *BACKENDS, *ABSENT, "eager")
+BACKENDS: dict[str, Backend] = {"native": native.NativeBackend(), "triton": triton.TritonBackend()}
+NAMES = ("auto", *BACKENDS, "eager")
 
 
 def check_name(backend: str) -> None:
@@ -72,9 +70,9 @@ def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusa
     if backend == "eager" or x.numel() == 0:
         return None
     if backend != "auto":
-        known = BACKENDS.get(backend)
-        reason = ABSENT[backend](x.device.type) if known is None else refusal or _reason(known, x, params, spec)
-        if known is None or reason is not None:
+        known = BACKENDS[backend]
+        reason = refusal or _reason(known, x, params, spec)
+        if reason is not None:
             raise BackendError(f"backend {backend!r} cannot run this block: {reason}. Accepted here: 'auto', 'eager'")
         return known
     for candidate in BACKENDS.values():
@@ -87,8 +85,7 @@ def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusa
 
 def reasons(x: Tensor, params: BlockParams, spec: BlockSpec) -> dict[str, str | None]:
     """For each backend: why it would not run this block, or None."""
-    ran = {name: _reason(backend, x, params, spec) for name, backend in BACKENDS.items()}
-    return ran | {name: why(x.device.type) for name, why in ABSENT.items()}
+    return {name: _reason(backend, x, params, spec) for name, backend in BACKENDS.items()}
 
 
 def select_pool(backend: str, x: Tensor) -> Backend | None:
@@ -97,8 +94,8 @@ def select_pool(backend: str, x: Tensor) -> Backend | None:
     chosen = BACKENDS["native"]
     if backend == "eager" or x.numel() == 0:
         return None
-    if backend in ABSENT:
-        reason: str | None = ABSENT[backend](x.device.type)
+    if backend == "triton":
+        reason: str | None = "Triton has no pooling kernel"
     else:
         elsewhere = None if x.device.type == "cpu" else f"the native backend runs on CPU tensors, x is on {x.device}"
         reason = chosen.unavailable() or elsewhere

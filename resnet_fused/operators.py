@@ -10,7 +10,8 @@ batch_stats:  [2, C] (mean, biased variance), float32 (float64 for float64), for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from resnet_fused.errors import BackendError
 from resnet_fused.spec import ACTIVATIONS, BlockSpec, StageSpec
 
 TensorList = tuple[Tensor | None, ...]
+Kernels = Literal["default", "triton"]  # overloads: csrc's kernels, or those that backends/triton.py registers
 BUILD_HINT = (
     "the C++ extension resnet_fused._C is not built or does not load; in the source folder run "
     "`pip install --no-build-isolation -e .` with the torch that will run it"
@@ -45,10 +47,12 @@ def build_info() -> dict[str, str]:
     return dict(_C.build_info())
 
 
-def residual_block_forward(spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def residual_block_forward(
+    spec: BlockSpec, tensors: TensorList, kernels: Kernels = "default"
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, conv_outputs, batch_stats)."""
     _require()
-    return torch.ops.resnet_fused.residual_block_forward(*_lists(tensors), *spec.encode())
+    return _overload("residual_block_forward", kernels)(*_lists(tensors), *spec.encode())
 
 
 def residual_block_backward(
@@ -59,12 +63,13 @@ def residual_block_backward(
     batch_stats: Sequence[Tensor],
     tensors: TensorList,
     needs: Sequence[bool],
+    kernels: Kernels = "default",
 ) -> list[Tensor | None]:
     """The gradient of every entry of `tensors`, None where `needs` is false (running statistics never need one)."""
     _require()
     needs = list(needs)
     grads = iter(
-        torch.ops.resnet_fused.residual_block_backward(
+        _overload("residual_block_backward", kernels)(
             dout, out, list(conv_outputs), list(batch_stats), *_lists(tensors), needs, *spec.encode()
         )
     )
@@ -78,6 +83,7 @@ def residual_block_infer(
     biases: Sequence[Tensor | None],
     skip_scale: Tensor | None,
     spec: BlockSpec,
+    kernels: Kernels = "default",
 ) -> Tensor:
     """The block with its normalisations folded into `weights` and `biases`.
 
@@ -86,7 +92,8 @@ def residual_block_infer(
     _require()
     ints, _ = spec.encode()
     a, b = pre if pre is not None else (None, None)
-    return torch.ops.resnet_fused.residual_block_infer(x, a, b, list(weights), list(biases), skip_scale, ints)
+    operator = _overload("residual_block_infer", kernels)
+    return operator(x, a, b, list(weights), list(biases), skip_scale, ints)
 
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
@@ -125,6 +132,10 @@ def _require() -> None:
         raise BackendError(_load_error)
 
 
+def _overload(name: str, kernels: Kernels) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops.resnet_fused, name), kernels)
+
+
 def _lists(tensors: TensorList) -> tuple[object, ...]:
     x, branch_scale, skip_scale, *flat = tensors
     return (x, branch_scale, skip_scale, *(flat[i::6] for i in range(6)))
@@ -133,7 +144,7 @@ def _lists(tensors: TensorList) -> tuple[object, ...]:
 # --- fakes: shapes, dtypes and strides of the real kernels -----------------------------------------------------------
 
 
-def _decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
+def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
     """The inverse of `BlockSpec.encode`."""
     count, skip, pre, low = ints[:4]
     stages = []
@@ -160,17 +171,17 @@ def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[
     return shapes
 
 
-def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
+def output_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """channels_last where PyTorch's convolution would give that."""
     last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
     return torch.channels_last if last else torch.contiguous_format
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("resnet_fused::residual_block_forward")
-    def _(x, branch, skip, weights, biases, gammas, betas, means, variances, ints, eps):  # type: ignore[no-untyped-def]
-        spec = _decode(ints, eps)
+    def forward(x, branch, skip, weights, biases, gammas, betas, means, variances, ints, eps):  # type: ignore[no-untyped-def]
+        spec = decode(ints, eps)
         shapes = _conv_shapes(x, weights, spec)
-        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=_format(x, weights[0]))
+        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=output_format(x, weights[0]))
         saved = [
             x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last)
             for i in saved_convs(spec, branch is not None, skip is not None)
@@ -184,8 +195,7 @@ def _register_fakes() -> None:
         ]
         return out, saved, stats
 
-    @torch.library.register_fake("resnet_fused::residual_block_backward")
-    def _(  # type: ignore[no-untyped-def]
+    def backward(  # type: ignore[no-untyped-def]
         dout, out, ys, stats, x, branch, skip, weights, biases, gammas, betas, means, variances, needs, ints, eps
     ):
         inputs = [x, branch, skip]
@@ -199,11 +209,14 @@ def _register_fakes() -> None:
                 grads.append(t.new_empty(t.shape))
         return grads
 
-    @torch.library.register_fake("resnet_fused::residual_block_infer")
-    def _(x, a, b, weights, biases, skip_scale, ints):  # type: ignore[no-untyped-def]
-        spec = _decode(ints, [])
+    def infer(x, a, b, weights, biases, skip_scale, ints):  # type: ignore[no-untyped-def]
+        spec = decode(ints, [])
         shape = _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
-        return x.new_empty(shape).contiguous(memory_format=_format(x, weights[0]))
+        return x.new_empty(shape).contiguous(memory_format=output_format(x, weights[0]))
+
+    for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
+        for overload in ("", ".triton"):
+            torch.library.register_fake(f"resnet_fused::residual_block_{name}{overload}", fake)
 
     @torch.library.register_fake("resnet_fused::max_pool2d")
     def _(x, kernel_size, stride, padding):  # type: ignore[no-untyped-def]

@@ -184,7 +184,7 @@ def test_fakes_of_max_pool(shape: tuple[int, ...], window: tuple[int, int, int],
 def test_encoding_round_trip(case: Case) -> None:
     """All but `batch_stats` of a stage without norm, which means nothing there."""
     ints, eps = case.spec.encode()
-    decoded = operators._decode(ints, eps)
+    decoded = operators.decode(ints, eps)
     stages = tuple(replace(s, batch_stats=s.norm and s.batch_stats) for s in case.spec.stages)
     projection = case.spec.projection
     if projection is not None:
@@ -197,7 +197,7 @@ def test_encoding_round_trip(case: Case) -> None:
 @given(a=cases(), b=cases())
 @settings(family, max_examples=300)
 def test_different_blocks_encode_differently(a: Case, b: Case) -> None:
-    decoded = [operators._decode(*case.spec.encode()) for case in (a, b)]
+    decoded = [operators.decode(*case.spec.encode()) for case in (a, b)]
     assert (decoded[0] == decoded[1]) == (a.spec.encode() == b.spec.encode())
 
 

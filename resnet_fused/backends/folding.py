@@ -45,22 +45,24 @@ def forget(weight: Tensor) -> None:
     _cache.pop(weight, None)
 
 
-def folded(source: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
+def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -> FoldedBlock:
     """The block's tensors with every foldable normalisation and scale folded in, for inputs like x.
 
     source: the parameters as the caller owns them, not copies cast for one call: they carry the version counters.
+    pack: into oneDNN's layout, where it will run them.
     """
+    packs = pack and _packs(x)
     tensors = _tensors(source)
     if any(t.is_inference() for t in tensors):  # no version counter: nothing to hold the cache against
-        return _fold(source, x, spec)
+        return _fold(source, x, spec, packs)
     floats = tuple(s for s in (source.branch_scale, source.skip_scale) if not isinstance(s, Tensor))
-    key = (spec, x.dtype, _packs(x), floats, tuple((t.data_ptr(), t._version) for t in tensors))
+    key = (spec, x.dtype, packs, floats, tuple((t.data_ptr(), t._version) for t in tensors))
     anchor = source.convs[0].weight
     hit = _cache.get(anchor)
     # The objects are compared too, through weak references: a new tensor may live at a dead one's address.
     if hit is not None and hit[0] == key and all(r() is t for r, t in zip(hit[1], tensors, strict=True)):
         return hit[2]
-    result = _fold(source, x, spec)
+    result = _fold(source, x, spec, packs)
     _cache[anchor] = (key, tuple(map(weakref.ref, tensors)), result)
     return result
 
@@ -74,7 +76,7 @@ def _tensors(params: BlockParams) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _fold(params: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
+def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> FoldedBlock:
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms = [_affine(s, p, precision) for s, p in zip(spec.convs, params.convs, strict=True)]
     pre = None
@@ -90,7 +92,7 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec) -> FoldedBlock:
         weights.append(w.to(x.dtype))
         biases.append(None if c is None else c.to(x.dtype))
     channels_last = suggest_memory_format(weights[0]) == torch.channels_last
-    if _packs(x):
+    if packs:
         weights = _pack(weights, x, spec)
     skip_scale = None
     if spec.skip == "identity" and not (isinstance(params.skip_scale, float) and params.skip_scale == 1.0):

@@ -1,0 +1,148 @@
+"""The Triton backend: triton_kernels/ for CUDA tensors, and for CPU tensors under Triton's interpreter.
+
+Its kernels are the `triton` overloads of the operators, registered here when a block first asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from resnet_fused import operators, triton_kernels  # type: ignore[attr-defined, unused-ignore]
+from resnet_fused.backends import folding
+from resnet_fused.operators import TensorList
+from resnet_fused.params import BlockParams
+from resnet_fused.spec import BlockSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TritonBackend:
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        return operators.load_error() or triton_kernels.why_not()
+
+    def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+        reason = triton_kernels.why_not(x.device.type)
+        if reason is not None:
+            return reason
+        if x.dtype not in DTYPES:
+            return f"Triton kernels compute in float32 and narrower, x is {x.dtype}"
+        return None
+
+    def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        _register()
+        return operators.residual_block_forward(spec, tensors, "triton")
+
+    def backward(
+        self,
+        spec: BlockSpec,
+        dout: Tensor,
+        out: Tensor | None,
+        conv_outputs: list[Tensor],
+        batch_stats: list[Tensor],
+        tensors: TensorList,
+        needs: list[bool],
+    ) -> list[Tensor | None]:
+        _register()
+        return operators.residual_block_backward(spec, dout, out, conv_outputs, batch_stats, tensors, needs, "triton")
+
+    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+        _register()
+        folded = folding.folded(params, x, spec, pack=False)
+        return operators.residual_block_infer(
+            x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "triton"
+        )
+
+
+# --- the operators' kernels ------------------------------------------------------------------------------------------
+
+OptionalList = Sequence[Tensor | None]
+
+
+@cache
+def _register() -> torch.library.Library:
+    """Loads the kernels and registers them; the registration lives as long as what this returns."""
+    library = torch.library.Library("resnet_fused", "IMPL")
+    for key in ("CUDA", "CPU"):
+        library.impl("residual_block_forward.triton", _forward, key)
+        library.impl("residual_block_backward.triton", _backward, key)
+        library.impl("residual_block_infer.triton", _infer, key)
+    return library
+
+
+@lru_cache(maxsize=1024)
+def _spec(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
+    return operators.decode(ints, eps)
+
+
+def _flat(x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: OptionalList) -> TensorList:
+    return (x, branch, skip, *(t for six in zip(*lists, strict=True) for t in six))
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    skip: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: OptionalList,
+    gammas: OptionalList,
+    betas: OptionalList,
+    means: OptionalList,
+    variances: OptionalList,
+    ints: Sequence[int],
+    eps: Sequence[float],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    from resnet_fused.triton_kernels import policies, residual_block
+
+    spec = _spec(tuple(ints), tuple(eps))
+    tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
+    return residual_block.forward(spec, tensors, policies.choose(spec, x, weights, "forward"))
+
+
+def _backward(
+    dout: Tensor,
+    out: Tensor | None,
+    ys: Sequence[Tensor],
+    stats: Sequence[Tensor],
+    x: Tensor,
+    branch: Tensor | None,
+    skip: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: OptionalList,
+    gammas: OptionalList,
+    betas: OptionalList,
+    means: OptionalList,
+    variances: OptionalList,
+    needs: Sequence[bool],
+    ints: Sequence[int],
+    eps: Sequence[float],
+) -> list[Tensor]:
+    from resnet_fused.triton_kernels import policies, residual_block
+
+    spec = _spec(tuple(ints), tuple(eps))
+    tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
+    policy = policies.choose(spec, x, weights, "backward")
+    grads = residual_block.backward(spec, dout, out, ys, stats, tensors, needs, policy)
+    return [g for g in grads if g is not None]
+
+
+def _infer(
+    x: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: OptionalList,
+    skip_scale: Tensor | None,
+    ints: Sequence[int],
+) -> Tensor:
+    from resnet_fused.triton_kernels import policies, residual_block
+
+    spec = _spec(tuple(ints), ())
+    pre = None if a is None or b is None else torch.stack([torch.zeros_like(a), a, b]).float()
+    policy = policies.choose(spec, x, weights, "infer")
+    return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)

@@ -1,0 +1,82 @@
+"""The phase without a product: a pass over pixels and channels that ends in the same epilogue as a convolution.
+
+It joins branch and skip path, masks the gradient of the output, and writes out what a library convolution is to read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import epilogue, operands
+from .epilogue import Epilogue, EpilogueConfig
+from .operands import Operand
+from .reductions import finish, zeros
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    """source, relu: as in a convolution's prologue. rows, columns: the tile."""
+
+    source: int
+    relu: bool
+    epilogue: EpilogueConfig
+    rows: int
+    columns: int
+
+
+class Pointwise(NamedTuple):
+    """source: [pixels, channels]."""
+
+    source: Operand
+    pixels: int
+    epilogue: Epilogue
+
+
+@triton.jit
+def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
+    """Walks the tiles of one block of channels after the other, as `convolution` does."""
+    CONFIG: tl.constexpr = CONFIGS[INDEX]
+    width = args.source.channels
+    blocks = tl.cdiv(width, CONFIG.columns)
+    at_once = tl.minimum(blocks, tl.num_programs(0))
+    lanes = tl.num_programs(0) // at_once
+    lane = tl.program_id(0) // at_once
+    first = tl.where(lane < lanes, tl.program_id(0) % at_once, blocks)
+    for block in range(first, blocks, at_once):
+        channels = block * CONFIG.columns + tl.arange(0, CONFIG.columns)
+        channel_mask = channels < width
+        r0, r1, r2 = zeros(CONFIG.columns)
+        for tile in range(lane, tl.cdiv(args.pixels, CONFIG.rows), lanes):
+            pixels = (tile * CONFIG.rows + tl.arange(0, CONFIG.rows)).to(tl.int64)
+            row_mask = pixels < args.pixels
+            v = operands.load(
+                args.source,
+                pixels[:, None] * width + channels[None, :],
+                channels,
+                channel_mask,
+                row_mask[:, None] & channel_mask[None, :],
+                CONFIG.source,
+                CONFIG.relu,
+            ).to(tl.float32)
+            r0, r1, r2 = epilogue.apply(
+                args.epilogue, v, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFIG.epilogue
+            )
+        finish(
+            args.epilogue.reduction,
+            r0,
+            r1,
+            r2,
+            channels,
+            channel_mask,
+            block,
+            lane,
+            lanes,
+            width,
+            CONFIG.epilogue.reduce,
+            CONFIG.epilogue.batch,
+            CONFIG.epilogue.batch_s,
+        )

@@ -1,0 +1,248 @@
+"""Per-channel statistics and gradient sums: gathered in registers over a worker's tiles, merged in a fixed order.
+
+A worker keeps three values a channel while it walks its tiles, writes them once as its partial, and takes a ticket. The
+worker that arrives last for a block of channels merges all partials in the order of their lanes, whoever it is, so
+results are the same bits from run to run; it then derives everything per channel that later phases read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .barriers import arrives_last
+from .operands import Scale, load_scale
+
+NONE = tl.constexpr(0)
+STATISTICS = tl.constexpr(1)  # (count, mean, M2) of v
+SUMS = tl.constexpr(2)  # (sum v, sum v (y - center), sum v (s - center_s))
+
+LANES = tl.constexpr(32)  # partials merged at a time
+
+
+class Norm(NamedTuple):
+    """A normalisation's tensors [C]: statistics (biased variance), affine parameters or None, eps."""
+
+    mean: Any = None
+    var: Any = None
+    gamma: Any = None
+    beta: Any = None
+    eps: float = 0.0
+
+
+class VectorGradients(NamedTuple):
+    """What follows from the sums for one value v = factor * norm(y) of the join, or for an inner norm.
+
+    table: float32 [4, C], the coefficients of dy (operands.GRADIENT). The rest [C] in their parameters' dtypes, or
+    None; dfactor is float32 and per channel.
+    """
+
+    norm: Norm = Norm()
+    factor: Scale = Scale()
+    table: Any = None
+    dgamma: Any = None
+    dbeta: Any = None
+    dfactor: Any = None
+    dbias: Any = None
+
+
+class Reduction(NamedTuple):
+    """partials: float32 [lanes, 3, C]. tickets: int32, one a block of channels, zero. rows: values a channel.
+
+    STATISTICS writes mean and biased variance to stats [2, C] and the norm's table [3, C].
+    SUMS writes what `first` (for y) and `second` (for the skip path's s) ask for.
+    """
+
+    partials: Any = None
+    tickets: Any = None
+    rows: float = 0.0
+    norm: Norm = Norm()
+    stats: Any = None
+    table: Any = None
+    first: VectorGradients = VectorGradients()
+    second: VectorGradients = VectorGradients()
+
+
+@triton.jit
+def zeros(N: tl.constexpr):
+    return tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
+
+
+@triton.jit
+def add_tile(r0, r1, r2, v, row_mask):
+    """(count, mean, M2) after the rows of v [rows, N]; two passes within the tile, Chan's formula between tiles."""
+    count = tl.sum(row_mask.to(tl.float32), 0)
+    divisor = tl.maximum(count, 1.0)
+    mean = tl.sum(tl.where(row_mask[:, None], v, 0.0), 0) / divisor
+    d = tl.where(row_mask[:, None], v - mean[None, :], 0.0)
+    m2 = tl.sum(d * d, 0)
+    total = tl.maximum(r0 + count, 1.0)
+    delta = mean - r1
+    return r0 + count, r1 + delta * (count / total), r2 + m2 + delta * delta * (r0 * count / total)
+
+
+@triton.jit
+def finish(
+    reduction,
+    r0,
+    r1,
+    r2,
+    channels,
+    channel_mask,
+    block,
+    lane,
+    lanes,
+    width,
+    KIND: tl.constexpr,
+    BATCH: tl.constexpr,
+    BATCH_S: tl.constexpr,
+):
+    """Writes the worker's partial; the last of a channel block's `lanes` workers merges them. width: all channels."""
+    if KIND != NONE:
+        partial = reduction.partials + lane * 3 * width + channels
+        tl.store(partial, r0, mask=channel_mask)
+        tl.store(partial + width, r1, mask=channel_mask)
+        tl.store(partial + 2 * width, r2, mask=channel_mask)
+        if arrives_last(reduction.tickets + block, lanes):
+            if KIND == STATISTICS:
+                merge_statistics(reduction, channels, channel_mask, lanes, width)
+            else:
+                merge_sums(reduction, channels, channel_mask, lanes, width, BATCH, BATCH_S)
+
+
+@triton.jit
+def load_partials(reduction, row, start, channels, channel_mask, lanes, width):
+    """Row `row` of LANES partials from `start`: [LANES, N], zero beyond the last."""
+    lane = start + tl.arange(0, LANES)
+    pointers = reduction.partials + (lane[:, None] * 3 + row) * width + channels[None, :]
+    return tl.load(pointers, mask=(lane < lanes)[:, None] & channel_mask[None, :], other=0.0).to(tl.float64)
+
+
+@triton.jit
+def merge_statistics(reduction, channels, channel_mask, lanes, width):
+    total = tl.zeros(channels.shape, tl.float64)
+    for start in range(0, lanes, LANES):
+        count = load_partials(reduction, 0, start, channels, channel_mask, lanes, width)
+        total += tl.sum(count * load_partials(reduction, 1, start, channels, channel_mask, lanes, width), 0)
+    rows = reduction.rows
+    mean = total / rows
+    m2 = tl.zeros(channels.shape, tl.float64)
+    for start in range(0, lanes, LANES):
+        count = load_partials(reduction, 0, start, channels, channel_mask, lanes, width)
+        d = load_partials(reduction, 1, start, channels, channel_mask, lanes, width) - mean[None, :]
+        within = load_partials(reduction, 2, start, channels, channel_mask, lanes, width)
+        m2 += tl.sum(within + count * d * d, 0)
+    mean = mean.to(tl.float32)
+    var = (m2 / rows).to(tl.float32)
+    tl.store(reduction.stats + channels, mean, mask=channel_mask)
+    tl.store(reduction.stats + width + channels, var, mask=channel_mask)
+    store_table(reduction.table, mean, var, reduction.norm, channels, channel_mask, width)
+
+
+@triton.jit
+def inverse_std(var, norm):
+    return 1.0 / tl.sqrt_rn(var + norm.eps)
+
+
+@triton.jit
+def load_affine(norm, channels, channel_mask):
+    """(gamma, beta), 1 and 0 where absent."""
+    gamma = tl.full(channels.shape, 1.0, tl.float32)
+    beta = tl.zeros(channels.shape, tl.float32)
+    if norm.gamma is not None:
+        gamma = tl.load(norm.gamma + channels, mask=channel_mask, other=0.0).to(tl.float32)
+    if norm.beta is not None:
+        beta = tl.load(norm.beta + channels, mask=channel_mask, other=0.0).to(tl.float32)
+    return gamma, beta
+
+
+@triton.jit
+def store_table(table, mean, var, norm, channels, channel_mask, width):
+    gamma, beta = load_affine(norm, channels, channel_mask)
+    tl.store(table + channels, mean, mask=channel_mask)
+    tl.store(table + width + channels, gamma * inverse_std(var, norm), mask=channel_mask)
+    tl.store(table + 2 * width + channels, beta, mask=channel_mask)
+
+
+@triton.jit
+def merge_sums(
+    reduction, channels, channel_mask, lanes, width, BATCH: tl.constexpr, BATCH_S: tl.constexpr
+):
+    dz = tl.zeros(channels.shape, tl.float64)
+    dz_y = tl.zeros(channels.shape, tl.float64)
+    dz_s = tl.zeros(channels.shape, tl.float64)
+    for start in range(0, lanes, LANES):
+        dz += tl.sum(load_partials(reduction, 0, start, channels, channel_mask, lanes, width), 0)
+        dz_y += tl.sum(load_partials(reduction, 1, start, channels, channel_mask, lanes, width), 0)
+        dz_s += tl.sum(load_partials(reduction, 2, start, channels, channel_mask, lanes, width), 0)
+    rows = reduction.rows
+    store_gradients(reduction.first, dz, dz_y, rows, channels, channel_mask, width, BATCH)
+    store_gradients(reduction.second, dz, dz_s, rows, channels, channel_mask, width, BATCH_S)
+
+
+@triton.jit
+def store_gradients(gradients, dz, dz_y, rows, channels, channel_mask, width, BATCH: tl.constexpr):
+    """From sum dz and sum dz (y - center) to everything per channel (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    dy = factor * scale * (dz - mean(dz) - y_hat * mean(dz y_hat)), the means only for batch statistics.
+    """
+    norm = gradients.norm
+    factor = tl.full(channels.shape, 1.0, tl.float32)
+    if gradients.factor.value is not None:
+        factor = load_scale(gradients.factor, channels, channel_mask)
+    scale = tl.full(channels.shape, 1.0, tl.float32)
+    shift = tl.zeros(channels.shape, tl.float32)
+    center = tl.zeros(channels.shape, tl.float32)
+    inv = tl.full(channels.shape, 1.0, tl.float32)
+    if norm.mean is not None:
+        center = tl.load(norm.mean + channels, mask=channel_mask, other=0.0).to(tl.float32)
+        inv = inverse_std(tl.load(norm.var + channels, mask=channel_mask, other=1.0).to(tl.float32), norm)
+        gamma, shift = load_affine(norm, channels, channel_mask)
+        scale = gamma * inv
+    k_dz = factor * scale
+    if gradients.table is not None:
+        k_y = tl.zeros(channels.shape, tl.float32)
+        k = tl.zeros(channels.shape, tl.float32)
+        if BATCH:
+            k_y = (-k_dz.to(tl.float64) * inv * inv * dz_y / rows).to(tl.float32)
+            k = (-k_dz.to(tl.float64) * dz / rows).to(tl.float32)
+        tl.store(gradients.table + channels, k_dz, mask=channel_mask)
+        tl.store(gradients.table + width + channels, k_y, mask=channel_mask)
+        tl.store(gradients.table + 2 * width + channels, k, mask=channel_mask)
+        tl.store(gradients.table + 3 * width + channels, center, mask=channel_mask)
+    if gradients.dgamma is not None:
+        store_as(gradients.dgamma, factor * inv * dz_y, channels, channel_mask)
+    if gradients.dbeta is not None:
+        store_as(gradients.dbeta, factor * dz, channels, channel_mask)
+    if gradients.dfactor is not None:
+        store_as(gradients.dfactor, scale * dz_y + shift * dz, channels, channel_mask)
+    if gradients.dbias is not None:  # batch statistics take away what a bias adds
+        store_as(gradients.dbias, tl.zeros(channels.shape, tl.float64) if BATCH else k_dz * dz, channels, channel_mask)
+
+
+@triton.jit
+def store_as(pointer, value, channels, channel_mask):
+    tl.store(pointer + channels, value.to(pointer.dtype.element_ty), mask=channel_mask)
+
+
+class Tables(NamedTuple):
+    """Normalisations whose tables [3, C] no reduction of the same launch writes. tables, channels: one for each."""
+
+    norms: tuple[Norm, ...]
+    tables: tuple[Any, ...]
+    channels: tuple[int, ...]
+
+
+@triton.jit
+def write_tables(args, BLOCK: tl.constexpr):
+    for i in tl.static_range(len(args.tables)):
+        norm = args.norms[i]
+        width = args.channels[i]
+        for block in range(tl.program_id(0), tl.cdiv(width, BLOCK), tl.num_programs(0)):
+            channels = block * BLOCK + tl.arange(0, BLOCK)
+            channel_mask = channels < width
+            mean = tl.load(norm.mean + channels, mask=channel_mask, other=0.0).to(tl.float32)
+            var = tl.load(norm.var + channels, mask=channel_mask, other=1.0).to(tl.float32)
+            store_table(args.tables[i], mean, var, norm, channels, channel_mask, width)

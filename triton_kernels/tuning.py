@@ -1,0 +1,76 @@
+"""Tile sizes: one frozen value a phase, and a heuristic that needs shapes and a chip and no timing.
+
+The thresholds are derived, not measured: no GPU was at hand when they were written. They follow from two counts. A
+tile's operands and accumulators have to fit registers and shared memory with two or more workers on a multiprocessor,
+because a tile whose loop has only a step or two (1x1 convolutions of few channels) hides memory latency by other workers
+alone. And a small activation has to give at least a tile to most multiprocessors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .chips import Chip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows x columns: the tile of results. depth: of one step of its loop. stages: steps in flight.
+
+    warps: of one worker. workers: on one multiprocessor. splits: of a weight gradient's pixels.
+    """
+
+    rows: int
+    columns: int
+    depth: int = 0
+    stages: int = 1
+    warps: int = 4
+    workers: int = 2
+    splits: int = 1
+
+
+SMALLEST = 16  # tl.dot takes no smaller side
+
+
+def power_of_two(value: int, least: int = SMALLEST, most: int = 1 << 30) -> int:
+    """The smallest power of two >= value, within [least, most]."""
+    return min(max(1 << max(value - 1, 0).bit_length(), least), most)
+
+
+def convolution(chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int) -> Tile:
+    """pixels: of the result, all images. result_group, source_group: channels a group."""
+    if chip.arch == 0:
+        return Tile(32, 16, 16)
+    wide = 2 if dtype == torch.float32 else 1  # fp32 operands take twice the space
+    columns = power_of_two(result_group, most=128 // wide)
+    rows = 128
+    while rows > 32 and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
+        rows //= 2
+    depth = power_of_two(source_group, most=64 // wide)
+    warps = 8 if rows * columns >= 128 * 128 else 4
+    return Tile(rows, columns, depth, stages=3, warps=warps, workers=2)
+
+
+def weight_gradient(
+    chip: Chip, dtype: torch.dtype, pixels: int, output_group: int, input_group: int, taps: int, groups: int
+) -> Tile:
+    if chip.arch == 0:
+        return Tile(16, 16, 32, splits=3 if pixels > 32 else 1)
+    wide = 2 if dtype == torch.float32 else 1
+    rows = power_of_two(output_group, most=128 // wide)
+    columns = power_of_two(input_group, most=128 // wide)
+    depth = 64 // wide
+    warps = 8 if rows * columns >= 128 * 128 else 4
+    tiles = groups * taps * -(-output_group // rows) * -(-input_group // columns)
+    # two rounds of work for every worker, but no split shorter than 16 steps: each costs a float32 partial
+    splits = max(1, min(2 * 2 * chip.sms // tiles, pixels // (16 * depth)))
+    return Tile(rows, columns, depth, stages=3, warps=warps, workers=2, splits=splits)
+
+
+def pointwise(chip: Chip, channels: int) -> Tile:
+    if chip.arch == 0:
+        return Tile(32, 16)
+    columns = power_of_two(channels, most=128)
+    return Tile(8192 // columns, columns, warps=4, workers=4)
