@@ -29,6 +29,11 @@ class Chip:
     tf32_peak: float = 0.0
     fp32_peak: float = 0.0
 
+    @property
+    def doubles(self) -> bool:
+        """Whether float64 arithmetic runs at half the float32 rate (data-centre chips), not at a 64th."""
+        return self.arch in (0, 80, 90, 100)
+
     def peak(self, dtype: torch.dtype, tf32: bool = False) -> float:
         """flop/s of a matrix product with fp32 accumulation."""
         if dtype in (torch.bfloat16, torch.float16):

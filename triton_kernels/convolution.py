@@ -96,6 +96,7 @@ class Convolution(NamedTuple):
 def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     """Walks the tiles of one block of result channels after the other, so that a reduction stays in registers."""
     CONFIG: tl.constexpr = CONFIGS[INDEX]
+    EPILOGUE: tl.constexpr = CONFIG.epilogue
     blocks_per_group = tl.cdiv(args.result_group, CONFIG.columns)
     blocks = args.groups * blocks_per_group
     at_once = tl.minimum(blocks, tl.num_programs(0))
@@ -112,23 +113,25 @@ def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
         column = (block % blocks_per_group) * CONFIG.columns + tl.arange(0, CONFIG.columns)
         column_mask = column < args.result_group
         channels = group * args.result_group + column
-        r0, r1, r2 = zeros(CONFIG.columns)
+        r0, r1, r2 = zeros(CONFIG.columns, EPILOGUE.reduce, EPILOGUE.wide)
         for tile in range(lane, tiles, lanes):
             kind = tile // class_tiles
             class_h = kind // CONFIG.classes[1]
             class_w = kind % CONFIG.classes[1]
             row = (tile % class_tiles) * CONFIG.rows + tl.arange(0, CONFIG.rows)
             image = row // (class_height * class_width)
+            image0 = ((tile % class_tiles) * CONFIG.rows) // (class_height * class_width)  # from here 32 bits suffice
             position = row % (class_height * class_width)
             oh = position // class_width
             ow = position % class_width
             h = oh * CONFIG.classes[0] + class_h
             w = ow * CONFIG.classes[1] + class_w
             row_mask = (image < args.batch) & (h < args.height) & (w < args.width)
-            acc = product(args, image, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG)
-            pixels = (image * args.height + h).to(tl.int64) * args.width + w
+            acc = product(args, image, image0, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG)
+            pixels = ((image - image0) * args.height + h) * args.width + w
+            first_pixel = tl.cast(image0, tl.int64) * args.height * args.width
             r0, r1, r2 = epilogue.apply(
-                args.epilogue, acc, pixels, row_mask, channels, column_mask, r0, r1, r2, CONFIG.epilogue
+                args.epilogue, acc, first_pixel, pixels, row_mask, channels, column_mask, r0, r1, r2, EPILOGUE
             )
         finish(
             args.epilogue.reduction,
@@ -141,20 +144,21 @@ def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
             lane,
             lanes,
             args.groups * args.result_group,
-            CONFIG.epilogue.reduce,
-            CONFIG.epilogue.batch,
-            CONFIG.epilogue.batch_s,
+            EPILOGUE.reduce,
+            EPILOGUE.batch,
+            EPILOGUE.batch_s,
         )
 
 
 @triton.jit
-def product(args, image, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG: tl.constexpr):
+def product(args, image, image0, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG: tl.constexpr):
     """The tile of the implicit matrix product, float32 [rows, columns]."""
     first_r, taps_r = taps(class_h, CONFIG, 0)
     first_s, taps_s = taps(class_w, CONFIG, 1)
     h0 = oh * CONFIG.pixel_step[0]
     w0 = ow * CONFIG.pixel_step[1]
-    base = ((image * args.source_height + h0).to(tl.int64) * args.source_width + w0) * args.source.channels
+    start = tl.cast(image0, tl.int64) * args.source_height * args.source_width * args.source.channels
+    base = (((image - image0) * args.source_height + h0) * args.source_width + w0) * args.source.channels
     base += group * args.source_group
     weight = args.weight
     stride_k, stride_c, stride_r, stride_s = args.weight_strides
@@ -167,11 +171,17 @@ def product(args, image, oh, ow, class_h, class_w, row_mask, group, column, colu
         depth_stride = stride_c
 
     depth_blocks = tl.cdiv(args.source_group, CONFIG.depth)
-    acc = tl.zeros((CONFIG.rows, CONFIG.columns), tl.float32)
+    ROWS: tl.constexpr = CONFIG.rows  # a tuple takes no attribute of a constant
+    COLUMNS: tl.constexpr = CONFIG.columns
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in tl.range(0, taps_r * taps_s * depth_blocks, num_stages=CONFIG.stages):
-        tap = step // depth_blocks
-        r = first_r + (tap // taps_s) * CONFIG.tap_step[0]
-        s = first_s + (tap % taps_s) * CONFIG.tap_step[1]
+        if CONFIG.kernel[0] * CONFIG.kernel[1] == 1:  # keeps what is known of addresses, and so wide loads
+            r, s, depth = 0, 0, step * CONFIG.depth
+        else:
+            tap = step // depth_blocks
+            r = first_r + (tap // taps_s) * CONFIG.tap_step[0]
+            s = first_s + (tap % taps_s) * CONFIG.tap_step[1]
+            depth = (step % depth_blocks) * CONFIG.depth
         if CONFIG.transposed:
             shift_h = exact_quotient(class_h + CONFIG.padding[0] - r * CONFIG.dilation[0], CONFIG.stride[0])
             shift_w = exact_quotient(class_w + CONFIG.padding[1] - s * CONFIG.dilation[1], CONFIG.stride[1])
@@ -183,11 +193,12 @@ def product(args, image, oh, ow, class_h, class_w, row_mask, group, column, colu
             h = h0 + shift_h
             w = w0 + shift_w
             inside &= (h >= 0) & (h < args.source_height) & (w >= 0) & (w < args.source_width)
-        depth = (step % depth_blocks) * CONFIG.depth + tl.arange(0, CONFIG.depth)
+        depth += tl.arange(0, CONFIG.depth)
         depth_mask = depth < args.source_group
         offsets = (base + (shift_h * args.source_width + shift_w) * args.source.channels)[:, None] + depth[None, :]
         a = operands.load(
             args.source,
+            start,
             offsets,
             group * args.source_group + depth,
             depth_mask,

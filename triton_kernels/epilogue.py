@@ -30,6 +30,7 @@ class EpilogueConfig:
 
     mask_normalizes: whether y passes a norm before the masking activation.
     sums_y, sums_s: whether sums over y and s are wanted. batch, batch_s: whether their norms use batch statistics.
+    wide: sums in float64.
     """
 
     residual: int | None = None
@@ -41,6 +42,7 @@ class EpilogueConfig:
     sums_s: bool = False
     batch: bool = False
     batch_s: bool = False
+    wide: bool = False
 
 
 class Epilogue(NamedTuple):
@@ -64,9 +66,13 @@ class Epilogue(NamedTuple):
 
 
 @triton.jit
-def apply(args, acc, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFIG: tl.constexpr):
-    """Finishes the tile acc [rows, columns], float32; pixels int64 [rows]. Returns the running reduction."""
+def apply(args, acc, first, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFIG: tl.constexpr):
+    """Finishes the tile acc [rows, columns], float32. Returns the running reduction.
+
+    first: the pixel, int64, from which `pixels` [rows] count; within a tile 32 bits are enough, and half the registers.
+    """
     mask = row_mask[:, None] & channel_mask[None, :]
+    start = first * args.channels
     offsets = pixels[:, None] * args.channels + channels[None, :]
     v = acc
     factor = tl.full(channels.shape, 1.0, tl.float32)
@@ -78,7 +84,7 @@ def apply(args, acc, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFI
         v += tl.load(args.bias + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     if CONFIG.residual is not None:
         residual = operands.load(
-            args.residual, offsets, channels, channel_mask, mask, CONFIG.residual, False
+            args.residual, start, offsets, channels, channel_mask, mask, CONFIG.residual, False
         ).to(tl.float32)
         if args.residual_scale.value is not None:
             residual *= load_scale(args.residual_scale, channels, channel_mask)[None, :]
@@ -86,10 +92,10 @@ def apply(args, acc, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFI
     if CONFIG.relu:
         v = relu(v)
     if CONFIG.mask == BY_OUT:
-        v = tl.where(tl.load(args.mask + offsets, mask=mask, other=0.0) <= 0, 0.0, v)
+        v = tl.where(tl.load(args.mask + start + offsets, mask=mask, other=0.0) <= 0, 0.0, v)
     y = v
     if CONFIG.mask == BY_NORM or (CONFIG.reduce == SUMS and CONFIG.sums_y):
-        y = tl.load(args.y.x + offsets, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(args.y.x + start + offsets, mask=mask, other=0.0).to(tl.float32)
     if CONFIG.mask == BY_NORM:
         z = y
         if CONFIG.mask_normalizes:
@@ -101,20 +107,25 @@ def apply(args, acc, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFI
         v = tl.where(z * factor[None, :] <= 0, 0.0, v)
     if args.out is not None:
         stored = v.to(args.out.dtype.element_ty)
-        tl.store(args.out + offsets, stored, mask=mask)
+        tl.store(args.out + start + offsets, stored, mask=mask)
         v = stored.to(tl.float32)  # what later phases read is what is counted
+    if CONFIG.wide:
+        v = v.to(tl.float64)
     if CONFIG.reduce == STATISTICS:
         r0, r1, r2 = add_tile(r0, r1, r2, v, row_mask)
     elif CONFIG.reduce == SUMS:
         v = tl.where(mask, v, 0.0)
         r0 += tl.sum(v, 0)
         if CONFIG.sums_y:
-            if args.center is not None:
-                y -= tl.load(args.center + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-            r1 += tl.sum(v * tl.where(mask, y, 0.0), 0)
+            r1 += tl.sum(v * centered(y, args.center, channels, channel_mask, mask), 0)
         if CONFIG.sums_s:
-            s = tl.load(args.s + offsets, mask=mask, other=0.0).to(tl.float32)
-            if args.center_s is not None:
-                s -= tl.load(args.center_s + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
-            r2 += tl.sum(v * tl.where(mask, s, 0.0), 0)
+            s = tl.load(args.s + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            r2 += tl.sum(v * centered(s, args.center_s, channels, channel_mask, mask), 0)
     return r0, r1, r2
+
+
+@triton.jit
+def centered(y, center, channels, channel_mask, mask):
+    if center is not None:
+        y -= tl.load(center + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
+    return tl.where(mask, y, 0.0)

@@ -53,8 +53,10 @@ class Program:
     `tickets` hands out the counters of the workspace.
     """
 
-    def __init__(self, device: torch.device, mode: Mode, chip: Chip) -> None:
+    def __init__(self, device: torch.device, mode: Mode, chip: Chip, submit: Submit | None = None) -> None:
+        """submit: what to do with a launch, other than to run it."""
         self.device, self.mode, self.chip = device, mode, chip
+        self._submit = submit or Launch.run
         self._workspace = _workspace(device)
         self._phases: list[Phase] = []
         self._barrier = False
@@ -89,7 +91,7 @@ class Program:
     def run(self) -> None:
         """Launches the phases that have not run yet."""
         for launch in launches(self._phases, self.mode, self.chip, self._workspace):
-            launch.run()
+            self._submit(launch)
         self._phases = []
         self._barrier = False
 
@@ -113,6 +115,9 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         return {"num_warps": self.warps, "launch_cooperative_grid": self.cooperative}
+
+
+Submit = Callable[[Launch], None]
 
 
 def launches(phases: list[Phase], mode: Mode, chip: Chip, workspace: Tensor) -> list[Launch]:

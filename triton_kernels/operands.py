@@ -35,28 +35,29 @@ class Scale(NamedTuple):
 
 
 @triton.jit
-def load(operand, offsets, channels, channel_mask, mask, KIND: tl.constexpr, RELU: tl.constexpr):
-    """The tile at `offsets` [rows, columns]; columns are `channels`. Zero where `mask` is false, whatever the norm:
+def load(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constexpr, RELU: tl.constexpr):
+    """The tile at `offsets` int32 [rows, columns] from the element `start`, int64; columns are `channels`. Zero where `mask` is false, whatever the norm:
     padding follows the activation. Stored values come in their own dtype, computed ones in float32.
     """
-    x = tl.load(operand.x + offsets, mask=mask, other=0.0)
+    x = tl.load(operand.x + start + offsets, mask=mask, other=0.0)
     if KIND == RAW and not RELU:
         return x
     else:
         v = x.to(tl.float32)
-        columns = operand.table + channels
         if KIND == NORMALIZE:
+            columns = operand.table + channels
             center = tl.load(columns, mask=channel_mask, other=0.0)
             scale = tl.load(columns + operand.channels, mask=channel_mask, other=0.0)
             shift = tl.load(columns + 2 * operand.channels, mask=channel_mask, other=0.0)
             v = (v - center[None, :]) * scale[None, :] + shift[None, :]
         elif KIND == GRADIENT:
+            columns = operand.table + channels
             v *= tl.load(columns, mask=channel_mask, other=0.0)[None, :]
             if operand.y is not None:
                 k_y = tl.load(columns + operand.channels, mask=channel_mask, other=0.0)
                 k = tl.load(columns + 2 * operand.channels, mask=channel_mask, other=0.0)
                 center = tl.load(columns + 3 * operand.channels, mask=channel_mask, other=0.0)
-                y = tl.load(operand.y + offsets, mask=mask, other=0.0).to(tl.float32)
+                y = tl.load(operand.y + start + offsets, mask=mask, other=0.0).to(tl.float32)
                 v += k_y[None, :] * (y - center[None, :]) + k[None, :]
         if RELU:
             v = relu(v)

@@ -40,6 +40,7 @@ class Pointwise(NamedTuple):
 def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     """Walks the tiles of one block of channels after the other, as `convolution` does."""
     CONFIG: tl.constexpr = CONFIGS[INDEX]
+    EPILOGUE: tl.constexpr = CONFIG.epilogue
     width = args.source.channels
     blocks = tl.cdiv(width, CONFIG.columns)
     at_once = tl.minimum(blocks, tl.num_programs(0))
@@ -49,12 +50,14 @@ def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     for block in range(first, blocks, at_once):
         channels = block * CONFIG.columns + tl.arange(0, CONFIG.columns)
         channel_mask = channels < width
-        r0, r1, r2 = zeros(CONFIG.columns)
+        r0, r1, r2 = zeros(CONFIG.columns, EPILOGUE.reduce, EPILOGUE.wide)
         for tile in range(lane, tl.cdiv(args.pixels, CONFIG.rows), lanes):
-            pixels = (tile * CONFIG.rows + tl.arange(0, CONFIG.rows)).to(tl.int64)
-            row_mask = pixels < args.pixels
+            first_pixel = tl.cast(tile * CONFIG.rows, tl.int64)
+            pixels = tl.arange(0, CONFIG.rows)
+            row_mask = first_pixel + pixels < args.pixels
             v = operands.load(
                 args.source,
+                first_pixel * width,
                 pixels[:, None] * width + channels[None, :],
                 channels,
                 channel_mask,
@@ -63,7 +66,7 @@ def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
                 CONFIG.relu,
             ).to(tl.float32)
             r0, r1, r2 = epilogue.apply(
-                args.epilogue, v, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFIG.epilogue
+                args.epilogue, v, first_pixel, pixels, row_mask, channels, channel_mask, r0, r1, r2, EPILOGUE
             )
         finish(
             args.epilogue.reduction,
@@ -76,7 +79,7 @@ def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
             lane,
             lanes,
             width,
-            CONFIG.epilogue.reduce,
-            CONFIG.epilogue.batch,
-            CONFIG.epilogue.batch_s,
+            EPILOGUE.reduce,
+            EPILOGUE.batch,
+            EPILOGUE.batch_s,
         )

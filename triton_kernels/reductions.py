@@ -1,5 +1,8 @@
 """Per-channel statistics and gradient sums: gathered in registers over a worker's tiles, merged in a fixed order.
 
+Sums of float32 activations are kept in float64, as PyTorch's CPU kernels keep them, where the chip multiplies doubles at
+half its float32 rate (`Chip.doubles`); sums of 16-bit activations, and on other chips, in float32.
+
 A worker keeps three values a channel while it walks its tiles, writes them once as its partial, and takes a ticket. The
 worker that arrives last for a block of channels merges all partials in the order of their lanes, whoever it is, so
 results are the same bits from run to run; it then derives everything per channel that later phases read.
@@ -19,7 +22,7 @@ NONE = tl.constexpr(0)
 STATISTICS = tl.constexpr(1)  # (count, mean, M2) of v
 SUMS = tl.constexpr(2)  # (sum v, sum v (y - center), sum v (s - center_s))
 
-LANES = tl.constexpr(32)  # partials merged at a time
+MERGED = tl.constexpr(1024)  # values merged at a time: more would cost every phase its registers
 
 
 class Norm(NamedTuple):
@@ -36,7 +39,7 @@ class VectorGradients(NamedTuple):
     """What follows from the sums for one value v = factor * norm(y) of the join, or for an inner norm.
 
     table: float32 [4, C], the coefficients of dy (operands.GRADIENT). The rest [C] in their parameters' dtypes, or
-    None; dfactor is float32 and per channel.
+    None; dfactor is float64 and per channel.
     """
 
     norm: Norm = Norm()
@@ -49,7 +52,7 @@ class VectorGradients(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """partials: float32 [lanes, 3, C]. tickets: int32, one a block of channels, zero. rows: values a channel.
+    """partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one a block of channels, zero. rows: values a channel.
 
     STATISTICS writes mean and biased variance to stats [2, C] and the norm's table [3, C].
     SUMS writes what `first` (for y) and `second` (for the skip path's s) ask for.
@@ -66,21 +69,22 @@ class Reduction(NamedTuple):
 
 
 @triton.jit
-def zeros(N: tl.constexpr):
-    return tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32), tl.zeros((N,), tl.float32)
+def zeros(N: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr):
+    """The running values of N channels; the count of STATISTICS is one for all. WIDE: in float64."""
+    zero = tl.zeros((N,), tl.float64 if WIDE else tl.float32)
+    return 0.0 if KIND == STATISTICS else zero, zero, zero
 
 
 @triton.jit
-def add_tile(r0, r1, r2, v, row_mask):
-    """(count, mean, M2) after the rows of v [rows, N]; two passes within the tile, Chan's formula between tiles."""
-    count = tl.sum(row_mask.to(tl.float32), 0)
-    divisor = tl.maximum(count, 1.0)
-    mean = tl.sum(tl.where(row_mask[:, None], v, 0.0), 0) / divisor
-    d = tl.where(row_mask[:, None], v - mean[None, :], 0.0)
-    m2 = tl.sum(d * d, 0)
-    total = tl.maximum(r0 + count, 1.0)
-    delta = mean - r1
-    return r0 + count, r1 + delta * (count / total), r2 + m2 + delta * delta * (r0 * count / total)
+def add_tile(count, mean, m2, v, row_mask):
+    """(count, mean, M2) with the rows of v [rows, N]: two passes within the tile, Chan's formula between tiles."""
+    rows = tl.sum(row_mask.to(tl.float32), 0)
+    divisor = tl.maximum(rows, 1.0)
+    tile_mean = tl.sum(tl.where(row_mask[:, None], v, 0.0), 0) / divisor
+    d = tl.where(row_mask[:, None], v - tile_mean[None, :], 0.0)
+    total = tl.maximum(count + rows, 1.0)
+    delta = tile_mean - mean
+    return count + rows, mean + delta * (rows / total), m2 + tl.sum(d * d, 0) + delta * delta * (count * rows / total)
 
 
 @triton.jit
@@ -102,7 +106,7 @@ def finish(
     """Writes the worker's partial; the last of a channel block's `lanes` workers merges them. width: all channels."""
     if KIND != NONE:
         partial = reduction.partials + lane * 3 * width + channels
-        tl.store(partial, r0, mask=channel_mask)
+        tl.store(partial, tl.zeros_like(r1) + r0, mask=channel_mask)
         tl.store(partial + width, r1, mask=channel_mask)
         tl.store(partial + 2 * width, r2, mask=channel_mask)
         if arrives_last(reduction.tickets + block, lanes):
@@ -114,22 +118,22 @@ def finish(
 
 @triton.jit
 def load_partials(reduction, row, start, channels, channel_mask, lanes, width):
-    """Row `row` of LANES partials from `start`: [LANES, N], zero beyond the last."""
-    lane = start + tl.arange(0, LANES)
+    """Row `row` of some partials from lane `start`: [MERGED / N, N], zero beyond the last."""
+    lane = start + tl.arange(0, MERGED // channels.shape[0])
     pointers = reduction.partials + (lane[:, None] * 3 + row) * width + channels[None, :]
-    return tl.load(pointers, mask=(lane < lanes)[:, None] & channel_mask[None, :], other=0.0).to(tl.float64)
+    return tl.load(pointers, mask=(lane < lanes)[:, None] & channel_mask[None, :], other=0.0)
 
 
 @triton.jit
 def merge_statistics(reduction, channels, channel_mask, lanes, width):
-    total = tl.zeros(channels.shape, tl.float64)
-    for start in range(0, lanes, LANES):
+    total = tl.zeros(channels.shape, reduction.partials.dtype.element_ty)
+    for start in range(0, lanes, MERGED // channels.shape[0]):
         count = load_partials(reduction, 0, start, channels, channel_mask, lanes, width)
         total += tl.sum(count * load_partials(reduction, 1, start, channels, channel_mask, lanes, width), 0)
     rows = reduction.rows
     mean = total / rows
-    m2 = tl.zeros(channels.shape, tl.float64)
-    for start in range(0, lanes, LANES):
+    m2 = tl.zeros_like(total)
+    for start in range(0, lanes, MERGED // channels.shape[0]):
         count = load_partials(reduction, 0, start, channels, channel_mask, lanes, width)
         d = load_partials(reduction, 1, start, channels, channel_mask, lanes, width) - mean[None, :]
         within = load_partials(reduction, 2, start, channels, channel_mask, lanes, width)
@@ -143,7 +147,8 @@ def merge_statistics(reduction, channels, channel_mask, lanes, width):
 
 @triton.jit
 def inverse_std(var, norm):
-    return 1.0 / tl.sqrt_rn(var + norm.eps)
+    """float64 [N]; vectors are few, so they are computed wide and rounded once."""
+    return 1.0 / tl.sqrt(var.to(tl.float64) + norm.eps)
 
 
 @triton.jit
@@ -162,7 +167,7 @@ def load_affine(norm, channels, channel_mask):
 def store_table(table, mean, var, norm, channels, channel_mask, width):
     gamma, beta = load_affine(norm, channels, channel_mask)
     tl.store(table + channels, mean, mask=channel_mask)
-    tl.store(table + width + channels, gamma * inverse_std(var, norm), mask=channel_mask)
+    store_as(table + width, gamma * inverse_std(var, norm), channels, channel_mask)
     tl.store(table + 2 * width + channels, beta, mask=channel_mask)
 
 
@@ -170,10 +175,10 @@ def store_table(table, mean, var, norm, channels, channel_mask, width):
 def merge_sums(
     reduction, channels, channel_mask, lanes, width, BATCH: tl.constexpr, BATCH_S: tl.constexpr
 ):
-    dz = tl.zeros(channels.shape, tl.float64)
-    dz_y = tl.zeros(channels.shape, tl.float64)
-    dz_s = tl.zeros(channels.shape, tl.float64)
-    for start in range(0, lanes, LANES):
+    dz = tl.zeros(channels.shape, reduction.partials.dtype.element_ty)
+    dz_y = tl.zeros_like(dz)
+    dz_s = tl.zeros_like(dz)
+    for start in range(0, lanes, MERGED // channels.shape[0]):
         dz += tl.sum(load_partials(reduction, 0, start, channels, channel_mask, lanes, width), 0)
         dz_y += tl.sum(load_partials(reduction, 1, start, channels, channel_mask, lanes, width), 0)
         dz_s += tl.sum(load_partials(reduction, 2, start, channels, channel_mask, lanes, width), 0)
@@ -192,10 +197,10 @@ def store_gradients(gradients, dz, dz_y, rows, channels, channel_mask, width, BA
     factor = tl.full(channels.shape, 1.0, tl.float32)
     if gradients.factor.value is not None:
         factor = load_scale(gradients.factor, channels, channel_mask)
-    scale = tl.full(channels.shape, 1.0, tl.float32)
+    scale = tl.full(channels.shape, 1.0, tl.float64)
     shift = tl.zeros(channels.shape, tl.float32)
     center = tl.zeros(channels.shape, tl.float32)
-    inv = tl.full(channels.shape, 1.0, tl.float32)
+    inv = tl.full(channels.shape, 1.0, tl.float64)
     if norm.mean is not None:
         center = tl.load(norm.mean + channels, mask=channel_mask, other=0.0).to(tl.float32)
         inv = inverse_std(tl.load(norm.var + channels, mask=channel_mask, other=1.0).to(tl.float32), norm)
@@ -203,15 +208,15 @@ def store_gradients(gradients, dz, dz_y, rows, channels, channel_mask, width, BA
         scale = gamma * inv
     k_dz = factor * scale
     if gradients.table is not None:
-        k_y = tl.zeros(channels.shape, tl.float32)
-        k = tl.zeros(channels.shape, tl.float32)
+        k_y = tl.zeros(channels.shape, tl.float64)
+        k = tl.zeros(channels.shape, tl.float64)
         if BATCH:
-            k_y = (-k_dz.to(tl.float64) * inv * inv * dz_y / rows).to(tl.float32)
-            k = (-k_dz.to(tl.float64) * dz / rows).to(tl.float32)
-        tl.store(gradients.table + channels, k_dz, mask=channel_mask)
-        tl.store(gradients.table + width + channels, k_y, mask=channel_mask)
-        tl.store(gradients.table + 2 * width + channels, k, mask=channel_mask)
-        tl.store(gradients.table + 3 * width + channels, center, mask=channel_mask)
+            k_y = -k_dz * inv * inv * dz_y / rows
+            k = -k_dz * dz / rows
+        store_as(gradients.table, k_dz, channels, channel_mask)
+        store_as(gradients.table + width, k_y, channels, channel_mask)
+        store_as(gradients.table + 2 * width, k, channels, channel_mask)
+        store_as(gradients.table + 3 * width, center, channels, channel_mask)
     if gradients.dgamma is not None:
         store_as(gradients.dgamma, factor * inv * dz_y, channels, channel_mask)
     if gradients.dbeta is not None:

@@ -20,7 +20,7 @@ from . import library, tuning
 from .chips import Chip
 from .convolution import Convolution, ConvolutionConfig
 from .epilogue import BY_NORM, BY_OUT, UNMASKED, Epilogue, EpilogueConfig
-from .launch import INTERPRETED, Mode, Program, table_phase
+from .launch import INTERPRETED, Mode, Program, Submit, table_phase
 from .operands import GRADIENT, GRADIENT_ROWS, NORM_ROWS, NORMALIZE, RAW, Operand, Scale
 from .pointwise import Pointwise, PointwiseConfig
 from .reductions import NONE, STATISTICS, SUMS, Norm, Reduction, Tables, VectorGradients
@@ -31,11 +31,15 @@ LAST = torch.channels_last
 
 @dataclass(frozen=True)
 class Policy:
-    """How a block runs. library: the convolutions (indices into spec.convs) left to the vendor's library."""
+    """How a block runs. library: the convolutions (indices into spec.convs) left to the vendor's library.
+
+    submit: receives the launches instead of the device, e.g. to compile them for another.
+    """
 
     chip: Chip
     mode: Mode = "single"
     library: frozenset[int] = frozenset()
+    submit: Submit | None = None
 
 
 @dataclass
@@ -60,7 +64,8 @@ class Block:
         self.stages = [flat[i : i + 6] for i in range(0, len(flat), 6)]
         self.last, self.projection = len(spec.stages) - 1, len(spec.stages)
         self.pre = spec.order == "pre"
-        self.program = Program(x.device, policy.mode, policy.chip)
+        self.program = Program(x.device, policy.mode, policy.chip, policy.submit)
+        self.wide = x.dtype == torch.float32 and policy.chip.doubles  # sums in float64
         self.y: list[Tensor | None] = [None] * len(spec.convs)
         self.statistics: list[Tensor | None] = [None] * len(spec.convs)
         self.tables: list[Tensor | None] = [None] * len(spec.convs)
@@ -167,7 +172,8 @@ class Block:
 
     def reduction(self, tile: tuning.Tile, blocks: int, channels: int, rows: int, **parts: Any) -> Reduction:
         most = self.program.workers(tile)
-        partials = self.floats(most // min(blocks, most), 3, channels)
+        dtype = torch.float64 if self.wide else torch.float32
+        partials = torch.empty((most // min(blocks, most), 3, channels), dtype=dtype, device=self.x.device)
         return Reduction(partials, self.program.tickets(blocks), float(rows), **parts)
 
     def statistics_of(self, tile: tuning.Tile, blocks: int, norm: int, rows: int) -> Reduction:
@@ -290,7 +296,7 @@ def forward(spec: BlockSpec, tensors: TensorList, policy: Policy) -> tuple[Tenso
             tile = tuning.pointwise(policy.chip, block.x.shape[1])
             reduction = block.statistics_of(tile, -(-block.x.shape[1] // tile.columns), 0, pixels)
             source = Source(Operand(block.x, block.x.shape[1]), int(RAW), False, 0, 0)
-            config = EpilogueConfig(reduce=int(STATISTICS))
+            config = EpilogueConfig(reduce=int(STATISTICS), wide=block.wide)
             epilogue = Epilogue(None, block.x.shape[1], reduction=reduction)
             block.pass_over("statistics of x", source, pixels, tile, epilogue, config)
         block.program.barrier()
@@ -301,7 +307,7 @@ def forward(spec: BlockSpec, tensors: TensorList, policy: Policy) -> tuple[Tenso
         if conv not in (0, block.projection):
             block.program.barrier()
         reduce = STATISTICS if block.batch(block.output_norm(conv)) else NONE
-        block.y[conv] = block.convolve(conv, block.stages[conv][1], {}, EpilogueConfig(reduce=int(reduce)))
+        block.y[conv] = block.convolve(conv, block.stages[conv][1], {}, EpilogueConfig(reduce=int(reduce), wide=block.wide))
     block.program.barrier()
     out = _join(block)
     block.program.run()
@@ -416,7 +422,7 @@ class Backward(Block):
         normed = norm is not None and self.spec.convs[norm].norm
         dfactor = None
         if scale is not None and scale_index is not None and self.needs[scale_index]:
-            dfactor = self.floats(channels)
+            dfactor = torch.empty(channels, dtype=torch.float64, device=self.x.device)
             self.after.append((scale_index, dfactor, scale))
         wants_table = conv is None or self.wants_output(conv)
         return VectorGradients(
@@ -526,6 +532,7 @@ class Backward(Block):
                 sums_s=sums_s,
                 batch=self.batch(norm),
                 batch_s=self.batch(norm_s),
+                wide=self.wide,
             )
             y = self.y[last]
             by_norm = mask == BY_NORM
@@ -589,6 +596,7 @@ class Backward(Block):
             reduce=int(SUMS) if reduces else int(NONE),
             sums_y=normed,
             batch=self.batch(norm),
+            wide=self.wide,
         )
         epilogue = Epilogue(
             channels=channels,

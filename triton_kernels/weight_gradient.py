@@ -102,7 +102,7 @@ def weight_gradient(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
             partial = args.partials + (position * args.input_group)[:, None] + column[None, :]
             tl.store(partial + split.to(tl.int64) * size, acc, mask=mask)
             if arrives_last(args.tickets + tile, CONFIG.splits):
-                total = tl.zeros((CONFIG.rows, CONFIG.columns), tl.float32)
+                total = tl.zeros_like(acc)
                 for i in range(CONFIG.splits):
                     total += tl.load(partial, mask=mask, other=0.0)
                     partial += size
@@ -117,19 +117,23 @@ def product(args, split, group, r, s, row, row_mask, column, column_mask, CONFIG
     start = split * steps * CONFIG.depth
     k = group * args.output_group + row
     c = group * args.input_group + column
-    acc = tl.zeros((CONFIG.rows, CONFIG.columns), tl.float32)
+    ROWS: tl.constexpr = CONFIG.rows  # a tuple takes no attribute of a constant
+    COLUMNS: tl.constexpr = CONFIG.columns
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in tl.range(0, steps, num_stages=CONFIG.stages):
         pixel = start + step * CONFIG.depth + tl.arange(0, CONFIG.depth)
         pixel_mask = pixel < pixels
         dy = operands.load(
             args.dy,
-            pixel.to(tl.int64)[:, None] * args.dy.channels + k[None, :],
+            tl.cast(start + step * CONFIG.depth, tl.int64) * args.dy.channels,
+            tl.arange(0, CONFIG.depth)[:, None] * args.dy.channels + k[None, :],
             k,
             row_mask,
             pixel_mask[:, None] & row_mask[None, :],
             CONFIG.dy,
             False,
         ).to(args.dy.x.dtype.element_ty)
+        image0 = (start + step * CONFIG.depth) // (args.height * args.width)
         image = pixel // (args.height * args.width)
         position = pixel % (args.height * args.width)
         h = (position // args.width) * CONFIG.stride[0] + (r * CONFIG.dilation[0] - CONFIG.padding[0])
@@ -137,9 +141,10 @@ def product(args, split, group, r, s, row, row_mask, column, column_mask, CONFIG
         inside = pixel_mask
         if not CONFIG.pointwise:
             inside &= (h >= 0) & (h < args.source_height) & (w >= 0) & (w < args.source_width)
-        source = ((image * args.source_height + h).to(tl.int64) * args.source_width + w) * args.source.channels
+        source = (((image - image0) * args.source_height + h) * args.source_width + w) * args.source.channels
         p = operands.load(
             args.source,
+            tl.cast(image0, tl.int64) * args.source_height * args.source_width * args.source.channels,
             source[:, None] + c[None, :],
             c,
             column_mask,
