@@ -223,8 +223,9 @@ def taps(position, CONFIG: tl.constexpr, AXIS: tl.constexpr):
     """(first tap, number of taps) of an axis that meet the grid of the class at `position`."""
     if CONFIG.transposed and CONFIG.stride[AXIS] > 1:
         first = CONFIG.kernel[AXIS]
-        for back in tl.static_range(CONFIG.kernel[AXIS]):
-            tap = CONFIG.kernel[AXIS] - 1 - back
+        TAPS: tl.constexpr = CONFIG.kernel[AXIS]
+        for back in tl.static_range(TAPS):
+            tap = TAPS - 1 - back
             distance = position + CONFIG.padding[AXIS] - tap * CONFIG.dilation[AXIS]
             above = distance + CONFIG.stride[AXIS] * CONFIG.kernel[AXIS] * CONFIG.dilation[AXIS]  # % of a positive
             first = tl.where(above % CONFIG.stride[AXIS] == 0, tap, first)

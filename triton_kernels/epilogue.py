@@ -99,11 +99,8 @@ def apply(args, acc, first, pixels, row_mask, channels, channel_mask, r0, r1, r2
     if CONFIG.mask == BY_NORM:
         z = y
         if CONFIG.mask_normalizes:
-            columns = args.y.table + channels
-            center = tl.load(columns, mask=channel_mask, other=0.0)
-            scale = tl.load(columns + args.channels, mask=channel_mask, other=0.0)
-            shift = tl.load(columns + 2 * args.channels, mask=channel_mask, other=0.0)
-            z = (y - center[None, :]) * scale[None, :] + shift[None, :]
+            NARROW: tl.constexpr = args.y.x.dtype.element_ty != tl.float32
+            z = operands.normalize(y, args.y.table, args.channels, channels, channel_mask, NARROW)
         v = tl.where(z * factor[None, :] <= 0, 0.0, v)
     if args.out is not None:
         stored = v.to(args.out.dtype.element_ty)

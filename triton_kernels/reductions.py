@@ -38,7 +38,7 @@ class Norm(NamedTuple):
 class VectorGradients(NamedTuple):
     """What follows from the sums for one value v = factor * norm(y) of the join, or for an inner norm.
 
-    table: float32 [4, C], the coefficients of dy (operands.GRADIENT). The rest [C] in their parameters' dtypes, or
+    table: the coefficients of dy (operands.GRADIENT). The rest [C] in their parameters' dtypes, or
     None; dfactor is float64 and per channel.
     """
 
@@ -54,7 +54,7 @@ class VectorGradients(NamedTuple):
 class Reduction(NamedTuple):
     """partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one a block of channels, zero. rows: values a channel.
 
-    STATISTICS writes mean and biased variance to stats [2, C] and the norm's table [3, C].
+    STATISTICS writes mean and biased variance to stats [2, C] and the norm's table (operands.py).
     SUMS writes what `first` (for y) and `second` (for the skip path's s) ask for.
     """
 
@@ -166,9 +166,11 @@ def load_affine(norm, channels, channel_mask):
 @triton.jit
 def store_table(table, mean, var, norm, channels, channel_mask, width):
     gamma, beta = load_affine(norm, channels, channel_mask)
-    tl.store(table + channels, mean, mask=channel_mask)
-    store_as(table + width, gamma * inverse_std(var, norm), channels, channel_mask)
-    tl.store(table + 2 * width + channels, beta, mask=channel_mask)
+    scale = gamma * inverse_std(var, norm)
+    store_as(table, scale, channels, channel_mask)
+    store_as(table + width, beta, channels, channel_mask)
+    store_as(table + 2 * width, mean, channels, channel_mask)
+    store_as(table + 3 * width, beta - scale * mean, channels, channel_mask)
 
 
 @triton.jit
@@ -217,6 +219,7 @@ def store_gradients(gradients, dz, dz_y, rows, channels, channel_mask, width, BA
         store_as(gradients.table + width, k_y, channels, channel_mask)
         store_as(gradients.table + 2 * width, k, channels, channel_mask)
         store_as(gradients.table + 3 * width, center, channels, channel_mask)
+        store_as(gradients.table + 4 * width, k - k_y * center, channels, channel_mask)
     if gradients.dgamma is not None:
         store_as(gradients.dgamma, factor * inv * dz_y, channels, channel_mask)
     if gradients.dbeta is not None:
@@ -233,7 +236,7 @@ def store_as(pointer, value, channels, channel_mask):
 
 
 class Tables(NamedTuple):
-    """Normalisations whose tables [3, C] no reduction of the same launch writes. tables, channels: one for each."""
+    """Normalisations whose tables no reduction of the same launch writes. tables, channels: one for each."""
 
     norms: tuple[Norm, ...]
     tables: tuple[Any, ...]

@@ -52,6 +52,10 @@ class Source:
     height: int
     width: int
 
+    @property
+    def computed(self) -> bool:
+        return self.kind != int(RAW) or self.relu
+
 
 class Block:
     """The tensors of one block by convolution, and the phases that forward, backward and evaluation share."""
@@ -200,8 +204,9 @@ class Block:
         y, groups, (h, w) = self.new(conv), stage.groups, self.sizes[conv]
         pixels = y.shape[0] * h * w
         tile = tuning.convolution(
-            self.policy.chip, y.dtype, pixels, y.shape[1] // groups, source.operand.channels // groups, groups
-        )
+            self.policy.chip, y.dtype, pixels, y.shape[1] // groups, source.operand.channels // groups, groups,
+            source.computed,
+        )  # fmt: skip
         blocks = groups * -(-(y.shape[1] // groups) // tile.columns)
         reduction = Reduction() if norm is None else self.statistics_of(tile, blocks, norm, pixels)
         self.program.phase(
@@ -251,7 +256,7 @@ class Block:
     def materialize(self, name: str, source: Source) -> Tensor:
         """The operand as a tensor of its own: for the library, or where recomputing it costs more."""
         x = source.operand.x
-        if source.kind == int(RAW) and not source.relu:
+        if not source.computed:
             return x
         out = torch.empty_like(x, memory_format=LAST)
         tile = tuning.pointwise(self.policy.chip, source.operand.channels)
@@ -660,8 +665,9 @@ class Backward(Block):
             return dp
         dp, groups = self.activation(channels, (h, w)), stage.groups
         tile = tuning.convolution(
-            self.policy.chip, dp.dtype, pixels, channels // groups, dy.operand.channels // groups, groups
-        )
+            self.policy.chip, dp.dtype, pixels, channels // groups, dy.operand.channels // groups, groups,
+            dy.computed or config.mask != int(UNMASKED) or config.reduce != int(NONE),
+        )  # fmt: skip
         blocks = groups * -(-(channels // groups) // tile.columns)
         self.program.phase(
             f"{self.name(conv)}: data gradient",
@@ -700,7 +706,8 @@ class Backward(Block):
         dweight = self.grads[3 + 6 * conv] = torch.empty_like(weight, memory_format=_suggested(weight))
         groups, (k, c, r, s), (h, w) = stage.groups, weight.shape, self.sizes[conv]
         pixels = self.x.shape[0] * h * w
-        tile = tuning.weight_gradient(self.policy.chip, weight.dtype, pixels, k // groups, c, r * s, groups)
+        heavy = dy.computed or source.computed
+        tile = tuning.weight_gradient(self.policy.chip, weight.dtype, pixels, k // groups, c, r * s, groups, heavy)
         tiles = groups * -(-(k // groups) // tile.rows) * r * s * -(-c // tile.columns)
         self.program.phase(
             name,
@@ -736,7 +743,7 @@ def infer(
     spec: BlockSpec,
     policy: Policy,
 ) -> Tensor:
-    """The block with its norms folded into weights and biases. pre: the table [3, C] of a leading norm."""
+    """The block with its norms folded into weights and biases. pre: the table of a leading norm."""
     flat: list[Tensor | None] = []
     for weight, bias in zip(weights, biases, strict=True):
         flat += [weight, bias, None, None, None, None]

@@ -39,38 +39,54 @@ def power_of_two(value: int, least: int = SMALLEST, most: int = 1 << 30) -> int:
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
-def convolution(chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int) -> Tile:
-    """pixels: of the result, all images. result_group, source_group: channels a group."""
+def convolution(
+    chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int, heavy: bool
+) -> Tile:
+    """pixels: of the result, all images. result_group, source_group: channels a group.
+
+    heavy: the prologue computes its operand, or the epilogue masks or sums: both want registers beside the product.
+    """
     if chip.arch == 0:
         return Tile(32, 16, 16)
     wide = 2 if dtype == torch.float32 else 1  # fp32 operands take twice the space
-    columns = power_of_two(result_group, most=128 // wide)
-    rows = 128
-    while rows > 32 and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
+    columns = power_of_two(result_group, most=(64 if heavy else 128) // wide)
+    rows, fewest = 128, 64 if chip.arch >= 90 else 32  # wgmma and tcgen05 take no fewer than 64
+    while rows > fewest and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
         rows //= 2
     depth = power_of_two(source_group, most=64 // wide)
-    warps = 8 if rows * columns >= 128 * 128 else 4
-    return Tile(rows, columns, depth, stages=3, warps=warps, workers=2)
+    return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, heavy), workers=2)
 
 
 def weight_gradient(
-    chip: Chip, dtype: torch.dtype, pixels: int, output_group: int, input_group: int, taps: int, groups: int
+    chip: Chip,
+    dtype: torch.dtype,
+    pixels: int,
+    output_group: int,
+    input_group: int,
+    taps: int,
+    groups: int,
+    heavy: bool,
 ) -> Tile:
+    """heavy: a prologue computes its operand."""
     if chip.arch == 0:
         return Tile(16, 16, 32, splits=3 if pixels > 32 else 1)
     wide = 2 if dtype == torch.float32 else 1
     rows = power_of_two(output_group, most=128 // wide)
-    columns = power_of_two(input_group, most=128 // wide)
+    columns = power_of_two(input_group, most=(64 if heavy else 128) // wide)
     depth = 64 // wide
-    warps = 8 if rows * columns >= 128 * 128 else 4
     tiles = groups * taps * -(-output_group // rows) * -(-input_group // columns)
     # two rounds of work for every worker, but no split shorter than 16 steps: each costs a float32 partial
     splits = max(1, min(2 * 2 * chip.sms // tiles, pixels // (16 * depth)))
-    return Tile(rows, columns, depth, stages=3, warps=warps, workers=2, splits=splits)
+    return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, heavy), workers=2, splits=splits)
+
+
+def _warps(area: int, heavy: bool) -> int:
+    """A thread's share of accumulators: 64, or 32 where it needs its registers for more."""
+    return 8 if area >= (64 if heavy else 128) * 128 else 4
 
 
 def pointwise(chip: Chip, channels: int) -> Tile:
     if chip.arch == 0:
         return Tile(32, 16)
     columns = power_of_two(channels, most=128)
-    return Tile(8192 // columns, columns, warps=4, workers=4)
+    return Tile(4096 // columns, columns, warps=4, workers=4)

@@ -143,6 +143,6 @@ def _infer(
     from resnet_fused.triton_kernels import policies, residual_block
 
     spec = _spec(tuple(ints), ())
-    pre = None if a is None or b is None else torch.stack([torch.zeros_like(a), a, b]).float()
+    pre = None if a is None or b is None else torch.stack([a, b, torch.zeros_like(a), b]).float()  # NORM_ROWS
     policy = policies.choose(spec, x, weights, "infer")
     return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)
