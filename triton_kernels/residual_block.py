@@ -165,6 +165,9 @@ class Block:
     def scale(self, scale: Tensor | None) -> Scale:
         return Scale() if scale is None else Scale(scale, int(scale.numel() > 1))
 
+    def pass_tile(self, channels: int) -> tuning.Tile:
+        return tuning.pointwise(self.policy.chip, self.x.dtype, channels)
+
     # --- phases ---------------------------------------------------------------------------------------------------
 
     def write_tables(self, norms: Sequence[int]) -> None:
@@ -205,7 +208,7 @@ class Block:
         pixels = y.shape[0] * h * w
         tile = tuning.convolution(
             self.policy.chip, y.dtype, pixels, y.shape[1] // groups, source.operand.channels // groups, groups,
-            source.computed,
+            int(source.computed) + (norm is not None and self.policy.chip.arch >= 100),
         )  # fmt: skip
         blocks = groups * -(-(y.shape[1] // groups) // tile.columns)
         reduction = Reduction() if norm is None else self.statistics_of(tile, blocks, norm, pixels)
@@ -227,7 +230,7 @@ class Block:
     ) -> None:
         """The epilogue of a convolution that the library ran."""
         pixels = y.numel() // y.shape[1]
-        tile = tuning.pointwise(self.policy.chip, y.shape[1])
+        tile = self.pass_tile(y.shape[1])
         blocks = -(-y.shape[1] // tile.columns)
         reduction = Reduction() if norm is None else self.statistics_of(tile, blocks, norm, pixels)
         writes = config.relu or config.residual is not None
@@ -259,7 +262,7 @@ class Block:
         if not source.computed:
             return x
         out = torch.empty_like(x, memory_format=LAST)
-        tile = tuning.pointwise(self.policy.chip, source.operand.channels)
+        tile = self.pass_tile(source.operand.channels)
         self.pass_over(
             name, source, x.numel() // x.shape[1], tile, Epilogue(out, source.operand.channels), EpilogueConfig()
         )
@@ -298,7 +301,7 @@ def forward(spec: BlockSpec, tensors: TensorList, policy: Policy) -> tuple[Tenso
     if block.pre:
         if block.batch(0):
             pixels = block.x.numel() // block.x.shape[1]
-            tile = tuning.pointwise(policy.chip, block.x.shape[1])
+            tile = block.pass_tile(block.x.shape[1])
             reduction = block.statistics_of(tile, -(-block.x.shape[1] // tile.columns), 0, pixels)
             source = Source(Operand(block.x, block.x.shape[1]), int(RAW), False, 0, 0)
             config = EpilogueConfig(reduce=int(STATISTICS), wide=block.wide)
@@ -343,7 +346,7 @@ def _join(block: Block) -> Tensor:
     elif spec.skip == "projection":
         residual, residual_kind = normed(s, _given(block.y[s]))
     out = block.new(last)
-    tile = tuning.pointwise(block.policy.chip, y.shape[1])
+    tile = block.pass_tile(y.shape[1])
     block.pass_over(
         "join",
         Source(main, kind, False, 0, 0),
@@ -524,7 +527,7 @@ class Backward(Block):
         wanted = [g for v in (first, second) for g in v[2:]]
         reduces = any(g is not None for g in wanted)
         if reduces or mask != UNMASKED:
-            tile = tuning.pointwise(self.policy.chip, channels)
+            tile = self.pass_tile(channels)
             blocks = -(-channels // tile.columns)
             reduction = Reduction()
             if reduces:
@@ -630,7 +633,7 @@ class Backward(Block):
             "dx",
             source,
             pixels,
-            tuning.pointwise(self.policy.chip, channels),
+            self.pass_tile(channels),
             Epilogue(
                 dx,
                 channels,
@@ -651,7 +654,7 @@ class Backward(Block):
             dp = dp.contiguous(memory_format=LAST)
             if config == EpilogueConfig():
                 return dp
-            tile = tuning.pointwise(self.policy.chip, channels)
+            tile = self.pass_tile(channels)
             blocks = -(-channels // tile.columns)
             self.program.barrier()
             self.pass_over(
@@ -666,7 +669,7 @@ class Backward(Block):
         dp, groups = self.activation(channels, (h, w)), stage.groups
         tile = tuning.convolution(
             self.policy.chip, dp.dtype, pixels, channels // groups, dy.operand.channels // groups, groups,
-            dy.computed or config.mask != int(UNMASKED) or config.reduce != int(NONE),
+            int(dy.computed) + (config.mask != int(UNMASKED) or config.reduce != int(NONE)),
         )  # fmt: skip
         blocks = groups * -(-(channels // groups) // tile.columns)
         self.program.phase(

@@ -40,21 +40,23 @@ def power_of_two(value: int, least: int = SMALLEST, most: int = 1 << 30) -> int:
 
 
 def convolution(
-    chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int, heavy: bool
+    chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int, burden: int
 ) -> Tile:
     """pixels: of the result, all images. result_group, source_group: channels a group.
 
-    heavy: the prologue computes its operand, or the epilogue masks or sums: both want registers beside the product.
+    burden: 1 for a prologue that computes its operand, and 1 for an epilogue that reduces: either wants registers beside
+    the product's. On sm_80 and sm_90 gathering statistics fits beside the product, elsewhere it did not (found by
+    compiling: ahead_of_time.py).
     """
     if chip.arch == 0:
         return Tile(32, 16, 16)
     wide = 2 if dtype == torch.float32 else 1  # fp32 operands take twice the space
-    columns = power_of_two(result_group, most=(64 if heavy else 128) // wide)
-    rows, fewest = 128, 64 if chip.arch >= 90 else 32  # wgmma and tcgen05 take no fewer than 64
+    columns = power_of_two(result_group, most=(64 if burden else 128) // wide)
+    rows, fewest = 64 if burden == 2 or wide == 2 else 128, 64 if chip.arch >= 90 else 32  # wgmma and tcgen05 take no fewer than 64
     while rows > fewest and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
         rows //= 2
     depth = power_of_two(source_group, most=64 // wide)
-    return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, heavy), workers=2)
+    return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, burden > 0), workers=2)
 
 
 def weight_gradient(
@@ -71,7 +73,7 @@ def weight_gradient(
     if chip.arch == 0:
         return Tile(16, 16, 32, splits=3 if pixels > 32 else 1)
     wide = 2 if dtype == torch.float32 else 1
-    rows = power_of_two(output_group, most=128 // wide)
+    rows = power_of_two(output_group, most=(64 if heavy and chip.arch >= 100 else 128) // wide)
     columns = power_of_two(input_group, most=(64 if heavy else 128) // wide)
     depth = 64 // wide
     tiles = groups * taps * -(-output_group // rows) * -(-input_group // columns)
@@ -85,8 +87,9 @@ def _warps(area: int, heavy: bool) -> int:
     return 8 if area >= (64 if heavy else 128) * 128 else 4
 
 
-def pointwise(chip: Chip, channels: int) -> Tile:
+def pointwise(chip: Chip, dtype: torch.dtype, channels: int) -> Tile:
     if chip.arch == 0:
         return Tile(32, 16)
     columns = power_of_two(channels, most=128)
-    return Tile(4096 // columns, columns, warps=4, workers=4)
+    elements = 2048 if dtype == torch.float32 else 4096
+    return Tile(elements // columns, columns, warps=4, workers=4)
