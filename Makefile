@@ -1,7 +1,10 @@
-# make demo | make test | make lint | make format | make bench | make clean
+# make demo | make test | make lint | make format | make bench | make gpu | make clean
 #
 # Everything runs in .venv, made on first use. An existing environment that has torch can be named instead:
 #   make demo PYTHON=/path/to/python
+#
+# make gpu: on a machine with an NVIDIA GPU, its tests and its benchmark, into OUT. It installs nothing and needs no
+# network: PYTHON (or python3) has torch, triton, pytest, hypothesis, pybind11 and ninja already.
 
 VENV := .venv
 TORCH := torch==2.13.0
@@ -16,7 +19,7 @@ CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench gpu clean
 setup: $(READY)
 
 # torch comes first and pinned: the extension is compiled against it, without build isolation.
@@ -44,6 +47,27 @@ test: $(READY)
 bench: $(READY)
 	$(RUN) -m pytest benches/blocks.py
 	$(RUN) benches/model.py
+
+# Compiling kernels takes most of the tests' time, so they run in parts side by side; what counts launches or needs most
+# of the memory follows alone. A kernel that hangs must not hold up the rest.
+OUT ?= benches/results
+GPU_MINUTES := 5
+GPU_RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" timeout
+GPU_PYTHON := $(or $(PYTHON),python3)
+GPU_TESTS := $(GPU_PYTHON) -m pytest tests/test_gpu.py -m gpu -rf --no-header -k
+GPU_ALONE := one_launch or int32
+GPU_PARTS := $(foreach mode,single phased,$(foreach kind,ieee tf32 fp16 bf16,"family and $(mode) and $(kind)")) \
+  $(foreach size,56x56 28x28 14x14 7x7,"resnet50 and $(size)") "not family and not resnet50 and not $(GPU_ALONE:or=and not)"
+
+gpu:
+	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	test -e resnet_fused/triton_kernels || ln -s ../triton_kernels resnet_fused/triton_kernels
+	failed=0; \
+	printf '%s\n' $(GPU_PARTS) | $(GPU_RUN) 300 xargs -d '\n' -P "$$(nproc)" -I{} $(GPU_TESTS) {} || failed=1; \
+	$(GPU_RUN) 200 $(GPU_TESTS) "$(GPU_ALONE)" || failed=1; \
+	$(GPU_RUN) $$(($(GPU_MINUTES) * 60 + 120)) $(GPU_PYTHON) benches/gpu.py --minutes $(GPU_MINUTES) --out $(OUT) \
+	|| failed=1; \
+	exit $$failed
 
 lint: $(READY)
 	$(RUN) -m ruff check .

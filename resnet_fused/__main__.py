@@ -1,9 +1,11 @@
-"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, info and explain."""
+"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, info, explain and cost."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import resnet_fused
 from resnet_fused import dispatch, named_models
 from resnet_fused.errors import BackendError
 from resnet_fused.info import info
+from resnet_fused.triton_kernels.chips import CHIPS  # loads no Triton
 from resnet_fused.verification import LIMIT, Progress, verify
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,6 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     why = commands.add_parser("explain", help="which backend runs each block of a model, and why not another")
     _add_model(why)
     why.set_defaults(run=_explain)
+
+    cost = commands.add_parser(
+        "cost",
+        help="predict by counting what fusing ResNet-50's blocks gains on a GPU",
+        description="Count the products and bytes of ResNet-50's blocks, fused (with Triton) and in eager PyTorch, and "
+        "compare the least times they take at a chip's data-sheet rates. A prediction; needs no GPU and times nothing.",
+    )
+    chips = ("a100", "h100", "h200")
+    names = f"of {', '.join(CHIPS)} (default: {' '.join(chips)})"
+    cost.add_argument("--chip", nargs="+", choices=CHIPS, default=chips, metavar="CHIP", help=names)
+    cost.add_argument("--batch", type=int, default=256, help="pictures at once (default: %(default)s)")
+    cost.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors (default: %(default)s)")
+    cost.add_argument("--per-phase", action="store_true", help="list every fused phase and every operation of eager")
+    cost.add_argument("--json", type=Path, metavar="FILE", help="write every count there")
+    cost.set_defaults(run=_cost)
     return parser
 
 
@@ -95,6 +113,20 @@ def _info(_: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     resnet_fused.explain(resnet_fused.fuse(named_models.build(arguments.model)))
+    return 0
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("the phases to count are those of the Triton kernels: pip install resnet_fused[triton]")
+    from resnet_fused.triton_kernels import cost_model
+
+    dtype = DTYPES[arguments.dtype] or torch.float32
+    predictions = [cost_model.predict(CHIPS[name], arguments.batch, dtype) for name in arguments.chip]
+    print("\n\n".join([*(each.table(arguments.per_phase) for each in predictions), cost_model.NOTE]))
+    if arguments.json is not None:
+        report = {"note": cost_model.NOTE, "predictions": [each.to_dict() for each in predictions]}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Lets torchvision, where it is installed, be imported beside a torch that it was not built for.
+"""Triton's interpreter where there is no GPU; and lets torchvision, where it is installed, be imported beside a torch that it was not built for.
 
 Its Python side needs the schemas of two detection operators, which its binary defines where that loads. The tests use
 the models only, so the schemas without kernels are enough.
@@ -6,8 +6,12 @@ the models only, so the schemas without kernels are enough.
 
 import contextlib
 import importlib
+import os
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
 
 with contextlib.suppress(ModuleNotFoundError):
     try:

@@ -7,22 +7,30 @@ compiles for the chip's target. Its wheel carries ptxas and cuobjdump.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from . import occupancy, program
-from .chips import Chip
-from .launch import Launch
+from resnet_fused.tables import table
+
+from . import occupancy, program, resnet50
+from .chips import BY_ARCH, Chip
+from .launch import Launch, Mode
+from .residual_block import Policy
 
 DOT = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
 
@@ -49,7 +57,7 @@ def compile_launch(launch: Launch, chip: Chip) -> Binary:
     target = GPUTarget("cuda", chip.arch, 32)
     backend = make_backend(target)
     kernel = program.run_phases
-    bound, specialization, options = _binder(chip.arch)(*_aligned(launch.arguments), **launch.options)
+    bound, specialization, options = _bind(launch, chip.arch)
     options, signature, constants, attributes = kernel._pack_args(
         backend, options | {"debug": False}, bound, specialization, options
     )
@@ -68,6 +76,15 @@ def compile_launch(launch: Launch, chip: Chip) -> Binary:
         any(kind in (program.CONVOLUTION, program.WEIGHT_GRADIENT) for kind in launch.arguments[2]),
         occupancy.workers(chip, registers, launch.warps, compiled.metadata.shared),
     )
+
+
+def _bind(launch: Launch, arch: int) -> Any:
+    """(arguments by name, what they are specialised to, options), as a launch on the chip would make them."""
+    return _binder(arch)(*_aligned(launch.arguments), **launch.options)
+
+
+def _specialization(launch: Launch, arch: int) -> Any:
+    return _bind(launch, arch)[1]
 
 
 @cache
@@ -105,3 +122,90 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+
+
+# --- the launches of ResNet-50 ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Every launch that the heuristics plan for one direction of one kind of block."""
+
+    block: str
+    direction: resnet50.Direction
+    arch: int
+    mode: Mode
+    batch: int
+    dtype: torch.dtype
+    precision: str | None = None  # of float32 products; None: as torch.backends says
+
+    def launches(self) -> list[Launch]:
+        shape = next(s for s in resnet50.resnet50() if s.name == self.block)
+        recorded: list[Launch] = []
+        policy = Policy(BY_ARCH[self.arch], self.mode, submit=recorded.append, precision=self.precision)
+        resnet50.plan(shape, self.direction, self.batch, self.dtype, policy)
+        return recorded
+
+
+def jobs(archs: Sequence[int], modes: Sequence[Mode], batch: int, dtype: torch.dtype) -> list[Job]:
+    """One for each block of ResNet-50 and direction."""
+    return [
+        Job(shape.name, direction, arch, mode, batch, dtype)
+        for arch in archs
+        for mode in modes
+        for shape in resnet50.resnet50()
+        for direction in resnet50.DIRECTIONS
+    ]
+
+
+def compile_all(work: Sequence[Job], processes: int | None = None) -> Iterator[tuple[Job, Binary]]:
+    """Compiles what the jobs launch, each kernel once: many shapes share one. In `processes`, by default all cores."""
+    seen: set[object] = set()
+    tasks: list[tuple[Job, int]] = []
+    for job in work:
+        for i, launch in enumerate(job.launches()):
+            key = (job.arch, launch.warps, launch.cooperative, str(_specialization(launch, job.arch)))
+            if key not in seen:
+                seen.add(key)
+                tasks.append((job, i))
+    # a fork after Triton has started threads could hang
+    with ProcessPoolExecutor(processes or os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        yield from zip((job for job, _ in tasks), pool.map(_compile_task, tasks), strict=True)
+
+
+def _compile_task(task: tuple[Job, int]) -> Binary:
+    job, index = task
+    return compile_launch(job.launches()[index], BY_ARCH[job.arch])
+
+
+def fault(job: Job, binary: Binary) -> str | None:
+    """What keeps a kernel from running well, or at all; None where nothing does."""
+    if binary.workers == 0:
+        return f"{binary.shared} bytes of shared memory, {binary.chip} has {BY_ARCH[job.arch].shared}"
+    if binary.spills:
+        return f"{binary.spills} bytes of local memory a thread"
+    exact = job.dtype == torch.float32 and job.precision != "tf32"  # tensor cores have no such product
+    if binary.multiplies and not exact and not any(binary.dots.values()):
+        return "a product without tensor cores"
+    return None
+
+
+def report(results: Iterable[tuple[Job, Binary]]) -> tuple[str, bool]:
+    """A table, a row a kernel, and whether all are without fault."""
+    rows, good = [], True
+    for job, b in results:
+        wrong = fault(job, b)
+        good &= wrong is None
+        name = "+".join(b.names) if len(b.names) == 1 else f"all {len(b.names)} phases"
+        tensor_cores = ", ".join(f"{count} {kind}" for kind, count in b.dots.items() if count)
+        rows.append(
+            (
+                f"sm_{job.arch}", job.block, job.direction, name, b.warps, b.registers, b.spills, b.shared, b.workers,
+                tensor_cores or ("none" if b.multiplies else ""), wrong or "",
+            )
+        )  # fmt: skip
+    header = (
+        "arch", "block", "direction", "launch", "warps", "registers", "local B", "shared B", "workers / SM",
+        "tensor-core instructions", "fault",
+    )  # fmt: skip
+    return table(f"{len(rows)} kernels", header, rows), good

@@ -232,6 +232,8 @@ def store_gradients(gradients, dz, dz_y, rows, channels, channel_mask, width, BA
 
 @triton.jit
 def store_as(pointer, value, channels, channel_mask):
+    if pointer.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)  # the interpreter makes NaN of a float64 on its way to bfloat16
     tl.store(pointer + channels, value.to(pointer.dtype.element_ty), mask=channel_mask)
 
 

@@ -34,12 +34,14 @@ class Policy:
     """How a block runs. library: the convolutions (indices into spec.convs) left to the vendor's library.
 
     submit: receives the launches instead of the device, e.g. to compile them for another.
+    precision: of float32 products, "ieee" or "tf32"; None asks torch.backends.cuda.matmul.
     """
 
     chip: Chip
     mode: Mode = "single"
     library: frozenset[int] = frozenset()
     submit: Submit | None = None
+    precision: str | None = None
 
 
 @dataclass
@@ -275,7 +277,7 @@ class Block:
         stage = self.spec.convs[conv]
         return ConvolutionConfig(
             tuple(self.weight(conv).shape[2:]), *stage.geometry, transposed, source.kind, source.relu, epilogue,
-            tile.rows, tile.columns, tile.depth, tile.stages, precision(), upcasts(self.x.dtype),
+            tile.rows, tile.columns, tile.depth, tile.stages, self.policy.precision or precision(), upcasts(self.x.dtype),
         )  # fmt: skip
 
     def name(self, conv: int) -> str:
@@ -716,7 +718,7 @@ class Backward(Block):
             name,
             WeightGradientConfig(
                 (r, s), *stage.geometry, dy.kind, source.kind, source.relu, tile.rows, tile.columns, tile.depth,
-                tile.splits, tile.stages, precision(), upcasts(weight.dtype),
+                tile.splits, tile.stages, self.policy.precision or precision(), upcasts(weight.dtype),
             ),
             WeightGradient(
                 dy.operand, self.x.shape[0], h, w, source.operand, source.height, source.width, dweight,

@@ -9,8 +9,12 @@ alone. And a small activation has to give at least a tile to most multiprocessor
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
+
+from resnet_fused.spec import BlockSpec
 
 from .chips import Chip
 
@@ -31,6 +35,22 @@ class Tile:
     splits: int = 1
 
 
+Direction = Literal["forward", "backward", "infer"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was measured to be fastest for one operator call. speedup: eager's time over ours, of the whole block."""
+
+    mode: Literal["single", "phased"]
+    library: Literal["none", "spatial", "all"]
+    speedup: float
+
+
+def decision(spec: BlockSpec, x: Tensor, weights: list[tuple[int, ...]], direction: Direction) -> Decision | None:
+    return None
+
+
 SMALLEST = 16  # tl.dot takes no smaller side
 
 
@@ -49,7 +69,7 @@ def convolution(
     compiling: ahead_of_time.py).
     """
     if chip.arch == 0:
-        return Tile(32, 16, 16)
+        return Tile(64, 16, 32)
     wide = 2 if dtype == torch.float32 else 1  # fp32 operands take twice the space
     columns = power_of_two(result_group, most=(64 if burden else 128) // wide)
     rows, fewest = 64 if burden == 2 or wide == 2 else 128, 64 if chip.arch >= 90 else 32  # wgmma and tcgen05 take no fewer than 64
@@ -71,14 +91,14 @@ def weight_gradient(
 ) -> Tile:
     """heavy: a prologue computes its operand."""
     if chip.arch == 0:
-        return Tile(16, 16, 32, splits=3 if pixels > 32 else 1)
+        return Tile(16, 32, 64, splits=2 if pixels > 64 else 1)
     wide = 2 if dtype == torch.float32 else 1
     rows = power_of_two(output_group, most=(64 if heavy and chip.arch >= 100 else 128) // wide)
     columns = power_of_two(input_group, most=(64 if heavy else 128) // wide)
     depth = 64 // wide
     tiles = groups * taps * -(-output_group // rows) * -(-input_group // columns)
-    # two rounds of work for every worker, but no split shorter than 16 steps: each costs a float32 partial
-    splits = max(1, min(2 * 2 * chip.sms // tiles, pixels // (16 * depth)))
+    # work for every worker, but no split shorter than 16 steps: each costs a float32 partial
+    splits = max(1, min(2 * chip.sms // tiles, pixels // (16 * depth)))
     return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, heavy), workers=2, splits=splits)
 
 
@@ -89,7 +109,7 @@ def _warps(area: int, heavy: bool) -> int:
 
 def pointwise(chip: Chip, dtype: torch.dtype, channels: int) -> Tile:
     if chip.arch == 0:
-        return Tile(32, 16)
+        return Tile(64, 16)
     columns = power_of_two(channels, most=128)
     elements = 2048 if dtype == torch.float32 else 4096
     return Tile(elements // columns, columns, warps=4, workers=4)
