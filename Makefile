@@ -51,13 +51,14 @@ bench: $(READY)
 # Compiling kernels takes most of the tests' time, so they run in parts side by side; what counts launches or needs most
 # of the memory follows alone. A kernel that hangs must not hold up the rest.
 OUT ?= benches/results
-GPU_MINUTES := 5
+GPU_MINUTES ?= 5
 GPU_RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" timeout
 GPU_PYTHON := $(or $(PYTHON),python3)
 GPU_TESTS := $(GPU_PYTHON) -m pytest tests/test_gpu.py -m gpu -rf --no-header -k
 GPU_ALONE := one_launch or int32
-GPU_PARTS := $(foreach mode,single phased,$(foreach kind,ieee tf32 fp16 bf16,"family and $(mode) and $(kind)")) \
-  $(foreach size,56x56 28x28 14x14 7x7,"resnet50 and $(size)") "not family and not resnet50 and not $(GPU_ALONE:or=and not)"
+GPU_FAMILY = $(foreach mode,single phased,$(foreach kind,ieee tf32 fp16 bf16,"family_in_$(1) and $(mode) and $(kind)"))
+GPU_PARTS := $(call GPU_FAMILY,training) $(foreach size,56x56 28x28 14x14 7x7,"resnet50 and $(size)") \
+  "not family and not resnet50 and not $(GPU_ALONE:or=and not)" $(call GPU_FAMILY,evaluation)
 
 gpu:
 	$(GPU_PYTHON) setup.py -q build_ext --inplace

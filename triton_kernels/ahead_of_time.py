@@ -198,12 +198,11 @@ def report(results: Iterable[tuple[Job, Binary]]) -> tuple[str, bool]:
         good &= wrong is None
         name = "+".join(b.names) if len(b.names) == 1 else f"all {len(b.names)} phases"
         tensor_cores = ", ".join(f"{count} {kind}" for kind, count in b.dots.items() if count)
-        rows.append(
-            (
+        row = (
                 f"sm_{job.arch}", job.block, job.direction, name, b.warps, b.registers, b.spills, b.shared, b.workers,
                 tensor_cores or ("none" if b.multiplies else ""), wrong or "",
-            )
         )  # fmt: skip
+        rows.append(tuple(str(cell) for cell in row))
     header = (
         "arch", "block", "direction", "launch", "warps", "registers", "local B", "shared B", "workers / SM",
         "tensor-core instructions", "fault",

@@ -104,32 +104,20 @@ def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     lane = tl.program_id(0) // at_once
     first = tl.where(lane < lanes, tl.program_id(0) % at_once, blocks)  # the remainder has no lane and no work
 
-    class_height = tl.cdiv(args.height, CONFIG.classes[0])
-    class_width = tl.cdiv(args.width, CONFIG.classes[1])
-    class_tiles = tl.cdiv(args.batch * class_height * class_width, CONFIG.rows)
-    tiles = class_tiles * CONFIG.classes[0] * CONFIG.classes[1]
     for block in range(first, blocks, at_once):
         group = block // blocks_per_group
         column = (block % blocks_per_group) * CONFIG.columns + tl.arange(0, CONFIG.columns)
         column_mask = column < args.result_group
         channels = group * args.result_group + column
         r0, r1, r2 = zeros(CONFIG.columns, EPILOGUE.reduce, EPILOGUE.wide)
-        for tile in range(lane, tiles, lanes):
-            kind = tile // class_tiles
-            class_h = kind // CONFIG.classes[1]
-            class_w = kind % CONFIG.classes[1]
-            row = (tile % class_tiles) * CONFIG.rows + tl.arange(0, CONFIG.rows)
-            image = row // (class_height * class_width)
-            image0 = ((tile % class_tiles) * CONFIG.rows) // (class_height * class_width)  # from here 32 bits suffice
-            position = row % (class_height * class_width)
-            oh = position // class_width
-            ow = position % class_width
+        for tile in range(lane, pixel_tiles(args, CONFIG), lanes):
+            image0, image, oh, ow, class_h, class_w = locate(args, tile, CONFIG)
             h = oh * CONFIG.classes[0] + class_h
             w = ow * CONFIG.classes[1] + class_w
-            row_mask = (image < args.batch) & (h < args.height) & (w < args.width)
-            acc = product(args, image, image0, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG)
-            pixels = ((image - image0) * args.height + h) * args.width + w
+            row_mask = (image0 + image < args.batch) & (h < args.height) & (w < args.width)
+            acc = product(args, image0, image, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG)
             first_pixel = tl.cast(image0, tl.int64) * args.height * args.width
+            pixels = (image * args.height + h) * args.width + w
             r0, r1, r2 = epilogue.apply(
                 args.epilogue, acc, first_pixel, pixels, row_mask, channels, column_mask, r0, r1, r2, EPILOGUE
             )
@@ -151,14 +139,40 @@ def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
 
 
 @triton.jit
-def product(args, image, image0, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG: tl.constexpr):
+def pixel_tiles(args, CONFIG: tl.constexpr):
+    """Tiles of result pixels, class by class."""
+    height = tl.cdiv(args.height, CONFIG.classes[0])
+    width = tl.cdiv(args.width, CONFIG.classes[1])
+    return tl.cdiv(args.batch * height * width, CONFIG.rows) * (CONFIG.classes[0] * CONFIG.classes[1])
+
+
+@triton.jit
+def locate(args, tile, CONFIG: tl.constexpr):
+    """A tile's first image, and for each row the image from there and the position within its class; the class.
+
+    Counted from the tile's first image, 32 bits are enough for every offset.
+    """
+    height = tl.cdiv(args.height, CONFIG.classes[0])
+    width = tl.cdiv(args.width, CONFIG.classes[1])
+    class_tiles = tl.cdiv(args.batch * height * width, CONFIG.rows)
+    kind = tile // class_tiles
+    start = (tile % class_tiles) * CONFIG.rows
+    image0 = start // (height * width)
+    row = start - image0 * (height * width) + tl.arange(0, CONFIG.rows)
+    position = row % (height * width)
+    image = row // (height * width)
+    return image0, image, position // width, position % width, kind // CONFIG.classes[1], kind % CONFIG.classes[1]
+
+
+@triton.jit
+def product(args, image0, image, oh, ow, class_h, class_w, row_mask, group, column, column_mask, CONFIG: tl.constexpr):
     """The tile of the implicit matrix product, float32 [rows, columns]."""
     first_r, taps_r = taps(class_h, CONFIG, 0)
     first_s, taps_s = taps(class_w, CONFIG, 1)
     h0 = oh * CONFIG.pixel_step[0]
     w0 = ow * CONFIG.pixel_step[1]
     start = tl.cast(image0, tl.int64) * args.source_height * args.source_width * args.source.channels
-    base = (((image - image0) * args.source_height + h0) * args.source_width + w0) * args.source.channels
+    base = ((image * args.source_height + h0) * args.source_width + w0) * args.source.channels
     base += group * args.source_group
     weight = args.weight
     stride_k, stride_c, stride_r, stride_s = args.weight_strides

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from . import chips, occupancy, program
+from .chained import ChainedConfig
 from .chips import Chip
 from .convolution import ConvolutionConfig
 from .pointwise import PointwiseConfig
@@ -24,11 +25,12 @@ from .tuning import Tile
 from .weight_gradient import WeightGradientConfig
 
 Mode = Literal["single", "phased"]
-Config = ConvolutionConfig | PointwiseConfig | WeightGradientConfig | None
+Config = ConvolutionConfig | PointwiseConfig | WeightGradientConfig | ChainedConfig | None
 KINDS = {
     ConvolutionConfig: program.CONVOLUTION,
     PointwiseConfig: program.POINTWISE,
     WeightGradientConfig: program.WEIGHT_GRADIENT,
+    ChainedConfig: program.CHAINED,
     type(None): program.TABLES,
 }
 INTERPRETED = triton.knobs.runtime.interpret

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 
 from .barriers import grid_barrier
+from .chained import chained
 from .convolution import convolution
 from .pointwise import pointwise
 from .reductions import write_tables
 from .weight_gradient import weight_gradient
 
-CONVOLUTION, POINTWISE, WEIGHT_GRADIENT, TABLES = "convolution", "pointwise", "weight_gradient", "tables"
+CONVOLUTION, POINTWISE, WEIGHT_GRADIENT, CHAINED, TABLES = "convolution", "pointwise", "weight_gradient", "chained", "tables"
 
 
 @triton.jit
@@ -31,5 +32,7 @@ def run_phases(phases, counter, KINDS: tl.constexpr, CONFIGS: tl.constexpr, BARR
             pointwise(phases[i], CONFIGS, i)
         elif KINDS[i] == "weight_gradient":
             weight_gradient(phases[i], CONFIGS, i)
+        elif KINDS[i] == "chained":
+            chained(phases[i], CONFIGS, i)
         else:
             write_tables(phases[i], 256)

@@ -17,6 +17,7 @@ from resnet_fused.operators import TensorList, output_format, saved_convs
 from resnet_fused.spec import BlockSpec, IntPair, StageSpec
 
 from . import library, tuning
+from .chained import WIDEST, Chained, ChainedConfig
 from .chips import Chip
 from .convolution import Convolution, ConvolutionConfig
 from .epilogue import BY_NORM, BY_OUT, UNMASKED, Epilogue, EpilogueConfig
@@ -224,6 +225,31 @@ class Block:
             ),
             tile,
             blocks * -(-pixels // tile.rows),
+        )  # fmt: skip
+        return y
+
+    def chain(self, conv: int, relu: bool, epilogue: dict[str, Any], config: EpilogueConfig) -> Tensor:
+        """y of the last convolution, made together with the one before it, whose y is never stored."""
+        first, (h, w) = conv - 1, self.sizes[conv]
+        source, y, middle = self.source(first), self.new(conv), self.width(first)
+        pixels, channels = y.shape[0] * h * w, source.operand.channels
+        tile = tuning.chained(self.policy.chip, y.dtype, pixels, middle, channels)
+        weight = self.weight(conv)
+        self.program.phase(
+            f"{self.name(first)} and {self.name(conv)}",
+            ChainedConfig(
+                self.config(first, tile, source, False, EpilogueConfig()), relu, min(tile.columns, 64), config
+            ),
+            Chained(
+                Convolution(
+                    source.operand, source.height, source.width, self.weight(first), self.weight(first).stride(),
+                    y.shape[0], h, w, 1, channels, middle, Epilogue(bias=self.stages[first][1]),
+                ),
+                weight, weight.stride(0), weight.stride(1), y.shape[1],
+                Epilogue(y, y.shape[1], self.stages[conv][1], **epilogue),
+            ),
+            tile,
+            -(-pixels // tile.rows),
         )  # fmt: skip
         return y
 
@@ -758,22 +784,38 @@ def infer(
     last, s = block.last, block.projection
     if spec.projection is not None:
         block.y[s] = block.convolve(s, biases[s], {}, EpilogueConfig())
+    chains = _chains(block)
     for conv in range(last + 1):
-        if conv > 0:
+        if conv > 0 or (conv == last and spec.projection is not None):
             block.program.barrier()
         relu = spec.stages[conv].act == "relu" if not block.pre else conv < last and spec.stages[conv + 1].act == "relu"
-        epilogue: dict[str, Any] = {}
+        if chains and conv == last - 1:
+            between = relu
+            continue
+        residual: dict[str, Any] = {}
         if conv == last and spec.skip != "none":
             skip = block.x if spec.skip == "identity" else _given(block.y[s])
-            epilogue["residual"] = Operand(skip, skip.shape[1])
+            residual["residual"] = Operand(skip, skip.shape[1])
             if spec.skip == "identity":
-                epilogue["residual_scale"] = block.scale(skip_scale)
-        config = EpilogueConfig(int(RAW) if epilogue else None, relu)
-        if conv == last and s < len(block.y) and last == 0:
-            block.program.barrier()  # the only convolution reads the projection's output
-        block.y[conv] = block.convolve(conv, biases[conv], epilogue, config)
+                residual["residual_scale"] = block.scale(skip_scale)
+        config = EpilogueConfig(int(RAW) if residual else None, relu)
+        if chains and conv == last:
+            block.y[conv] = block.chain(conv, between, residual, config)
+        else:
+            block.y[conv] = block.convolve(conv, biases[conv], residual, config)
     block.program.run()
     return _given(block.y[last]).contiguous(memory_format=output_format(x, weights[0]))
+
+
+def _chains(block: Block) -> bool:
+    """Whether the last two convolutions run at once: the last has one tap, and what it reads fits a worker."""
+    if block.last == 0:
+        return False
+    first, second = block.spec.stages[-2:]
+    kernel = tuple(block.weight(block.last).shape[2:])
+    plain = second.geometry == ((1, 1), (0, 0), (1, 1)) and kernel == (1, 1) and first.groups == second.groups == 1
+    library = {block.last - 1, block.last} & block.policy.library
+    return plain and not library and block.width(block.last - 1) <= WIDEST
 
 
 def _folded(spec: BlockSpec, pre: bool) -> BlockSpec:

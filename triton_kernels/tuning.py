@@ -102,6 +102,15 @@ def weight_gradient(
     return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, heavy), workers=2, splits=splits)
 
 
+def chained(chip: Chip, dtype: torch.dtype, pixels: int, middle: int, source_group: int) -> Tile:
+    """Of two convolutions at once; columns cover the channels between them."""
+    if chip.arch == 0:
+        return Tile(64, power_of_two(middle), 32)
+    wide = 2 if dtype == torch.float32 else 1
+    columns = power_of_two(middle)
+    return Tile(64, columns, power_of_two(source_group, most=64 // wide), stages=3, warps=_warps(64 * columns, True))
+
+
 def _warps(area: int, heavy: bool) -> int:
     """A thread's share of accumulators: 64, or 32 where it needs its registers for more."""
     return 8 if area >= (64 if heavy else 128) * 128 else 4
