@@ -3,7 +3,7 @@
     model = resnet_fused.fuse(torchvision.models.resnet50())
 
 `fuse` and `unfuse` switch a model in place, `explain` says what runs where, `verify` compares with PyTorch,
-`register_block` teaches a new block, `functional` has the operators, `models` the ResNet family.
+`tune` measures on a GPU for backend "auto" to follow, `register_block` teaches a new block, `functional` has the operators, `models` the ResNet family.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from resnet_fused.explain import explain
 from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
+from resnet_fused.tune import tune
 from resnet_fused.verification import verify
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "fuse",
     "models",
     "register_block",
+    "tune",
     "unfuse",
     "verify",
 ]

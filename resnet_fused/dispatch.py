@@ -31,6 +31,9 @@ class Backend(Protocol):
     def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         """Why it cannot run this block, or None."""
 
+    def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+        """Why "auto" should pass over it although it could run this block, or None."""
+
     def forward(self, spec: BlockSpec, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """(out, convolution outputs to save, batch statistics)."""
 
@@ -76,16 +79,19 @@ def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusa
             raise BackendError(f"backend {backend!r} cannot run this block: {reason}. Accepted here: 'auto', 'eager'")
         return known
     for candidate in BACKENDS.values():
-        reason = refusal or _reason(candidate, x, params, spec)
+        reason = refusal or _reason(candidate, x, params, spec) or candidate.declines(x, params, spec)
         if reason is None:
             return candidate
         _log_once(candidate.name, reason)
     return None
 
 
-def reasons(x: Tensor, params: BlockParams, spec: BlockSpec) -> dict[str, str | None]:
-    """For each backend: why it would not run this block, or None."""
-    return {name: _reason(backend, x, params, spec) for name, backend in BACKENDS.items()}
+def reasons(asked: str, x: Tensor, params: BlockParams, spec: BlockSpec) -> dict[str, str | None]:
+    """For each backend: why it would not run this block when `asked` is asked for, or None."""
+    against = {name: _reason(backend, x, params, spec) for name, backend in BACKENDS.items()}
+    if asked == "auto":
+        against = {name: reason or BACKENDS[name].declines(x, params, spec) for name, reason in against.items()}
+    return against
 
 
 def select_pool(backend: str, x: Tensor) -> Backend | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from resnet_fused import adapters, dispatch
 from resnet_fused.block import FROZEN_NORM, class_path
@@ -13,6 +13,7 @@ from resnet_fused.fuse import why_not
 from resnet_fused.fused_block import FusedModule
 from resnet_fused.stem import FusedStem, pool_reason
 from resnet_fused.tables import table
+from resnet_fused.tune import block_inputs
 
 
 class Row(NamedTuple):
@@ -34,19 +35,23 @@ class Explanation(list[Row]):
         return f"<Explanation of {len(self)} blocks>"
 
 
-def explain(model: nn.Module) -> Explanation:
+def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Print and return, for each block of the model, the backend that it runs on now and the reason.
+
+    x: an input of the model. On a GPU the choice depends on each block's input shape, and x tells it; without x a small
+    input stands in. Given x the model runs once, in evaluation mode without gradients, and nothing in it changes.
 
     Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others.
     The rest: why they are not fused; a class that is unknown is listed if it holds a convolution and a batch norm.
-    A ResNet's own row is its stem. The model is not run.
+    A ResNet's own row is its stem.
     """
     rows = Explanation()
+    inputs = {} if x is None else {module: given for _, module, given in block_inputs(model, x)}
     for name, module in model.named_modules():
         known = adapters.find(_original(module)) is not None
         if known or _looks_like_block(module):
             label = _original(module).__name__
-            rows.append(Row(name, label, *_backend_and_reason(module)))
+            rows.append(Row(name, label, *_backend_and_reason(module, inputs.get(module))))
     print(rows)
     return rows
 
@@ -63,16 +68,18 @@ def _looks_like_block(module: nn.Module) -> bool:
     return conv and norm and not isinstance(module, nn.Sequential)
 
 
-def _backend_and_reason(module: nn.Module) -> tuple[str, str]:
+def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if not isinstance(module, FusedModule):
         return "eager", why_not(module) or "not fused; call fuse(model)"
     try:
         params, spec = module.fused_describe()
     except NotFusable as reason:
         return "eager", str(reason)
-    weight = params.stages[0].weight
-    x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
-    backend, notes = _dispatched(module._fused_settings.backend, dispatch.reasons(x, params, spec))
+    if x is None:
+        weight = params.stages[0].weight
+        x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
+    asked = module._fused_settings.backend
+    backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)

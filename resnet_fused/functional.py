@@ -80,6 +80,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
+def autocast_input(x: Tensor) -> Tensor:
+    """x in the dtype that autocast, where it is on, gives to a block's convolutions."""
+    dtype = _autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
 def _autocast_mixes(x: Tensor, spec: BlockSpec) -> bool:
     """Whether eager would compute parts of this block in x's own dtype, which then is the output's."""
     return _autocast_dtype(x) not in (None, x.dtype) and (spec.order == "pre" or spec.skip == "identity")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -51,3 +52,21 @@ class BlockParams:
     def convs(self) -> tuple[StageParams, ...]:
         """The chain's stages, then the projection: the order of `BlockSpec.convs`."""
         return (*self.stages, self.projection) if self.projection is not None else self.stages
+
+
+def map_tensors(params: BlockParams, change: Callable[[str, Tensor], Tensor]) -> BlockParams:
+    """params with each tensor replaced by ``change(name, tensor)``; names as "stages.0.weight"."""
+
+    def stage(name: str, tensors: StageParams) -> StageParams:
+        present = [(f.name, getattr(tensors, f.name)) for f in fields(tensors)]
+        return replace(tensors, **{n: change(f"{name}.{n}", t) for n, t in present if isinstance(t, Tensor)})
+
+    def scale(name: str, value: Scale) -> Scale:
+        return change(name, value) if isinstance(value, Tensor) else value
+
+    return BlockParams(
+        tuple(stage(f"stages.{i}", s) for i, s in enumerate(params.stages)),
+        None if params.projection is None else stage("projection", params.projection),
+        scale("branch_scale", params.branch_scale),
+        scale("skip_scale", params.skip_scale),
+    )

@@ -31,7 +31,7 @@ class FusedStem(FusedModule):
         backend = self._fused_settings.backend
         x = functional.residual_block(x, *described, backend=backend)
         if pool_reason(self.maxpool) is None:
-            return functional.max_pool2d(x, 3, 2, 1, backend=backend)
+            return functional.max_pool2d(x, 3, 2, 1, backend="auto" if backend == "triton" else backend)
         return self.maxpool(x)
 
 

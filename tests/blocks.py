@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Literal
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, settings
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.params import BlockParams, Scale, StageParams
+from resnet_fused.params import BlockParams, Scale, StageParams, map_tensors
 from resnet_fused.spec import ACTIVATIONS, BlockSpec, IntPair, Memory, Order, Skip, StageSpec
 
 BACKENDS = ["native"]
@@ -246,24 +246,6 @@ def cases(draw: st.DrawFn, channels: tuple[int, ...] = (1, 2, 3, 4, 6, 8), value
     assume(all(min(s) >= 1 for s in case.sizes))
     assume(all(case.batch * h * w >= values for h, w in (case.size, *case.sizes)))
     return case
-
-
-def map_tensors(params: BlockParams, change: Callable[[str, Tensor], Tensor]) -> BlockParams:
-    """params with each tensor replaced by ``change(name, tensor)``."""
-
-    def stage(name: str, tensors: StageParams) -> StageParams:
-        present = [(f.name, getattr(tensors, f.name)) for f in fields(tensors)]
-        return replace(tensors, **{n: change(f"{name}.{n}", t) for n, t in present if isinstance(t, Tensor)})
-
-    def scale(name: str, value: Scale) -> Scale:
-        return change(name, value) if isinstance(value, Tensor) else value
-
-    return BlockParams(
-        tuple(stage(f"stages.{i}", s) for i, s in enumerate(params.stages)),
-        None if params.projection is None else stage("projection", params.projection),
-        scale("branch_scale", params.branch_scale),
-        scale("skip_scale", params.skip_scale),
-    )
 
 
 def named_tensors(params: BlockParams) -> dict[str, Tensor]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from resnet_fused.spec import BlockSpec
 
-from . import chips, tuning
-from .launch import INTERPRETED, Mode
+from . import chips, measured
+from .launch import INTERPRETED
+from .measured import Library, Mode
 from .residual_block import Policy
 
-Library = Literal["none", "spatial", "all"]
 
 # A launch costs about 5 us and a pass over this many bytes 40 us at 3 TB/s: above it, phases with their own number of
 # warps and workers are worth more than saved launches. Batch 32 of a ResNet-50 at 224 pixels stays below everywhere.
@@ -61,14 +60,14 @@ def chip_of(x: Tensor) -> chips.Chip:
     return chips.INTERPRETER if INTERPRETED else chips.of_device(x.device.index or 0)
 
 
-def choose(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], direction: tuning.Direction) -> Policy:
+def choose(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Policy:
     """The policy for one call of an operator."""
     chip = chip_of(x)
-    measured = tuning.decision(spec, x, [tuple(w.shape) for w in weights], direction)
     mode: Mode = "single" if _bytes(x, weights) <= SINGLE_LAUNCH_BYTES else "phased"
     library: Library | None = None
-    if measured is not None:
-        mode, library = measured.mode, measured.library
+    found = measured.decision(spec, tuple(x.shape), x.dtype, tuple(w.shape[0] for w in weights))
+    if found is not None:
+        mode, library = found.mode, found.library
     mode, library = _forced.mode or mode, _forced.library or library
     return Policy(chip, mode, _left_to_library(spec, weights, chip, mode, library))
 

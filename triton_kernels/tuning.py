@@ -1,4 +1,4 @@
-"""Tile sizes: one frozen value a phase, and a heuristic that needs shapes and a chip and no timing.
+"""Tile sizes: one frozen value a phase, a heuristic that needs shapes and a chip and no timing, and what to time.
 
 The thresholds are derived, not measured: no GPU was at hand when they were written. They follow from two counts. A
 tile's operands and accumulators have to fit registers and shared memory with two or more workers on a multiprocessor,
@@ -8,14 +8,15 @@ alone. And a small activation has to give at least a tile to most multiprocessor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, wraps
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from resnet_fused.spec import BlockSpec
-
+from . import measured
 from .chips import Chip
 
 
@@ -35,20 +36,68 @@ class Tile:
     splits: int = 1
 
 
-Direction = Literal["forward", "backward", "infer"]
+Heuristic = Callable[..., Tile]
+_trial: dict[tuple[Any, ...], Tile] = {}
+_asked: dict[tuple[Any, ...], Tile] = {}
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What was measured to be fastest for one operator call. speedup: eager's time over ours, of the whole block."""
+def tunable(heuristic: Heuristic) -> Heuristic:
+    """The tile on trial, else the one measured on this device, else the heuristic's."""
 
-    mode: Literal["single", "phased"]
-    library: Literal["none", "spatial", "all"]
-    speedup: float
+    @wraps(heuristic)
+    def choose(chip: Chip, dtype: torch.dtype, *shape: int) -> Tile:
+        key = (heuristic.__name__, str(dtype), *(int(size) for size in shape))
+        found = measured.tile(key) if chip.arch == _current_arch() else None
+        tile = _trial.get(key) or (Tile(**found) if found else heuristic(chip, dtype, *shape))
+        _asked[key] = tile
+        return tile
+
+    return choose
 
 
-def decision(spec: BlockSpec, x: Tensor, weights: list[tuple[int, ...]], direction: Direction) -> Decision | None:
-    return None
+@cache
+def _current_arch() -> int | None:
+    """Plans for another chip, compiled ahead of time, take no tile measured on this one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+@contextmanager
+def trying(key: tuple[Any, ...], tile: Tile) -> Iterator[None]:
+    """Within, phases of this key take this tile."""
+    _trial[key] = tile
+    try:
+        yield
+    finally:
+        del _trial[key]
+
+
+@contextmanager
+def asked() -> Iterator[dict[tuple[Any, ...], Tile]]:
+    """Collects the keys of the phases planned within, and the tiles they took."""
+    keys: dict[tuple[Any, ...], Tile] = {}
+    _asked.clear()
+    yield keys
+    keys.update(_asked)
+
+
+def candidates(kind: str, tile: Tile) -> list[Tile]:
+    """Neighbours of a tile worth timing: shapes, depth of the pipeline, warps, workers, splits."""
+    found = []
+    for rows, columns in ((1, 1), (2, 1), (1, 2), (0.5, 1), (1, 0.5), (0.5, 2), (2, 0.5)):
+        shape = replace(tile, rows=int(tile.rows * rows), columns=int(tile.columns * columns))
+        if shape.rows < SMALLEST or shape.columns < SMALLEST or (kind == "chained" and columns != 1):
+            continue
+        found += [replace(shape, warps=warps) for warps in (4, 8)]
+    if tile.depth:
+        found += [replace(tile, stages=stages) for stages in (2, 4)]
+        found += [replace(tile, depth=tile.depth // 2, stages=4)] if tile.depth > 32 else []
+    found += [replace(tile, workers=workers) for workers in (1, 2, 3, 4)]
+    if tile.splits > 1:
+        found += [replace(tile, splits=splits) for splits in (tile.splits // 2, tile.splits * 2)]
+    return [t for t in dict.fromkeys(found) if t != tile]
 
 
 SMALLEST = 16  # tl.dot takes no smaller side
@@ -59,6 +108,7 @@ def power_of_two(value: int, least: int = SMALLEST, most: int = 1 << 30) -> int:
     return min(max(1 << max(value - 1, 0).bit_length(), least), most)
 
 
+@tunable
 def convolution(
     chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int, burden: int
 ) -> Tile:
@@ -79,6 +129,7 @@ def convolution(
     return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, burden > 0), workers=2)
 
 
+@tunable
 def weight_gradient(
     chip: Chip,
     dtype: torch.dtype,
@@ -102,6 +153,7 @@ def weight_gradient(
     return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, heavy), workers=2, splits=splits)
 
 
+@tunable
 def chained(chip: Chip, dtype: torch.dtype, pixels: int, middle: int, source_group: int) -> Tile:
     """Of two convolutions at once; columns cover the channels between them."""
     if chip.arch == 0:
@@ -116,6 +168,7 @@ def _warps(area: int, heavy: bool) -> int:
     return 8 if area >= (64 if heavy else 128) * 128 else 4
 
 
+@tunable
 def pointwise(chip: Chip, dtype: torch.dtype, channels: int) -> Tile:
     if chip.arch == 0:
         return Tile(64, 16)

@@ -23,6 +23,9 @@ class NativeBackend:
             return f"the native backend runs on CPU tensors, x is on {x.device}"
         return None
 
+    def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+        return None
+
     def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return operators.residual_block_forward(spec, tensors)
 

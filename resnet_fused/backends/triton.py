@@ -34,6 +34,18 @@ class TritonBackend:
             return f"Triton kernels compute in float32 and narrower, x is {x.dtype}"
         return None
 
+    def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+        if triton_kernels.interpreted():
+            return "Triton's interpreter is for tests"
+        from resnet_fused.triton_kernels import measured
+
+        found = measured.decision(spec, tuple(x.shape), x.dtype, tuple(p.weight.shape[0] for p in params.convs))
+        if found is None:
+            return f"not measured on this GPU for inputs {tuple(x.shape)}; resnet_fused.tune(model, x) measures"
+        if found.speedup < 1:
+            return f"measured at {found.speedup:.2f} times PyTorch's speed for inputs {tuple(x.shape)}"
+        return None
+
     def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         _register()
         return operators.residual_block_forward(spec, tensors, "triton")
@@ -101,7 +113,7 @@ def _forward(
 
     spec = _spec(tuple(ints), tuple(eps))
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
-    return residual_block.forward(spec, tensors, policies.choose(spec, x, weights, "forward"))
+    return residual_block.forward(spec, tensors, policies.choose(spec, x, weights))
 
 
 def _backward(
@@ -126,7 +138,7 @@ def _backward(
 
     spec = _spec(tuple(ints), tuple(eps))
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
-    policy = policies.choose(spec, x, weights, "backward")
+    policy = policies.choose(spec, x, weights)
     grads = residual_block.backward(spec, dout, out, ys, stats, tensors, needs, policy)
     return [g for g in grads if g is not None]
 
@@ -144,5 +156,5 @@ def _infer(
 
     spec = _spec(tuple(ints), ())
     pre = None if a is None or b is None else torch.stack([a, b, torch.zeros_like(a), b]).float()  # NORM_ROWS
-    policy = policies.choose(spec, x, weights, "infer")
+    policy = policies.choose(spec, x, weights)
     return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)

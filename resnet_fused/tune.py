@@ -1,0 +1,214 @@
+"""`tune`: measures on the GPU at hand how each block of a model runs fastest, for backend "auto" to follow.
+
+Blocks are timed through the functional operators, on inputs of the shapes that the model gives them: no running
+statistic, parameter or gradient of the model changes. Contestants take turns in every round, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import dispatch, functional
+from resnet_fused.errors import BackendError, NotFusable
+from resnet_fused.fused_block import FusedModule
+from resnet_fused.params import BlockParams, map_tensors
+from resnet_fused.spec import BlockSpec
+from resnet_fused.tables import table
+from resnet_fused.triton_kernels import why_not  # type: ignore[attr-defined, unused-ignore]
+
+if TYPE_CHECKING:
+    from resnet_fused.triton_kernels.measured import Decision
+
+Run = Callable[[], object]
+Timer = Callable[[Sequence[Run]], list[float]]  # seconds of each, measured in turns
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One kind of block: the name of its first occurrence, our fastest way to run it, and PyTorch's time over ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    workload: str
+    mode: str
+    library: str
+    speedup: float
+
+
+class Tuning(list[Measured]):
+    """One row for each kind of block; ``str()`` gives the table."""
+
+    def __str__(self) -> str:
+        header = ("block", "input", "workload", "launch", "library convolutions", "PyTorch's time / ours")
+        rows = [
+            (m.name, "x".join(map(str, m.shape)), m.workload, m.mode, m.library, f"{m.speedup:.2f}") for m in self
+        ]
+        return table("Measured here", header, rows)
+
+
+def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | None = None) -> Tuning:
+    """Measure each kind of fused block of `model` on inputs as `model(x)` gives them, and keep the result on disk.
+
+    From then on backend "auto" takes the Triton kernels where they were faster than PyTorch at that shape and dtype,
+    in the way that was fastest: in one launch or phase by phase, and with which convolutions left to the library. Call
+    it as the model will be used: in training or in evaluation mode, x and weights in their dtype and memory format,
+    and within ``torch.autocast`` if the model will run there. The results are in
+    ``$XDG_CACHE_HOME/resnet_fused/tuning.json``; other devices, versions and shapes do not see them.
+
+    tiles: also search the tile sizes of every phase, which takes minutes, most of them compiling.
+    timer: how to time calls; for tests.
+
+    Raises BackendError where Triton kernels cannot run.
+    """
+    reason = why_not(x.device.type)
+    if reason is not None:
+        raise BackendError(f"there is nothing to tune: {reason}")
+    from resnet_fused.triton_kernels import measured
+
+    timer = timer or time_on_gpu
+    result, decisions = Tuning(), {}
+    for name, module, block_input in block_inputs(model, x):
+        try:
+            params, spec = module.fused_describe()
+        except NotFusable:
+            continue
+        if dispatch.BACKENDS["triton"].unsupported(block_input, params, spec) is not None:
+            continue
+        shape, widths = tuple(block_input.shape), tuple(p.weight.shape[0] for p in params.convs)
+        key = measured.block_key(spec, shape, block_input.dtype, widths)
+        if key in decisions:
+            continue
+        if tiles:
+            measured.record({}, fastest_tiles(block_input, params, spec, timer))
+        decision = decisions[key] = fastest_way(block_input, params, spec, timer)
+        workload = "train" if spec.batch_stats else "infer"
+        result.append(Measured(name, shape, workload, decision.mode, decision.library, decision.speedup))
+    measured.record(decisions, {})
+    return result
+
+
+@torch.no_grad()
+def block_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, FusedModule, Tensor]]:
+    """(name, module, input) of each fused block when the model runs on x, in evaluation mode so that nothing changes.
+
+    Under autocast the inputs come in the dtype that the block's convolutions will see.
+    """
+    seen: list[tuple[str, FusedModule, Tensor]] = []
+    handles, modes = [], {module: module.training for module in model.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, FusedModule):
+
+            def note(m: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
+                seen.append((name, m, functional.autocast_input(given[0])))  # type: ignore[arg-type]
+
+            handles.append(module.register_forward_pre_hook(note))
+    try:
+        model.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return seen
+
+
+def fastest_way(x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer) -> Decision:
+    """One launch or several, and which convolutions are the library's: every combination against PyTorch."""
+    from resnet_fused.triton_kernels import measured
+    from resnet_fused.triton_kernels.policies import launch_mode, library_convolutions
+
+    ways: list[tuple[measured.Mode, measured.Library]] = list(
+        itertools.product(("single", "phased"), ("none", "spatial", "all"))
+    )
+
+    def forced(mode: measured.Mode, library: measured.Library) -> Run:
+        run = once(x, params, spec, "triton")
+
+        def within() -> None:
+            with launch_mode(mode), library_convolutions(library):
+                run()
+
+        return within
+
+    *ours, eager = timer([*(forced(*way) for way in ways), once(x, params, spec, "eager")])
+    best = min(range(len(ways)), key=ours.__getitem__)
+    return measured.Decision(*ways[best], speedup=eager / ours[best])
+
+
+def fastest_tiles(x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer) -> dict[tuple[Any, ...], dict[str, int]]:
+    """For each phase of the block, run phase by phase, the fastest tile, one phase after the other."""
+    from triton.runtime.errors import OutOfResources
+
+    from resnet_fused.triton_kernels import tuning
+    from resnet_fused.triton_kernels.policies import launch_mode, library_convolutions
+
+    chosen: dict[tuple[Any, ...], dict[str, int]] = {}
+    run = once(x, params, spec, "triton")
+    with launch_mode("phased"), library_convolutions("none"):
+        with tuning.asked() as keys:
+            run()
+        for key, start in keys.items():
+            fitting, runs = [], []
+            for tile in (start, *tuning.candidates(key[0], start)):
+
+                def attempt(tile: tuning.Tile = tile, key: tuple[Any, ...] = key) -> None:
+                    with tuning.trying(key, tile):
+                        run()
+
+                try:
+                    attempt()  # compiles it, and tells whether it fits
+                except OutOfResources:
+                    continue
+                fitting.append(tile)
+                runs.append(attempt)
+            times = timer(runs)
+            chosen[key] = asdict(fitting[min(range(len(times)), key=times.__getitem__)])
+    return chosen
+
+
+def once(x: Tensor, params: BlockParams, spec: BlockSpec, backend: str) -> Run:
+    """One step of the block, forward and backward for training, on copies: nothing of the caller's is written."""
+    train = spec.batch_stats
+    mine = x.detach().requires_grad_(train)
+
+    def own(name: str, t: Tensor) -> Tensor:
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            return t.clone()
+        if t.dim() == 4:
+            t = t.to(x.dtype)
+        return t.detach().requires_grad_(train)
+
+    copies = map_tensors(params, own)
+
+    def run() -> None:
+        with torch.set_grad_enabled(train), torch.autocast(x.device.type, enabled=False):
+            out = functional.residual_block(mine, copies, spec, backend=backend)
+            if train:
+                out.backward(out.detach())
+
+    return run
+
+
+def time_on_gpu(runs: Sequence[Run]) -> list[float]:
+    """Median seconds of each, from CUDA events, over rounds in which all take turns."""
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(3):
+        for run in runs:
+            run()
+    for _ in range(ROUNDS):
+        for run, mine in zip(runs, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            mine.append(begin.elapsed_time(end) / 1000)
+    return [statistics.median(each) for each in times]

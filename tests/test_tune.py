@@ -1,0 +1,152 @@
+"""What `tune` measures and keeps, with a clock of the tests' own, and how backend "auto" follows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from blocks import block, run
+from torch import Tensor, nn
+
+import resnet_fused
+from resnet_fused import dispatch, triton_kernels
+from resnet_fused.errors import BackendError
+from resnet_fused.models.resnet import BasicBlock
+from resnet_fused.tune import Run
+
+if triton_kernels.why_not("cpu") is not None:
+    pytest.skip("these tests need Triton's interpreter", allow_module_level=True)
+
+from resnet_fused.triton_kernels import measured, policies, tuning
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the test's own, and no interpreter in the way of "auto"."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured.forget()
+    yield tmp_path / "resnet_fused" / "tuning.json"
+    measured.forget()
+
+
+def one_block(train: bool = True) -> nn.Module:
+    model = resnet_fused.fuse(nn.Sequential(BasicBlock(6, 6))).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.train(train)
+
+
+def declined(x: Tensor, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Why "auto" would not take the Triton kernels, if they were not interpreted."""
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_kernels, "interpreted", lambda: False)
+        return dispatch.BACKENDS["triton"].declines(x, *model[0].fused_describe())
+
+
+X = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
+
+
+class Clock:
+    """Runs each contestant once and gives them the times it was told: ours, then PyTorch's."""
+
+    def __init__(self, fastest: int, ours: float, eager: float) -> None:
+        self.fastest, self.ours, self.eager = fastest, ours, eager
+
+    def __call__(self, runs: Sequence[Run]) -> list[float]:
+        runs[self.fastest]()
+        runs[-1]()
+        return [self.ours if i == self.fastest else 10.0 for i in range(len(runs) - 1)] + [self.eager]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_auto_follows_what_was_measured(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = one_block(train)
+    assert "tune" in (declined(X, model, monkeypatch) or "")
+
+    result = resnet_fused.tune(model, X, timer=Clock(fastest=4, ours=0.5, eager=1.0))
+    (row,) = result
+    assert (row.mode, row.library, row.speedup) == ("phased", "spatial", 2.0)
+    assert row.workload == ("train" if train else "infer") and row.shape == tuple(X.shape)
+    assert "phased" in str(result)
+    assert declined(X, model, monkeypatch) is None
+    assert declined(X[:1], model, monkeypatch) is not None, "another shape was not measured"
+    params, spec = model[0].fused_describe()
+    policy = policies.choose(spec, X, [p.weight for p in params.convs])
+    assert (policy.mode, policy.library) == ("phased", frozenset({0, 1}))
+
+
+def test_auto_leaves_what_is_slower_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = one_block()
+    resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=1.25, eager=1.0))
+    assert "0.80 times" in (declined(X, model, monkeypatch) or "")
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_nothing_in_the_model_changes(train: bool) -> None:
+    model = one_block(train)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    resnet_fused.tune(model, X, timer=lambda runs: [float(run() is None) for run in runs])
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training == train and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_cache_survives_the_process_and_other_machines_do_not_see_it(cache: Path) -> None:
+    model = one_block()
+    resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=0.5, eager=1.0))
+    everything = json.loads(cache.read_text())
+    assert list(everything) == [measured.machine()]
+    cache.write_text(json.dumps({"another machine": everything[measured.machine()]}))
+    measured.forget()
+    params, spec = model[0].fused_describe()
+    assert measured.decision(spec, tuple(X.shape), X.dtype, (6, 6)) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_broken_cache_counts_as_empty(content: str, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
+    measured.forget()
+    model = one_block()
+    resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=0.5, eager=1.0))
+    assert measured.machine() in json.loads(cache.read_text())
+
+
+def test_tiles_on_trial_compute_the_same() -> None:
+    case = block(1, "identity", channels=6, size=(9, 8))
+    x, params, spec = case.build(torch.float32, torch.channels_last)
+    with policies.launch_mode("phased"), policies.library_convolutions("none"):
+        with tuning.asked() as keys:
+            expected = run(x, params, spec, "triton", case.upstream(torch.float32))
+        assert {key[0] for key in keys} == {"convolution", "pointwise", "weight_gradient"}
+        for key, tile in keys.items():
+            for candidate in tuning.candidates(key[0], tile)[:1]:
+                with tuning.trying(key, candidate):
+                    got = run(x, params, spec, "triton", case.upstream(torch.float32))
+                for name, t in got.items():
+                    torch.testing.assert_close(t, expected[name], rtol=1e-4, atol=1e-4, msg=f"{key} {candidate} {name}")
+
+
+def test_tune_keeps_the_fastest_tiles() -> None:
+    """The clock calls the last candidate of every phase the fastest."""
+    model = one_block(train=False)
+
+    def last_wins(runs: Sequence[Run]) -> list[float]:
+        return [float(len(runs) - i) for i in range(len(runs))]
+
+    resnet_fused.tune(model, X, tiles=True, timer=last_wins)
+    section = measured._section()["tiles"]
+    assert section and all(set(tile) >= {"rows", "columns", "warps"} for tile in section.values())
+
+
+def test_explain_with_an_input(capsys: pytest.CaptureFixture[str]) -> None:
+    model = one_block()
+    (row,) = resnet_fused.explain(model, X)
+    assert row.backend == "native" and "Residual blocks" in capsys.readouterr().out
+
+
+def test_nothing_to_tune_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(BackendError, match="nothing to tune"):
+        resnet_fused.tune(one_block(), X)
