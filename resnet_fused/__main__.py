@@ -1,4 +1,4 @@
-"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, info, explain and cost."""
+"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, info, explain, cost, compile, tune."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -76,6 +77,35 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--per-phase", action="store_true", help="list every fused phase and every operation of eager")
     cost.add_argument("--json", type=Path, metavar="FILE", help="write every count there")
     cost.set_defaults(run=_cost)
+
+    build = commands.add_parser(
+        "compile",
+        help="compile the Triton kernels for chips that are not here, and list what they need",
+        description="Compile every kernel that ResNet-50's blocks take, ahead of time and without a GPU: registers, "
+        "spills, shared memory, tensor-core instructions. Exit status 1 if one spills, does not fit its chip, or "
+        "multiplies without tensor cores.",
+    )
+    build.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="ARCH", help="%(default)s")
+    build.add_argument("--launch", nargs="+", choices=("single", "phased"), default=["single", "phased"])
+    build.add_argument("--batch", type=int, default=256, help="pictures at once (default: %(default)s)")
+    build.add_argument("--dtype", choices=(*DTYPES, "tf32"), default="bfloat16")
+    build.add_argument("--block", nargs="+", metavar="BLOCK", help="e.g. layer1.1 (default: all)")
+    build.add_argument("--json", type=Path, metavar="FILE", help="write every kernel's figures there")
+    build.set_defaults(run=_compile)
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure on this GPU how each block runs fastest, for backend 'auto' to follow",
+        description="Time a model's blocks in every way the Triton kernels can run them, against PyTorch, and keep "
+        "the result for this device.",
+    )
+    _add_model(tune)
+    tune.add_argument("--batch", type=int, default=32, help="pictures at once (default: %(default)s)")
+    tune.add_argument("--size", type=int, default=224, help="of the square input (default: %(default)s)")
+    tune.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of model and input (default: %(default)s)")
+    tune.add_argument("--train", action="store_true", help="training mode (default: evaluation)")
+    tune.add_argument("--tiles", action="store_true", help="also search tile sizes, which takes minutes")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -117,8 +147,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _cost(arguments: argparse.Namespace) -> int:
-    if importlib.util.find_spec("triton") is None:
-        raise ImportError("the phases to count are those of the Triton kernels: pip install resnet_fused[triton]")
+    _require_triton()
     from resnet_fused.triton_kernels import cost_model
 
     dtype = DTYPES[arguments.dtype] or torch.float32
@@ -128,6 +157,42 @@ def _cost(arguments: argparse.Namespace) -> int:
         report = {"note": cost_model.NOTE, "predictions": [each.to_dict() for each in predictions]}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def _compile(arguments: argparse.Namespace) -> int:
+    _require_triton()
+    from resnet_fused.triton_kernels import ahead_of_time, interpreted
+
+    if interpreted():
+        raise ValueError("TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled: unset it")
+    archs = [ahead_of_time.arch_number(name) for name in arguments.arch]
+    dtype = torch.float32 if arguments.dtype == "tf32" else DTYPES[arguments.dtype] or torch.float32
+    precision = {"tf32": "tf32", "float32": "ieee"}.get(arguments.dtype)
+    work = ahead_of_time.jobs(archs, arguments.launch, arguments.batch, dtype, precision, arguments.block)
+    results = list(ahead_of_time.compile_all(work))
+    text, good = ahead_of_time.report(results)
+    print(text)
+    if arguments.json is not None:
+        rows = [{"job": str(job), "fault": ahead_of_time.fault(job, b), **asdict(b)} for job, b in results]
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0 if good else WRONG
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    reason = resnet_fused.backends()["triton"]
+    if reason is not None:
+        raise BackendError(f"there is nothing to tune: {reason}")
+    dtype = DTYPES[arguments.dtype] or torch.float32
+    model = named_models.build(arguments.model).to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device="cuda", dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    print(resnet_fused.tune(resnet_fused.fuse(model).train(arguments.train), x, tiles=arguments.tiles))
+    return 0
+
+
+def _require_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError("this command needs Triton: pip install resnet_fused[triton]")
 
 
 @contextlib.contextmanager

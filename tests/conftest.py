@@ -1,6 +1,6 @@
-"""Triton's interpreter where there is no GPU; and lets torchvision, where it is installed, be imported beside a torch that it was not built for.
+"""Triton's interpreter where there is no GPU; and torchvision, where it is installed, beside a torch not its own.
 
-Its Python side needs the schemas of two detection operators, which its binary defines where that loads. The tests use
+torchvision's Python side needs the schemas of two detection operators, which its binary defines where that loads. The tests use
 the models only, so the schemas without kernels are enough.
 """
 
@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -21,3 +22,9 @@ with contextlib.suppress(ModuleNotFoundError):
         for _name in ("nms", "qnms"):
             _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         importlib.import_module("torchvision")
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a user's machine: Triton kernels run on CUDA tensors only."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)

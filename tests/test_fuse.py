@@ -141,6 +141,7 @@ def test_bad_arguments_change_nothing() -> None:
     assert fused_types(model) == []
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_a_backend_asked_for_by_name_raises_where_it_cannot_run() -> None:
     model = fuse(net(), backend="triton")
     with pytest.raises(BackendError, match="'triton' cannot run this block"):
@@ -615,6 +616,7 @@ def test_explain_before_and_after_fusing(mixed: nn.Sequential, capsys: pytest.Ca
     assert repr(rows) == "<Explanation of 4 blocks>"
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_explain_says_what_a_named_backend_does() -> None:
     model = fuse(net(), backend="triton")
     row = explain(model)[0]

@@ -318,8 +318,8 @@ def test_unsupported_dtype_is_named() -> None:
         functional.residual_block(x, params, spec, backend="triton")
 
 
-def test_without_gpu_and_interpreter_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
+@pytest.mark.usefixtures("no_interpreter")
+def test_without_gpu_and_interpreter_the_reason_is_given() -> None:
     x, params, spec = block().build(torch.float32)
     with pytest.raises(BackendError, match="CUDA"):
         functional.residual_block(x, params, spec, backend="triton")

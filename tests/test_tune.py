@@ -146,7 +146,7 @@ def test_explain_with_an_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert row.backend == "native" and "Residual blocks" in capsys.readouterr().out
 
 
-def test_nothing_to_tune_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
+@pytest.mark.usefixtures("no_interpreter")
+def test_nothing_to_tune_is_an_error() -> None:
     with pytest.raises(BackendError, match="nothing to tune"):
         resnet_fused.tune(one_block(), X)

@@ -239,6 +239,7 @@ def test_unknown_backend() -> None:
     assert_refused(call, call[1], "cudnn", ValueError, r"unknown backend 'cudnn'; accepted: 'auto', 'native'.*'eager'")
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_backend_for_another_device() -> None:
     call = CASE.build(torch.float32)
     assert_refused(

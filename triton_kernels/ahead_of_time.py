@@ -147,14 +147,34 @@ class Job:
         return recorded
 
 
-def jobs(archs: Sequence[int], modes: Sequence[Mode], batch: int, dtype: torch.dtype) -> list[Job]:
-    """One for each block of ResNet-50 and direction."""
+def arch_number(name: str) -> int:
+    """80 for "sm_80"; raises ValueError for an architecture that is unknown here."""
+    known = {f"sm_{arch}": arch for arch in BY_ARCH}
+    if name not in known:
+        raise ValueError(f"unknown architecture {name!r}; accepted: {', '.join(known)}")
+    return known[name]
+
+
+def jobs(
+    archs: Sequence[int],
+    modes: Sequence[Mode],
+    batch: int,
+    dtype: torch.dtype,
+    precision: str | None = None,
+    blocks: Sequence[str] | None = None,
+) -> list[Job]:
+    """One for each block of ResNet-50 (or of `blocks`, by name) and direction. Raises ValueError for an unknown name."""
+    names = [shape.name for shape in resnet50.resnet50()]
+    unknown = set(blocks or ()) - set(names)
+    if unknown:
+        raise ValueError(f"unknown block {sorted(unknown)[0]!r}; accepted: {', '.join(names)}")
     return [
-        Job(shape.name, direction, arch, mode, batch, dtype)
+        Job(name, direction, arch, mode, batch, dtype, precision)
         for arch in archs
         for mode in modes
-        for shape in resnet50.resnet50()
+        for name in names
         for direction in resnet50.DIRECTIONS
+        if blocks is None or name in blocks
     ]
 
 
