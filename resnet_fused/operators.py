@@ -216,7 +216,7 @@ def _register_fakes() -> None:
 
     for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
         for overload in ("", ".triton"):
-            torch.library.register_fake(f"resnet_fused::residual_block_{name}{overload}", fake)
+            torch.library.register_fake(f"resnet_fused::residual_block_{name}{overload}", fake)  # type: ignore[arg-type]
 
     @torch.library.register_fake("resnet_fused::max_pool2d")
     def _(x, kernel_size, stride, padding):  # type: ignore[no-untyped-def]

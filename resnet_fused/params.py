@@ -59,7 +59,7 @@ def map_tensors(params: BlockParams, change: Callable[[str, Tensor], Tensor]) ->
 
     def stage(name: str, tensors: StageParams) -> StageParams:
         present = [(f.name, getattr(tensors, f.name)) for f in fields(tensors)]
-        return replace(tensors, **{n: change(f"{name}.{n}", t) for n, t in present if isinstance(t, Tensor)})
+        return replace(tensors, **{n: change(f"{name}.{n}", t) for n, t in present if isinstance(t, Tensor)})  # type: ignore[arg-type]
 
     def scale(name: str, value: Scale) -> Scale:
         return change(name, value) if isinstance(value, Tensor) else value

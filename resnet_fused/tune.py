@@ -48,9 +48,7 @@ class Tuning(list[Measured]):
 
     def __str__(self) -> str:
         header = ("block", "input", "workload", "launch", "library convolutions", "PyTorch's time / ours")
-        rows = [
-            (m.name, "x".join(map(str, m.shape)), m.workload, m.mode, m.library, f"{m.speedup:.2f}") for m in self
-        ]
+        rows = [(m.name, "x".join(map(str, m.shape)), m.workload, m.mode, m.library, f"{m.speedup:.2f}") for m in self]
         return table("Measured here", header, rows)
 
 
@@ -143,7 +141,9 @@ def fastest_way(x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer) -
     return measured.Decision(*ways[best], speedup=eager / ours[best])
 
 
-def fastest_tiles(x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer) -> dict[tuple[Any, ...], dict[str, int]]:
+def fastest_tiles(
+    x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer
+) -> dict[tuple[Any, ...], dict[str, int]]:
     """For each phase of the block, run phase by phase, the fastest tile, one phase after the other."""
     from triton.runtime.errors import OutOfResources
 

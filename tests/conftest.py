@@ -1,7 +1,7 @@
 """Triton's interpreter where there is no GPU; and torchvision, where it is installed, beside a torch not its own.
 
-torchvision's Python side needs the schemas of two detection operators, which its binary defines where that loads. The tests use
-the models only, so the schemas without kernels are enough.
+torchvision's Python side needs the schemas of two detection operators, which its binary defines where that loads. The
+tests use the models only, so the schemas without kernels are enough.
 """
 
 import contextlib

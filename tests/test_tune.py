@@ -99,7 +99,7 @@ def test_the_cache_survives_the_process_and_other_machines_do_not_see_it(cache: 
     assert list(everything) == [measured.machine()]
     cache.write_text(json.dumps({"another machine": everything[measured.machine()]}))
     measured.forget()
-    params, spec = model[0].fused_describe()
+    _, spec = model[0].fused_describe()
     assert measured.decision(spec, tuple(X.shape), X.dtype, (6, 6)) is None
 
 

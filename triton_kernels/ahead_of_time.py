@@ -90,9 +90,7 @@ def _specialization(launch: Launch, arch: int) -> Any:
 @cache
 def _binder(arch: int) -> Any:
     kernel = program.run_phases
-    return create_function_from_signature(
-        kernel.signature, kernel.params, make_backend(GPUTarget("cuda", arch, 32))
-    )
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", arch, 32)))
 
 
 class _Pointer:
@@ -163,7 +161,7 @@ def jobs(
     precision: str | None = None,
     blocks: Sequence[str] | None = None,
 ) -> list[Job]:
-    """One for each block of ResNet-50 (or of `blocks`, by name) and direction. Raises ValueError for an unknown name."""
+    """One for each block of ResNet-50 (or of `blocks`, by name) and direction; ValueError for an unknown name."""
     names = [shape.name for shape in resnet50.resnet50()]
     unknown = set(blocks or ()) - set(names)
     if unknown:

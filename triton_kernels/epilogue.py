@@ -17,7 +17,7 @@ import triton.language as tl
 
 from . import operands
 from .operands import Operand, Scale, load_scale, relu
-from .reductions import NONE, STATISTICS, SUMS, Reduction, add_tile
+from .reductions import STATISTICS, SUMS, Reduction, add_tile
 
 UNMASKED = tl.constexpr(0)
 BY_OUT = tl.constexpr(1)  # the activation's own output

@@ -15,6 +15,4 @@ def workers(chip: Chip, registers: int, warps: int, shared: int) -> int:
     if shared > chip.shared:
         return 0
     threads = 1536 if chip.arch in (86, 89, 120) else 2048
-    return min(
-        REGISTERS // (a_warp * warps), chip.shared_sm // (shared + RESERVED_SHARED), threads // (32 * warps), 32
-    )
+    return min(REGISTERS // (a_warp * warps), chip.shared_sm // (shared + RESERVED_SHARED), threads // (32 * warps), 32)

@@ -38,8 +38,10 @@ class Scale(NamedTuple):
 
 @triton.jit
 def load(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constexpr, RELU: tl.constexpr):
-    """The tile at `offsets` int32 [rows, columns] from the element `start`, int64; columns are `channels`. Zero where `mask` is false, whatever the norm:
-    padding follows the activation. Stored values come in their own dtype, computed ones in float32.
+    """The tile at `offsets`, int32 [rows, columns], from the element `start`, int64; its columns are `channels`.
+
+    Zero where `mask` is false, whatever the norm: padding follows the activation. Stored values come in their own
+    dtype, computed ones in float32.
     """
     x = tl.load(operand.x + start + offsets, mask=mask, other=0.0)
     if KIND == RAW and not RELU:

@@ -19,9 +19,8 @@ from .launch import INTERPRETED
 from .measured import Library, Mode
 from .residual_block import Policy
 
-
-# A launch costs about 5 us and a pass over this many bytes 40 us at 3 TB/s: above it, phases with their own number of
-# warps and workers are worth more than saved launches. Batch 32 of a ResNet-50 at 224 pixels stays below everywhere.
+# Below it one launch, above it one a phase, each with its own number of warps and workers. Derived, not measured: batch
+# 32 of a ResNet-50 at 224 pixels is to stay below in every block, because there launches are a large part of the time.
 SINGLE_LAUNCH_BYTES = 128 << 20
 
 
@@ -38,7 +37,7 @@ _forced = _Forced()
 
 @contextmanager
 def launch_mode(mode: Mode) -> Iterator[None]:
-    """"single" or "phased" for every block within, in all threads."""
+    """ "single" or "phased" for every block within, in all threads."""
     before, _forced.mode = _forced.mode, mode
     try:
         yield
@@ -93,6 +92,8 @@ def _left_to_library(
     # A product's tile has at least 16 channels a side: what has fewer a group (grouped convolutions, a picture's three)
     # would mostly multiply zeros.
     thin = {
-        i for i, (w, s) in enumerate(zip(weights, spec.convs, strict=True)) if min(w.shape[0] // s.groups, w.shape[1]) < 16
+        i
+        for i, (w, s) in enumerate(zip(weights, spec.convs, strict=True))
+        if min(w.shape[0] // s.groups, w.shape[1]) < 16
     }
     return frozenset(thin | (spatial if mode == "phased" else set()))

@@ -17,7 +17,13 @@ from .pointwise import pointwise
 from .reductions import write_tables
 from .weight_gradient import weight_gradient
 
-CONVOLUTION, POINTWISE, WEIGHT_GRADIENT, CHAINED, TABLES = "convolution", "pointwise", "weight_gradient", "chained", "tables"
+CONVOLUTION, POINTWISE, WEIGHT_GRADIENT, CHAINED, TABLES = (
+    "convolution",
+    "pointwise",
+    "weight_gradient",
+    "chained",
+    "tables",
+)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Per-channel statistics and gradient sums: gathered in registers over a worker's tiles, merged in a fixed order.
 
-Sums of float32 activations are kept in float64, as PyTorch's CPU kernels keep them, where the chip multiplies doubles at
-half its float32 rate (`Chip.doubles`); sums of 16-bit activations, and on other chips, in float32.
+Sums of float32 activations are kept in float64, as PyTorch's CPU kernels keep them, where the chip has doubles at half
+its float32 rate (`Chip.doubles`); sums of 16-bit activations, and on other chips, in float32.
 
 A worker keeps three values a channel while it walks its tiles, writes them once as its partial, and takes a ticket. The
 worker that arrives last for a block of channels merges all partials in the order of their lanes, whoever it is, so
@@ -52,8 +52,10 @@ class VectorGradients(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one a block of channels, zero. rows: values a channel.
+    """What a reduction works in, and what it writes.
 
+    partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one a block of channels, zero.
+    rows: values a channel.
     STATISTICS writes mean and biased variance to stats [2, C] and the norm's table (operands.py).
     SUMS writes what `first` (for y) and `second` (for the skip path's s) ask for.
     """
@@ -174,9 +176,7 @@ def store_table(table, mean, var, norm, channels, channel_mask, width):
 
 
 @triton.jit
-def merge_sums(
-    reduction, channels, channel_mask, lanes, width, BATCH: tl.constexpr, BATCH_S: tl.constexpr
-):
+def merge_sums(reduction, channels, channel_mask, lanes, width, BATCH: tl.constexpr, BATCH_S: tl.constexpr):
     dz = tl.zeros(channels.shape, reduction.partials.dtype.element_ty)
     dz_y = tl.zeros_like(dz)
     dz_s = tl.zeros_like(dz)

@@ -79,7 +79,7 @@ class Block:
         self.sizes: list[IntPair] = []
         for i, stage in enumerate(spec.convs):
             source = self.input_size(i)
-            self.sizes.append(stage.output_size(source, tuple(self.weight(i).shape[2:])))
+            self.sizes.append(stage.output_size(source, self.kernel(i)))
 
     # --- the block's parts ----------------------------------------------------------------------------------------
 
@@ -87,6 +87,13 @@ class Block:
         weight = self.stages[conv][0]
         assert weight is not None
         return weight
+
+    def kernel(self, conv: int) -> IntPair:
+        shape = self.weight(conv).shape
+        return shape[2], shape[3]
+
+    def strides(self, conv: int) -> tuple[int, int, int, int]:
+        return _strides(self.weight(conv))
 
     def width(self, conv: int) -> int:
         return self.weight(conv).shape[0]
@@ -219,7 +226,7 @@ class Block:
             name,
             self.config(conv, tile, source, False, config),
             Convolution(
-                source.operand, source.height, source.width, self.weight(conv), self.weight(conv).stride(),
+                source.operand, source.height, source.width, self.weight(conv), self.strides(conv),
                 y.shape[0], h, w, groups, source.operand.channels // groups, y.shape[1] // groups,
                 Epilogue(y, y.shape[1], bias, reduction=reduction, **epilogue),
             ),
@@ -242,7 +249,7 @@ class Block:
             ),
             Chained(
                 Convolution(
-                    source.operand, source.height, source.width, self.weight(first), self.weight(first).stride(),
+                    source.operand, source.height, source.width, self.weight(first), self.strides(first),
                     y.shape[0], h, w, 1, channels, middle, Epilogue(bias=self.stages[first][1]),
                 ),
                 weight, weight.stride(0), weight.stride(1), y.shape[1],
@@ -302,12 +309,18 @@ class Block:
     ) -> ConvolutionConfig:
         stage = self.spec.convs[conv]
         return ConvolutionConfig(
-            tuple(self.weight(conv).shape[2:]), *stage.geometry, transposed, source.kind, source.relu, epilogue,
-            tile.rows, tile.columns, tile.depth, tile.stages, self.policy.precision or precision(), upcasts(self.x.dtype),
+            self.kernel(conv), *stage.geometry, transposed, source.kind, source.relu, epilogue,
+            tile.rows, tile.columns, tile.depth, tile.stages,
+            self.policy.precision or precision(), upcasts(self.x.dtype),
         )  # fmt: skip
 
     def name(self, conv: int) -> str:
         return "projection" if conv == self.projection else f"conv{conv + 1}"
+
+
+def _strides(t: Tensor) -> tuple[int, int, int, int]:
+    k, c, r, s = t.stride()
+    return k, c, r, s
 
 
 def precision() -> str:
@@ -343,7 +356,9 @@ def forward(spec: BlockSpec, tensors: TensorList, policy: Policy) -> tuple[Tenso
         if conv not in (0, block.projection):
             block.program.barrier()
         reduce = STATISTICS if block.batch(block.output_norm(conv)) else NONE
-        block.y[conv] = block.convolve(conv, block.stages[conv][1], {}, EpilogueConfig(reduce=int(reduce), wide=block.wide))
+        block.y[conv] = block.convolve(
+            conv, block.stages[conv][1], {}, EpilogueConfig(reduce=int(reduce), wide=block.wide)
+        )
     block.program.barrier()
     out = _join(block)
     block.program.run()
@@ -518,9 +533,7 @@ class Backward(Block):
         if self.masks_by_norm() and not self.pre:
             read.add(self.last)
         self.write_tables(sorted(n for n in read if n is not None and spec.convs[n].norm))
-        missing = [
-            i for i in saved_convs(spec.with_memory("default"), *scaled) if self.y[i] is None
-        ]
+        missing = [i for i in saved_convs(spec.with_memory("default"), *scaled) if self.y[i] is None]
         if missing:
             self.program.barrier()
             for i in missing:
@@ -704,7 +717,7 @@ class Backward(Block):
             f"{self.name(conv)}: data gradient",
             self.config(conv, tile, dy, True, config),
             Convolution(
-                dy.operand, dy.height, dy.width, weight, weight.stride(), dp.shape[0], h, w, groups,
+                dy.operand, dy.height, dy.width, weight, self.strides(conv), dp.shape[0], h, w, groups,
                 dy.operand.channels // groups, channels // groups,
                 self.with_partials(epilogue, dp, config, tile, blocks, channels),
             ),
@@ -748,7 +761,7 @@ class Backward(Block):
             ),
             WeightGradient(
                 dy.operand, self.x.shape[0], h, w, source.operand, source.height, source.width, dweight,
-                dweight.stride(), groups, k // groups, c,
+                _strides(dweight), groups, k // groups, c,
                 self.floats(tile.splits, dweight.numel()) if tile.splits > 1 else None,
                 self.program.tickets(tiles) if tile.splits > 1 else None,
             ),
@@ -812,8 +825,11 @@ def _chains(block: Block) -> bool:
     if block.last == 0:
         return False
     first, second = block.spec.stages[-2:]
-    kernel = tuple(block.weight(block.last).shape[2:])
-    plain = second.geometry == ((1, 1), (0, 0), (1, 1)) and kernel == (1, 1) and first.groups == second.groups == 1
+    plain = (
+        second.geometry == ((1, 1), (0, 0), (1, 1))
+        and block.kernel(block.last) == (1, 1)
+        and first.groups == second.groups == 1
+    )
     library = {block.last - 1, block.last} & block.policy.library
     return plain and not library and block.width(block.last - 1) <= WIDEST
 

@@ -2,8 +2,8 @@
 
 The thresholds are derived, not measured: no GPU was at hand when they were written. They follow from two counts. A
 tile's operands and accumulators have to fit registers and shared memory with two or more workers on a multiprocessor,
-because a tile whose loop has only a step or two (1x1 convolutions of few channels) hides memory latency by other workers
-alone. And a small activation has to give at least a tile to most multiprocessors.
+because a tile whose loop has only a step or two (1x1 convolutions of few channels) hides memory latency by other
+workers alone. And a small activation has to give at least a tile to most multiprocessors.
 """
 
 from __future__ import annotations
@@ -114,15 +114,18 @@ def convolution(
 ) -> Tile:
     """pixels: of the result, all images. result_group, source_group: channels a group.
 
-    burden: 1 for a prologue that computes its operand, and 1 for an epilogue that reduces: either wants registers beside
-    the product's. On sm_80 and sm_90 gathering statistics fits beside the product, elsewhere it did not (found by
-    compiling: ahead_of_time.py).
+    burden: 1 for a prologue that computes its operand, and 1 for an epilogue that reduces: either wants registers
+    beside the product's. On sm_80 and sm_90 gathering statistics fits beside the product, elsewhere it did not
+    (found by compiling: ahead_of_time.py).
     """
     if chip.arch == 0:
         return Tile(64, 16, 32)
     wide = 2 if dtype == torch.float32 else 1  # fp32 operands take twice the space
     columns = power_of_two(result_group, most=(64 if burden else 128) // wide)
-    rows, fewest = 64 if burden == 2 or wide == 2 else 128, 64 if chip.arch >= 90 else 32  # wgmma and tcgen05 take no fewer than 64
+    rows, fewest = (
+        64 if burden == 2 or wide == 2 else 128,
+        64 if chip.arch >= 90 else 32,
+    )  # wgmma and tcgen05 take no fewer than 64
     while rows > fewest and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
         rows //= 2
     depth = power_of_two(source_group, most=64 // wide)
