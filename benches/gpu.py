@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import adapters, functional, fuse, models, named_models, triton_kernels
+from resnet_fused import adapters, functional, fuse, models, named_models, triton_kernels, tune
 from resnet_fused.block import BlockModules, StageModules, describe
 from resnet_fused.info import extension, machine
 from resnet_fused.spec import BlockSpec, StageSpec
@@ -192,11 +192,10 @@ class NetworkWork:
     def step(self, contestant: str, direction: str) -> Step:
         model = copy.deepcopy(self.model).train(direction != "evaluation")
         if contestant in NETWORKS:
-            fuse(model)
-        if contestant == "fused triton":  # the pooling after the stem has no Triton kernel: the stem stays with auto
-            for block in model.modules():
-                if isinstance(block, models.Bottleneck):
-                    fuse(block, backend="triton")
+            fuse(model, backend="triton" if contestant == "fused triton" else "auto")
+        if contestant == "fused auto" and not self.dry:  # which follows what was measured, and nothing else
+            with torch.autocast(self.x.device.type, DTYPE):
+                tune(model, self.x)
         run = _compiled(model, contestant, self.dry) if contestant in COMPILED else model
 
         def loss() -> Tensor:
@@ -657,6 +656,7 @@ def main() -> int:
         return 2
     out = args.out or (Path(tempfile.mkdtemp()) if args.dry_run else Path(__file__).parent / "results")
     out.mkdir(parents=True, exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # what is tuned here stays here
     budget = Budget(args.minutes)
     setting = Setting("cpu", True, (2,), 6) if args.dry_run else Setting("cuda", False, tuple(args.batches), 224)
     compiled = {"seconds": 0.0} if args.dry_run else precompile(setting, 60 * args.minutes / 3)
