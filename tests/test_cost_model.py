@@ -54,11 +54,10 @@ def test_forward_of_an_identity_block() -> None:
 
 def test_evaluation_of_an_identity_block() -> None:
     phases = fused(IDENTITY, "infer")
-    assert {name: phase.bytes - WEIGHTS[name] for name, phase in phases.items()} == {
-        "conv1": (4 + 1) * UNIT,
-        "conv2": (1 + 1) * UNIT,
-        "conv3": (1 + 4 + 4) * UNIT,  # y2, x, out
-    }
+    assert phases["conv1"].bytes - WEIGHTS["conv1"] == (4 + 1) * UNIT
+    chained = phases["conv2 and conv3"]  # y1, x, out; y2 stays on the chip
+    assert chained.bytes - WEIGHTS["conv2"] - WEIGHTS["conv3"] == (1 + 4 + 4) * UNIT
+    assert chained.flops == FLOPS["conv2"] + FLOPS["conv3"]
 
 
 def test_backward_of_an_identity_block() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from resnet_fused.spec import IntPair
 from resnet_fused.tables import table
 
+from .chained import Chained, ChainedConfig
 from .chips import CHIPS, Chip
 from .convolution import Convolution, ConvolutionConfig
 from .epilogue import BY_NORM, BY_OUT, Epilogue, EpilogueConfig
@@ -189,6 +190,8 @@ def phase_cost(launch: Launch) -> PhaseCost:
         flops, size = _convolution(arguments, config)
     elif isinstance(arguments, WeightGradient):
         flops, size = _weight_gradient(arguments, config)
+    elif isinstance(arguments, Chained):
+        flops, size = _chained(arguments, config)
     elif isinstance(arguments, Pointwise):
         size = _operand(arguments.source, config.source) + _epilogue(arguments.epilogue, config.epilogue)
     return PhaseCost(name, flops, size)
@@ -204,6 +207,13 @@ def _convolution(args: Convolution, config: ConvolutionConfig) -> tuple[int, int
     flops = 2 * args.batch * outputs[0] * outputs[1] * taps * args.groups * args.source_group * args.result_group
     read = _operand(args.source, config.source) * met // (source[0] * source[1])
     return flops, read + _size(args.weight) + _epilogue(args.epilogue, config.epilogue)
+
+
+def _chained(args: Chained, config: ChainedConfig) -> tuple[int, int]:
+    """(flops, bytes): what stands between the two convolutions moves nowhere."""
+    flops, size = _convolution(args.first, config.first)
+    flops += 2 * args.first.batch * args.first.height * args.first.width * args.weight.numel()
+    return flops, size + _size(args.weight) + _epilogue(args.epilogue, config.epilogue)
 
 
 def _weight_gradient(args: WeightGradient, config: WeightGradientConfig) -> tuple[int, int]:
