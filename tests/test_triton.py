@@ -26,7 +26,9 @@ from resnet_fused.spec import BlockSpec, StageSpec
 if triton_kernels.why_not("cpu") is not None:
     pytest.skip("the tests of the interpreter run on machines without a GPU", allow_module_level=True)
 
-from resnet_fused.triton_kernels import policies
+from resnet_fused.triton_kernels import chips, policies
+from resnet_fused.triton_kernels.launch import Launch
+from resnet_fused.triton_kernels.residual_block import Policy, forward
 
 MODES = ("single", "phased")
 SEEDS = range(2)
@@ -310,6 +312,39 @@ def test_only_the_wanted_gradients() -> None:
                 assert torch.equal(tensor.grad, every[f"grad of {name}"]), name  # type: ignore[arg-type]
             else:
                 assert tensor.grad is None, name
+
+
+def test_operators_refuse_what_would_read_out_of_bounds() -> None:
+    case = block(2, "identity")
+    x, params, spec = case.build(torch.float32, torch.channels_last)
+    triton_backend._register()
+    forward = torch.ops.resnet_fused.residual_block_forward.triton
+    backward = torch.ops.resnet_fused.residual_block_backward.triton
+    lists, encoded = operators._lists(autograd.flatten(params, x)), spec.encode()
+    with pytest.raises(ValueError, match="channels"):
+        forward(x[:, :3], *lists[1:], *encoded)
+    with pytest.raises(ValueError, match="convolutions"):
+        forward(*lists[:3], lists[3][:1], *lists[4:], *encoded)
+    out, outputs, statistics = forward(*lists, *encoded)
+    needs = [True, False, False, *(i % 6 < 4 and i % 6 != 1 for i in range(12))]
+    with pytest.raises(ValueError, match="dout"):
+        backward(out[:, :, :2], out, outputs, statistics, *lists, needs, *encoded)
+    with pytest.raises(ValueError, match="saved output of convolution 0"):
+        backward(out, out, [y[:1] for y in outputs], statistics, *lists, needs, *encoded)
+
+
+@pytest.mark.parametrize("skip", ["identity", "projection"])
+def test_launches(skip: str) -> None:
+    """One a direction in single mode; one a phase in phased mode, library convolutions in between."""
+    tensors = autograd.flatten(*reversed(bottleneck(skip).build(torch.float32, torch.channels_last)[:2]))
+    spec = bottleneck(skip).spec
+    for mode, expected in (("single", 1), ("phased", 4 + (skip == "projection"))):
+        launches: list[Launch] = []
+        forward(spec, tensors, Policy(chips.INTERPRETER, mode, submit=launches.append))  # type: ignore[arg-type]
+        assert len(launches) == expected
+    launches = []
+    forward(spec, tensors, Policy(chips.INTERPRETER, "single", frozenset({1}), launches.append))
+    assert len(launches) == 2, "one before the library's convolution and one after"
 
 
 def test_unsupported_dtype_is_named() -> None:

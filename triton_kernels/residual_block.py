@@ -791,7 +791,7 @@ def infer(
     flat: list[Tensor | None] = []
     for weight, bias in zip(weights, biases, strict=True):
         flat += [weight, bias, None, None, None, None]
-    block = Block(_folded(spec, pre is not None), (x, None, skip_scale, *flat), policy)
+    block = Block(folded_spec(spec, pre is not None), (x, None, skip_scale, *flat), policy)
     if pre is not None:
         block.tables[0] = pre
     last, s = block.last, block.projection
@@ -834,7 +834,7 @@ def _chains(block: Block) -> bool:
     return plain and not library and block.width(block.last - 1) <= WIDEST
 
 
-def _folded(spec: BlockSpec, pre: bool) -> BlockSpec:
+def folded_spec(spec: BlockSpec, pre: bool) -> BlockSpec:
     """The spec whose norms are gone: activations that stand in an epilogue are no prologue's business."""
     stages = []
     for i, stage in enumerate(spec.stages):

@@ -11,10 +11,10 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from resnet_fused import operators, triton_kernels  # type: ignore[attr-defined, unused-ignore]
+from resnet_fused import operators, triton_kernels, validation  # type: ignore[attr-defined, unused-ignore]
 from resnet_fused.backends import folding
 from resnet_fused.operators import TensorList
-from resnet_fused.params import BlockParams
+from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,6 +96,25 @@ def _flat(x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: Optiona
     return (x, branch, skip, *(t for six in zip(*lists, strict=True) for t in six))
 
 
+def _check(
+    spec: BlockSpec, x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: OptionalList
+) -> list[tuple[int, int, int]]:
+    """`validation.check` for who calls the operator itself: a kernel given wrong shapes would read out of bounds."""
+    if any(len(each) != len(spec.convs) for each in lists):
+        raise ValueError(f"the spec has {len(spec.convs)} convolutions, got {[len(each) for each in lists]} tensors")
+    stages = tuple(StageParams(*six) for six in zip(*lists, strict=True))
+    projection = stages[-1] if spec.projection is not None else None
+    scales = (1.0 if branch is None else branch, 1.0 if skip is None else skip)
+    return validation.check(x, BlockParams(stages[: len(spec.stages)], projection, *scales), spec)
+
+
+def _check_saved(x: Tensor, shape: tuple[int, int, int], tensors: Sequence[Tensor | None], what: str) -> None:
+    for t in tensors:
+        if t is None or tuple(t.shape) != (x.shape[0], *shape) or t.dtype != x.dtype or t.device != x.device:
+            given = "None" if t is None else f"{t.dtype} {tuple(t.shape)} on {t.device}"
+            raise ValueError(f"{what} must be {x.dtype} {(x.shape[0], *shape)} on {x.device}, got {given}")
+
+
 def _forward(
     x: Tensor,
     branch: Tensor | None,
@@ -112,6 +131,7 @@ def _forward(
     from resnet_fused.triton_kernels import policies, residual_block
 
     spec = _spec(tuple(ints), tuple(eps))
+    _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
     return residual_block.forward(spec, tensors, policies.choose(spec, x, weights))
 
@@ -137,6 +157,11 @@ def _backward(
     from resnet_fused.triton_kernels import policies, residual_block
 
     spec = _spec(tuple(ints), tuple(eps))
+    shapes = _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
+    masked = spec.order == "post" and spec.skip != "none" and spec.stages[-1].act == "relu"
+    _check_saved(x, shapes[len(spec.stages) - 1], [dout, *([out] if masked else [])], "dout and out")
+    for i, y in zip(operators.saved_convs(spec, branch is not None, skip is not None), ys, strict=True):
+        _check_saved(x, shapes[i], [y], f"the saved output of convolution {i}")
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
     policy = policies.choose(spec, x, weights)
     grads = residual_block.backward(spec, dout, out, ys, stats, tensors, needs, policy)
@@ -155,6 +180,8 @@ def _infer(
     from resnet_fused.triton_kernels import policies, residual_block
 
     spec = _spec(tuple(ints), ())
+    nothing = [None] * len(weights)
+    _check(residual_block.folded_spec(spec, False), x, None, skip_scale, weights, biases, *[nothing] * 4)
     pre = None if a is None or b is None else torch.stack([a, b, torch.zeros_like(a), b]).float()  # NORM_ROWS
     policy = policies.choose(spec, x, weights)
     return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)
