@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_equivalence import assert_equivalent
 
-from resnet_fused import autograd, functional, operators, triton_kernels
+from resnet_fused import autograd, dispatch, functional, operators, triton_kernels
 from resnet_fused.backends import triton as triton_backend
 from resnet_fused.errors import BackendError
 from resnet_fused.spec import BlockSpec, StageSpec
@@ -351,6 +351,14 @@ def test_unsupported_dtype_is_named() -> None:
     x, params, spec = block().build(torch.float64)
     with pytest.raises(BackendError, match="float64"):
         functional.residual_block(x, params, spec, backend="triton")
+
+
+def test_too_large_for_32_bits_is_named() -> None:
+    _, params, spec = block(channels=4).build(torch.float32)
+    backend = dispatch.BACKENDS["triton"]
+    assert backend.unsupported(torch.empty(8, 4, 512, 512, device="meta"), params, spec) is None
+    for shape in ((1, 4, 1 << 14, 1 << 14), (1 << 14, 4, 512, 512)):
+        assert "32 bits" in (backend.unsupported(torch.empty(shape, device="meta"), params, spec) or "")
 
 
 @pytest.mark.usefixtures("no_interpreter")

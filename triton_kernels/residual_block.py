@@ -64,10 +64,13 @@ class Block:
     """The tensors of one block by convolution, and the phases that forward, backward and evaluation share."""
 
     def __init__(self, spec: BlockSpec, tensors: TensorList, policy: Policy) -> None:
-        x, self.branch_scale, self.skip_scale, *flat = tensors
+        x, *vectors = tensors
         assert x is not None
         self.spec, self.policy = spec, policy
         self.x = x.contiguous(memory_format=LAST)
+        # weights come with their strides, vectors are read one after another
+        vectors = [t.contiguous() if t is not None and t.dim() != 4 else t for t in vectors]
+        self.branch_scale, self.skip_scale, *flat = vectors
         self.stages = [flat[i : i + 6] for i in range(0, len(flat), 6)]
         self.last, self.projection = len(spec.stages) - 1, len(spec.stages)
         self.pre = spec.order == "pre"
@@ -374,7 +377,7 @@ def _join(block: Block) -> Tensor:
     y = _given(block.y[last])
     relu = not block.pre and spec.stages[-1].act == "relu"
     if block.pre and spec.skip == "none" and block.branch_scale is None:
-        return y.clone(memory_format=LAST) if last in saved_convs(spec, False, False) else y
+        return y  # which then is not saved
 
     def normed(conv: int, u: Tensor) -> tuple[Operand, int]:
         norm = None if block.pre else block.output_norm(conv)
@@ -524,7 +527,7 @@ class Backward(Block):
         """The saved tensors in their places, norm tables, and the outputs that memory="low" did not keep."""
         spec, scaled = self.spec, (self.branch_scale is not None, self.skip_scale is not None)
         for i, y in zip(saved_convs(spec, *scaled), conv_outputs, strict=True):
-            self.y[i] = y
+            self.y[i] = y.contiguous(memory_format=LAST)
         statistics = iter(batch_stats)
         for i in range(len(spec.convs)):
             if self.batch(i):

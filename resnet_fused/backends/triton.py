@@ -5,6 +5,7 @@ Its kernels are the `triton` overloads of the operators, registered here when a 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import cache, lru_cache
 
@@ -18,6 +19,7 @@ from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_IMAGE, LARGEST_BATCH = 1 << 29, 1 << 30  # values of one image in the widest activation; pixels
 
 
 class TritonBackend:
@@ -32,6 +34,9 @@ class TritonBackend:
             return reason
         if x.dtype not in DTYPES:
             return f"Triton kernels compute in float32 and narrower, x is {x.dtype}"
+        pixels, channels = x.shape[2] * x.shape[3], max(x.shape[1], *(p.weight.shape[0] for p in params.convs))
+        if pixels * channels > LARGEST_IMAGE or x.shape[0] * pixels > LARGEST_BATCH:
+            return f"Triton kernels count pixels and an image's values in 32 bits, x is {tuple(x.shape)}"
         return None
 
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
@@ -96,6 +101,11 @@ def _flat(x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: Optiona
     return (x, branch, skip, *(t for six in zip(*lists, strict=True) for t in six))
 
 
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its tensors' is."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def _check(
     spec: BlockSpec, x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: OptionalList
 ) -> list[tuple[int, int, int]]:
@@ -133,7 +143,8 @@ def _forward(
     spec = _spec(tuple(ints), tuple(eps))
     _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
-    return residual_block.forward(spec, tensors, policies.choose(spec, x, weights))
+    with _device_of(x):
+        return residual_block.forward(spec, tensors, policies.choose(spec, x, weights))
 
 
 def _backward(
@@ -163,8 +174,9 @@ def _backward(
     for i, y in zip(operators.saved_convs(spec, branch is not None, skip is not None), ys, strict=True):
         _check_saved(x, shapes[i], [y], f"the saved output of convolution {i}")
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
-    policy = policies.choose(spec, x, weights)
-    grads = residual_block.backward(spec, dout, out, ys, stats, tensors, needs, policy)
+    with _device_of(x):
+        policy = policies.choose(spec, x, weights)
+        grads = residual_block.backward(spec, dout, out, ys, stats, tensors, needs, policy)
     return [g for g in grads if g is not None]
 
 
@@ -183,5 +195,6 @@ def _infer(
     nothing = [None] * len(weights)
     _check(residual_block.folded_spec(spec, False), x, None, skip_scale, weights, biases, *[nothing] * 4)
     pre = None if a is None or b is None else torch.stack([a, b, torch.zeros_like(a), b]).float()  # NORM_ROWS
-    policy = policies.choose(spec, x, weights)
-    return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)
+    with _device_of(x):
+        policy = policies.choose(spec, x, weights)
+        return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)
