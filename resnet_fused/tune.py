@@ -81,7 +81,7 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
         if dispatch.BACKENDS["triton"].unsupported(block_input, params, spec) is not None:
             continue
         shape, widths = tuple(block_input.shape), tuple(p.weight.shape[0] for p in params.convs)
-        key = measured.block_key(spec, shape, block_input.dtype, widths)
+        key = measured.block_key(spec.batch_stats, tuple(spec.encode()[0]), shape, str(block_input.dtype), widths)
         if key in decisions:
             continue
         if tiles:

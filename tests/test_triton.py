@@ -6,6 +6,7 @@ have several, so together they show barriers in the right places and partials me
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
@@ -17,10 +18,12 @@ from equivalence import assert_as_accurate
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_equivalence import assert_equivalent
+from torch import nn
 
+import resnet_fused
 from resnet_fused import autograd, dispatch, functional, operators, triton_kernels
-from resnet_fused.backends import triton as triton_backend
 from resnet_fused.errors import BackendError
+from resnet_fused.models.resnet import BasicBlock
 from resnet_fused.spec import BlockSpec, StageSpec
 
 if triton_kernels.why_not("cpu") is not None:
@@ -317,7 +320,6 @@ def test_only_the_wanted_gradients() -> None:
 def test_operators_refuse_what_would_read_out_of_bounds() -> None:
     case = block(2, "identity")
     x, params, spec = case.build(torch.float32, torch.channels_last)
-    triton_backend._register()
     forward = torch.ops.resnet_fused.residual_block_forward.triton
     backward = torch.ops.resnet_fused.residual_block_backward.triton
     lists, encoded = operators._lists(autograd.flatten(params, x)), spec.encode()
@@ -345,12 +347,46 @@ def test_launches(skip: str) -> None:
     launches = []
     forward(spec, tensors, Policy(chips.INTERPRETER, "single", frozenset({1}), launches.append))
     assert len(launches) == 2, "one before the library's convolution and one after"
+    launches = []
+    forward(spec, tensors, Policy(chips.INTERPRETER, "phased", frozenset(range(4)), launches.append))
+    passes = ["conv1: statistics", "conv2: input", "conv2: statistics", "conv3: input", "conv3: statistics", "join"]
+    assert [name for launch in launches for name in launch.names if "projection" not in name] == passes
 
 
 def test_unsupported_dtype_is_named() -> None:
     x, params, spec = block().build(torch.float64)
     with pytest.raises(BackendError, match="float64"):
         functional.residual_block(x, params, spec, backend="triton")
+
+
+def test_compiles_into_a_graph_of_operators() -> None:
+    case = bottleneck("identity")
+    x, params, spec = case.build(torch.float32, torch.channels_last)
+    x.requires_grad_()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return functional.residual_block(x, params, spec, backend="triton")
+
+    out = torch.compile(step, backend="aot_eager", fullgraph=True)(x)
+    out.sum().backward()
+    expected = step(x.detach())
+    assert torch.equal(out, expected) and x.grad is not None
+
+
+def test_a_fused_model_trains_and_verifies() -> None:
+    torch.manual_seed(0)
+    down = nn.Sequential(nn.Conv2d(6, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+    model = nn.Sequential(BasicBlock(6, 6), BasicBlock(6, 8, 2, down))
+    x = torch.randn(4, 6, 6, 6)
+    report = resnet_fused.verify(model, x, train=True, backend="triton")
+    assert report.ok, report.table()
+    fused = resnet_fused.fuse(copy.deepcopy(model), backend="triton")
+    assert {row.backend for row in resnet_fused.explain(fused)} == {"triton"}
+    before = fused[0].bn1.running_mean.clone()
+    loss = fused(x).square().mean()
+    loss.backward()
+    assert not torch.equal(fused[0].bn1.running_mean, before)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fused.parameters())
 
 
 def test_too_large_for_32_bits_is_named() -> None:
@@ -372,7 +408,6 @@ def test_operators_pass_opcheck() -> None:
     """Schemas, fakes and strides of the triton overloads."""
     case = bottleneck("projection")
     x, params, spec = case.build(torch.float32, torch.channels_last)
-    triton_backend._register()
     tensors = autograd.flatten(params, x)
     lists = operators._lists(tensors)
     out, outputs, statistics = torch.ops.resnet_fused.residual_block_forward.triton(*lists, *spec.encode())

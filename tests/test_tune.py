@@ -100,7 +100,7 @@ def test_the_cache_survives_the_process_and_other_machines_do_not_see_it(cache: 
     cache.write_text(json.dumps({"another machine": everything[measured.machine()]}))
     measured.forget()
     _, spec = model[0].fused_describe()
-    assert measured.decision(spec, tuple(X.shape), X.dtype, (6, 6)) is None
+    assert measured.decision(True, tuple(spec.encode()[0]), tuple(X.shape), str(X.dtype), (6, 6)) is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
@@ -150,3 +150,16 @@ def test_explain_with_an_input(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_to_tune_is_an_error() -> None:
     with pytest.raises(BackendError, match="nothing to tune"):
         resnet_fused.tune(one_block(), X)
+
+
+def test_auto_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking a measurement up breaks no graph."""
+    model = one_block()
+    resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=0.5, eager=1.0))
+    params, spec = model[0].fused_describe()
+    monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
+
+    def chosen(x: Tensor) -> Tensor:
+        return x + (dispatch.BACKENDS["triton"].declines(x, params, spec) is None)
+
+    torch.testing.assert_close(torch.compile(chosen, backend="eager", fullgraph=True)(X), X + 1)

@@ -20,7 +20,7 @@ import triton.language as tl
 from . import epilogue, operands
 from .epilogue import Epilogue, EpilogueConfig
 from .operands import Operand
-from .reductions import finish, zeros
+from .reductions import finish, share, zeros
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,8 @@ def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     EPILOGUE: tl.constexpr = CONFIG.epilogue
     blocks_per_group = tl.cdiv(args.result_group, CONFIG.columns)
     blocks = args.groups * blocks_per_group
-    at_once = tl.minimum(blocks, tl.num_programs(0))
-    lanes = tl.num_programs(0) // at_once
-    lane = tl.program_id(0) // at_once
-    first = tl.where(lane < lanes, tl.program_id(0) % at_once, blocks)  # the remainder has no lane and no work
-
-    for block in range(first, blocks, at_once):
+    first, step, lane, lanes = share(blocks)
+    for block in range(first, blocks, step):
         group = block // blocks_per_group
         column = (block % blocks_per_group) * CONFIG.columns + tl.arange(0, CONFIG.columns)
         column_mask = column < args.result_group

@@ -44,6 +44,11 @@ class EpilogueConfig:
     batch_s: bool = False
     wide: bool = False
 
+    @property
+    def trivial(self) -> bool:
+        """Whether it only stores."""
+        return self.residual is None and not (self.relu or self.mask or self.reduce)
+
 
 class Epilogue(NamedTuple):
     """out: [pixels, channels] or None. bias: [channels]. y, s: what the sums and the mask read, [pixels, channels].

@@ -18,9 +18,6 @@ from typing import Any, Literal
 
 import torch
 
-from resnet_fused.spec import BlockSpec
-
-Workload = Literal["train", "infer"]
 Mode = Literal["single", "phased"]
 Library = Literal["none", "spatial", "all"]
 
@@ -34,18 +31,19 @@ class Decision:
     speedup: float
 
 
-def decision(spec: BlockSpec, shape: tuple[int, ...], dtype: torch.dtype, widths: tuple[int, ...]) -> Decision | None:
+def decision(
+    train: bool, ints: tuple[int, ...], shape: tuple[int, ...], dtype: str, widths: tuple[int, ...]
+) -> Decision | None:
     """What was decided for this block and input on the current device; None where nothing was measured.
 
-    widths: output channels of its convolutions.
+    ints: of `BlockSpec.encode`. shape: of the input. widths: output channels of the block's convolutions.
     """
-    found = _section().get("blocks", {}).get(block_key(spec, shape, dtype, widths))
+    found = _section().get("blocks", {}).get(block_key(train, ints, shape, dtype, widths))
     return None if found is None else Decision(**found)
 
 
-def block_key(spec: BlockSpec, shape: tuple[int, ...], dtype: torch.dtype, widths: tuple[int, ...]) -> str:
-    workload: Workload = "train" if spec.batch_stats else "infer"
-    return json.dumps([workload, spec.encode()[0], list(shape), str(dtype), list(widths)])
+def block_key(train: bool, ints: tuple[int, ...], shape: tuple[int, ...], dtype: str, widths: tuple[int, ...]) -> str:
+    return json.dumps(["train" if train else "infer", ints, shape, dtype, widths])
 
 
 def tile(key: tuple[Any, ...]) -> dict[str, int] | None:

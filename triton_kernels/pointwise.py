@@ -14,7 +14,7 @@ import triton.language as tl
 from . import epilogue, operands
 from .epilogue import Epilogue, EpilogueConfig
 from .operands import Operand
-from .reductions import finish, zeros
+from .reductions import finish, share, zeros
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,8 @@ def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     EPILOGUE: tl.constexpr = CONFIG.epilogue
     width = args.source.channels
     blocks = tl.cdiv(width, CONFIG.columns)
-    at_once = tl.minimum(blocks, tl.num_programs(0))
-    lanes = tl.num_programs(0) // at_once
-    lane = tl.program_id(0) // at_once
-    first = tl.where(lane < lanes, tl.program_id(0) % at_once, blocks)
-    for block in range(first, blocks, at_once):
+    first, step, lane, lanes = share(blocks)
+    for block in range(first, blocks, step):
         channels = block * CONFIG.columns + tl.arange(0, CONFIG.columns)
         channel_mask = channels < width
         r0, r1, r2 = zeros(CONFIG.columns, EPILOGUE.reduce, EPILOGUE.wide)

@@ -64,7 +64,8 @@ def choose(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Policy:
     chip = chip_of(x)
     mode: Mode = "single" if _bytes(x, weights) <= SINGLE_LAUNCH_BYTES else "phased"
     library: Library | None = None
-    found = measured.decision(spec, tuple(x.shape), x.dtype, tuple(w.shape[0] for w in weights))
+    widths = tuple(w.shape[0] for w in weights)
+    found = measured.decision(spec.batch_stats, tuple(spec.encode()[0]), tuple(x.shape), str(x.dtype), widths)
     if found is not None:
         mode, library = found.mode, found.library
     mode, library = _forced.mode or mode, _forced.library or library

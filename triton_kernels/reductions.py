@@ -71,6 +71,19 @@ class Reduction(NamedTuple):
 
 
 @triton.jit
+def share(blocks):
+    """(first, step, lane, lanes): a worker takes every step-th block of channels from `first` on, and of each block's
+    tiles every lanes-th from `lane` on. Workers that would make an uneven lane get no block.
+
+    Neighbouring workers have the blocks of the same pixels, which they then find in the cache.
+    """
+    step = tl.minimum(blocks, tl.num_programs(0))
+    lanes = tl.num_programs(0) // step
+    lane = tl.program_id(0) // step
+    return tl.where(lane < lanes, tl.program_id(0) % step, blocks), step, lane, lanes
+
+
+@triton.jit
 def zeros(N: tl.constexpr, KIND: tl.constexpr, WIDE: tl.constexpr):
     """The running values of N channels; the count of STATISTICS is one for all. WIDE: in float64."""
     zero = tl.zeros((N,), tl.float64 if WIDE else tl.float32)

@@ -214,7 +214,7 @@ class Block:
             p = self.materialize(f"{name}: input", source)
             y = self.program.call(lambda: library.convolution(p, self.weight(conv), bias, stage))
             y = y.contiguous(memory_format=LAST)
-            if epilogue or config != EpilogueConfig():
+            if not config.trivial:
                 self.finish_pass(f"{name}: {'statistics' if norm is not None else 'finish'}", y, norm, epilogue, config)
             return y
         y, groups, (h, w) = self.new(conv), stage.groups, self.sizes[conv]
@@ -696,7 +696,7 @@ class Backward(Block):
         if conv in self.policy.library:
             dp = self.program.call(lambda: library.data_gradient(dy.operand.x, u, weight, stage))
             dp = dp.contiguous(memory_format=LAST)
-            if config == EpilogueConfig():
+            if config.trivial:
                 return dp
             tile = self.pass_tile(channels)
             blocks = -(-channels // tile.columns)

@@ -1,13 +1,13 @@
 """The Triton backend: triton_kernels/ for CUDA tensors, and for CPU tensors under Triton's interpreter.
 
-Its kernels are the `triton` overloads of the operators, registered here when a block first asks for them.
+Its kernels are the `triton` overloads of the operators, registered here; Triton itself is loaded by the first call.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,17 +42,15 @@ class TritonBackend:
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if triton_kernels.interpreted():
             return "Triton's interpreter is for tests"
-        from resnet_fused.triton_kernels import measured
-
-        found = measured.decision(spec, tuple(x.shape), x.dtype, tuple(p.weight.shape[0] for p in params.convs))
-        if found is None:
-            return f"not measured on this GPU for inputs {tuple(x.shape)}; resnet_fused.tune(model, x) measures"
-        if found.speedup < 1:
-            return f"measured at {found.speedup:.2f} times PyTorch's speed for inputs {tuple(x.shape)}"
+        shape, widths = tuple(x.shape), tuple(p.weight.shape[0] for p in params.convs)
+        speedup = _measured_speedup(spec.batch_stats, tuple(spec.encode()[0]), shape, str(x.dtype), widths)
+        if speedup is None:
+            return f"not measured on this GPU for inputs {shape}; resnet_fused.tune(model, x) measures"
+        if speedup < 1:
+            return f"measured at {speedup:.2f} times PyTorch's speed for inputs {shape}"
         return None
 
     def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        _register()
         return operators.residual_block_forward(spec, tensors, "triton")
 
     def backward(
@@ -65,31 +63,28 @@ class TritonBackend:
         tensors: TensorList,
         needs: list[bool],
     ) -> list[Tensor | None]:
-        _register()
         return operators.residual_block_backward(spec, dout, out, conv_outputs, batch_stats, tensors, needs, "triton")
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-        _register()
         folded = folding.folded(params, x, spec, pack=False)
         return operators.residual_block_infer(
             x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "triton"
         )
 
 
+@torch.compiler.assume_constant_result  # a graph keeps what was true when it was traced
+def _measured_speedup(
+    train: bool, ints: tuple[int, ...], shape: tuple[int, ...], dtype: str, widths: tuple[int, ...]
+) -> float | None:
+    from resnet_fused.triton_kernels import measured
+
+    found = measured.decision(train, ints, shape, dtype, widths)
+    return None if found is None else found.speedup
+
+
 # --- the operators' kernels ------------------------------------------------------------------------------------------
 
 OptionalList = Sequence[Tensor | None]
-
-
-@cache
-def _register() -> torch.library.Library:
-    """Loads the kernels and registers them; the registration lives as long as what this returns."""
-    library = torch.library.Library("resnet_fused", "IMPL")
-    for key in ("CUDA", "CPU"):
-        library.impl("residual_block_forward.triton", _forward, key)
-        library.impl("residual_block_backward.triton", _backward, key)
-        library.impl("residual_block_infer.triton", _infer, key)
-    return library
 
 
 @lru_cache(maxsize=1024)
@@ -198,3 +193,11 @@ def _infer(
     with _device_of(x):
         policy = policies.choose(spec, x, weights)
         return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)
+
+
+if operators.load_error() is None:
+    _library = torch.library.Library("resnet_fused", "IMPL")  # the registrations live as long as this
+    for _key in ("CUDA", "CPU"):
+        _library.impl("residual_block_forward.triton", _forward, _key)
+        _library.impl("residual_block_backward.triton", _backward, _key)
+        _library.impl("residual_block_infer.triton", _infer, _key)
