@@ -221,7 +221,7 @@ class Block:
         pixels = y.shape[0] * h * w
         tile = tuning.convolution(
             self.policy.chip, y.dtype, pixels, y.shape[1] // groups, source.operand.channels // groups, groups,
-            int(source.computed) + (norm is not None and self.policy.chip.arch >= 100),
+            int(source.computed) + (norm is not None and self.policy.chip.arch not in (80, 90)),
         )  # fmt: skip
         blocks = groups * -(-(y.shape[1] // groups) // tile.columns)
         reduction = Reduction() if norm is None else self.statistics_of(tile, blocks, norm, pixels)

@@ -129,7 +129,8 @@ def convolution(
     while rows > fewest and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
         rows //= 2
     depth = power_of_two(source_group, most=64 // wide)
-    return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, burden > 0), workers=2)
+    stages = _stages(chip, dtype, (rows * (1 + (burden > 0)) + columns) * depth)
+    return Tile(rows, columns, depth, stages, _warps(rows * columns, burden > 0), workers=2)
 
 
 @tunable
@@ -153,7 +154,8 @@ def weight_gradient(
     tiles = groups * taps * -(-output_group // rows) * -(-input_group // columns)
     # work for every worker, but no split shorter than 16 steps: each costs a float32 partial
     splits = max(1, min(2 * chip.sms // tiles, pixels // (16 * depth)))
-    return Tile(rows, columns, depth, stages=3, warps=_warps(rows * columns, heavy), workers=2, splits=splits)
+    stages = _stages(chip, dtype, (rows * (1 + heavy) + columns) * depth)
+    return Tile(rows, columns, depth, stages, _warps(rows * columns, heavy), workers=2, splits=splits)
 
 
 @tunable
@@ -163,7 +165,17 @@ def chained(chip: Chip, dtype: torch.dtype, pixels: int, middle: int, source_gro
         return Tile(64, power_of_two(middle), 32)
     wide = 2 if dtype == torch.float32 else 1
     columns = power_of_two(middle)
-    return Tile(64, columns, power_of_two(source_group, most=64 // wide), stages=3, warps=_warps(64 * columns, True))
+    depth = power_of_two(source_group, most=64 // wide)
+    return Tile(64, columns, depth, _stages(chip, dtype, (64 + columns) * depth), _warps(64 * columns, True))
+
+
+def _stages(chip: Chip, dtype: torch.dtype, values: int) -> int:
+    """As many steps of `values` operands in flight as shared memory holds, three at the most.
+
+    A gradient's operand is two tensors; 8 KiB are left for the epilogue.
+    """
+    step = values * (4 if dtype == torch.float32 else 2)
+    return max(1, min(3, (chip.shared - 8 * 1024) // step))
 
 
 def _warps(area: int, heavy: bool) -> int:
