@@ -91,6 +91,11 @@ def test_in_16_bits(skip: str, dtype: torch.dtype, mode: str) -> None:
     check(bottleneck(skip), mode, dtype)
 
 
+def test_sums_of_many_workers() -> None:
+    """Six partials a channel: one merged too early would be made good by no later worker."""
+    check(block(2, "identity", channels=6, width=5, kernel=1, size=(12, 11), batch=3), "phased")
+
+
 # From here on one mode a case, turn about: the modes share every phase, and the tests above have shown the barriers.
 
 

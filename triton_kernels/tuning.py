@@ -146,7 +146,7 @@ def weight_gradient(
 ) -> Tile:
     """heavy: a prologue computes its operand."""
     if chip.arch == 0:
-        return Tile(16, 32, 64, splits=2 if pixels > 64 else 1)
+        return Tile(16, 32, 32, splits=3 if pixels > 64 else 1)  # three: an early merge would show
     wide = 2 if dtype == torch.float32 else 1
     rows = power_of_two(output_group, most=(64 if heavy and chip.arch >= 100 else 128) // wide)
     columns = power_of_two(input_group, most=(64 if heavy else 128) // wide)
