@@ -117,21 +117,8 @@ def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
             r0, r1, r2 = epilogue.apply(
                 args.epilogue, acc, first_pixel, pixels, row_mask, channels, column_mask, r0, r1, r2, EPILOGUE
             )
-        finish(
-            args.epilogue.reduction,
-            r0,
-            r1,
-            r2,
-            channels,
-            column_mask,
-            block,
-            lane,
-            lanes,
-            args.groups * args.result_group,
-            EPILOGUE.reduce,
-            EPILOGUE.batch,
-            EPILOGUE.batch_s,
-        )
+        width = args.groups * args.result_group
+        finish(args.epilogue.reduction, r0, r1, r2, channels, column_mask, block, lane, lanes, width, EPILOGUE)
 
 
 @triton.jit

@@ -65,18 +65,4 @@ def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
             r0, r1, r2 = epilogue.apply(
                 args.epilogue, v, first_pixel, pixels, row_mask, channels, channel_mask, r0, r1, r2, EPILOGUE
             )
-        finish(
-            args.epilogue.reduction,
-            r0,
-            r1,
-            r2,
-            channels,
-            channel_mask,
-            block,
-            lane,
-            lanes,
-            width,
-            EPILOGUE.reduce,
-            EPILOGUE.batch,
-            EPILOGUE.batch_s,
-        )
+        finish(args.epilogue.reduction, r0, r1, r2, channels, channel_mask, block, lane, lanes, width, EPILOGUE)

@@ -103,32 +103,18 @@ def add_tile(count, mean, m2, v, row_mask):
 
 
 @triton.jit
-def finish(
-    reduction,
-    r0,
-    r1,
-    r2,
-    channels,
-    channel_mask,
-    block,
-    lane,
-    lanes,
-    width,
-    KIND: tl.constexpr,
-    BATCH: tl.constexpr,
-    BATCH_S: tl.constexpr,
-):
+def finish(reduction, r0, r1, r2, channels, channel_mask, block, lane, lanes, width, EPILOGUE: tl.constexpr):
     """Writes the worker's partial; the last of a channel block's `lanes` workers merges them. width: all channels."""
-    if KIND != NONE:
+    if EPILOGUE.reduce != NONE:
         partial = reduction.partials + lane * 3 * width + channels
         tl.store(partial, tl.zeros_like(r1) + r0, mask=channel_mask)
         tl.store(partial + width, r1, mask=channel_mask)
         tl.store(partial + 2 * width, r2, mask=channel_mask)
         if arrives_last(reduction.tickets + block, lanes):
-            if KIND == STATISTICS:
+            if EPILOGUE.reduce == STATISTICS:
                 merge_statistics(reduction, channels, channel_mask, lanes, width)
             else:
-                merge_sums(reduction, channels, channel_mask, lanes, width, BATCH, BATCH_S)
+                merge_sums(reduction, channels, channel_mask, lanes, width, EPILOGUE.batch, EPILOGUE.batch_s)
 
 
 @triton.jit
