@@ -17,7 +17,8 @@ else
 endif
 CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 PIP := $(RUN) -m pip --disable-pip-version-check -q
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
 
 .PHONY: setup demo test lint format bench gpu clean
 setup: $(READY)
@@ -73,13 +74,13 @@ gpu:
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run -Werror $(SOURCES)
+	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
 	$(RUN) -m mypy
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	$(CLANG_FORMAT) -i $(SOURCES)
+	$(CLANG_FORMAT) -i $(FORMATTED)
 
 clean:
 	rm -rf build dist *.egg-info resnet_fused/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,9 +5,9 @@
 namespace resnet_fused {
 
 BlockSpec BlockSpec::decode(at::IntArrayRef ints, at::ArrayRef<double> eps) {
-  constexpr int64_t header = 4, per_conv = 9;
+  constexpr int64_t header = 5, per_conv = 9;
   const int64_t size = static_cast<int64_t>(ints.size());
-  TORCH_CHECK_VALUE(size > header && (size - header) % per_conv == 0, "a block spec has 4 + 9 k ints, got ", size);
+  TORCH_CHECK_VALUE(size > header && (size - header) % per_conv == 0, "a block spec has 5 + 9 k ints, got ", size);
   const int64_t count = (size - header) / per_conv;
   const int64_t stages = ints[0], skip = ints[1];
   TORCH_CHECK_VALUE(
@@ -16,7 +16,15 @@ BlockSpec BlockSpec::decode(at::IntArrayRef ints, at::ArrayRef<double> eps) {
   TORCH_CHECK_VALUE(
       eps.empty() || static_cast<int64_t>(eps.size()) == count, "a block spec of ", count,
       " convolutions needs as many eps, got ", eps.size());
-  BlockSpec spec{{}, stages, static_cast<Skip>(skip), ints[2] != 0, ints[3] != 0};
+  const int64_t how = ints[4], launch = how & 3, library = how >> 2 & 3;
+  TORCH_CHECK_VALUE(how >= 0 && how < 32 && launch <= 2, "a block spec has ", how, " at position 4");
+  BlockSpec spec{
+      {},
+      stages,
+      static_cast<Skip>(skip),
+      ints[2] != 0,
+      ints[3] != 0,
+      {static_cast<Launch>(launch), static_cast<Library>(library), (how & 16) != 0}};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t* s = ints.data() + header + i * per_conv;
     for (int64_t k = 0; k < 7; ++k) {

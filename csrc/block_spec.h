@@ -19,12 +19,22 @@ struct Stage {
   double eps;
 };
 
+// How kernels for a GPU are to run, where somebody has measured or asked; it changes no result but by rounding.
+enum class Launch : int64_t { choose = 0, single = 1, phased = 2 };
+enum class Library : int64_t { choose = 0, none = 1, spatial = 2, all = 3 };  // convolutions left to the vendor's library
+struct How {
+  Launch launch = Launch::choose;
+  Library library = Library::choose;
+  bool tf32 = false;  // products of float32
+};
+
 struct BlockSpec {
   std::vector<Stage> convs;  // the chain's stages, then the projection
   int64_t stages;            // length of the chain
   Skip skip;
   bool pre_activation;
   bool low_memory;
+  How how;
 
   const Stage& last() const { return convs[stages - 1]; }
   bool has_projection() const { return skip == Skip::projection; }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/kernels/row_kernels.h"
+#include "cuda/plan.h"
 
 namespace {
 
@@ -24,6 +25,12 @@ std::map<std::string, std::string> build_info() {
        "no"
 #endif
       },
+#ifdef RESNET_FUSED_CUDA
+      {"cuda", RESNET_FUSED_CUDA},
+      {"cuda architectures", RESNET_FUSED_CUDA_ARCHITECTURES},
+#else
+      {"cuda", "no"},
+#endif
   };
 }
 
@@ -32,4 +39,10 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of resnet_fused; see resnet_fused.operators.";
   m.def("build_info", &build_info, "What this extension was built with and the instruction set it picked.");
+  m.def(
+      "install_emulator",
+      [](uintptr_t launcher) {
+        resnet_fused::cuda::install_emulator(reinterpret_cast<const resnet_fused::cuda::Launcher*>(launcher));
+      },
+      "Address of a csrc/cuda/launch.h Launcher that runs CUDA kernels on CPU tensors, for tests; 0 removes it.");
 }

@@ -21,7 +21,9 @@ from resnet_fused.errors import BackendError
 from resnet_fused.spec import ACTIVATIONS, BlockSpec, StageSpec
 
 TensorList = tuple[Tensor | None, ...]
-Kernels = Literal["default", "triton"]  # overloads: csrc's kernels, or those that backends/triton.py registers
+# Overloads: csrc's kernels for the tensors' device; csrc/cuda's, for the tests' emulator on CPU tensors, too; or those
+# that backends/triton.py registers.
+Kernels = Literal["default", "cuda", "triton"]
 BUILD_HINT = (
     "the C++ extension resnet_fused._C is not built or does not load; in the source folder run "
     "`pip install --no-build-isolation -e .` with the torch that will run it"
@@ -48,11 +50,11 @@ def build_info() -> dict[str, str]:
 
 
 def residual_block_forward(
-    spec: BlockSpec, tensors: TensorList, kernels: Kernels = "default"
+    spec: BlockSpec, tensors: TensorList, kernels: Kernels = "default", how: int = 0
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(out, conv_outputs, batch_stats)."""
+    """(out, conv_outputs, batch_stats). how: see `BlockSpec.encode`."""
     _require()
-    return _overload("residual_block_forward", kernels)(*_lists(tensors), *spec.encode())
+    return _overload("residual_block_forward", kernels)(*_lists(tensors), *spec.encode(how))
 
 
 def residual_block_backward(
@@ -64,13 +66,14 @@ def residual_block_backward(
     tensors: TensorList,
     needs: Sequence[bool],
     kernels: Kernels = "default",
+    how: int = 0,
 ) -> list[Tensor | None]:
     """The gradient of every entry of `tensors`, None where `needs` is false (running statistics never need one)."""
     _require()
     needs = list(needs)
     grads = iter(
         _overload("residual_block_backward", kernels)(
-            dout, out, list(conv_outputs), list(batch_stats), *_lists(tensors), needs, *spec.encode()
+            dout, out, list(conv_outputs), list(batch_stats), *_lists(tensors), needs, *spec.encode(how)
         )
     )
     return [next(grads) if need else None for need in needs]
@@ -84,13 +87,14 @@ def residual_block_infer(
     skip_scale: Tensor | None,
     spec: BlockSpec,
     kernels: Kernels = "default",
+    how: int = 0,
 ) -> Tensor:
     """The block with its normalisations folded into `weights` and `biases`.
 
     pre: scale and shift [C] of the normalisation that precedes the first convolution, in pre-activation order.
     """
     _require()
-    ints, _ = spec.encode()
+    ints, _ = spec.encode(how)
     a, b = pre if pre is not None else (None, None)
     operator = _overload("residual_block_infer", kernels)
     return operator(x, a, b, list(weights), list(biases), skip_scale, ints)
@@ -146,10 +150,10 @@ def _lists(tensors: TensorList) -> tuple[object, ...]:
 
 def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
     """The inverse of `BlockSpec.encode`."""
-    count, skip, pre, low = ints[:4]
+    count, skip, pre, low, _ = ints[:5]
     stages = []
     for i in range(len(ints) // 9):
-        sh, sw, ph, pw, dh, dw, groups, norm, act = ints[4 + 9 * i : 13 + 9 * i]
+        sh, sw, ph, pw, dh, dw, groups, norm, act = ints[5 + 9 * i : 14 + 9 * i]
         each_eps = eps[i] if eps else 0.0
         stages.append(StageSpec((sh, sw), (ph, pw), (dh, dw), groups, norm > 0, norm == 2, each_eps, ACTIVATIONS[act]))
     return BlockSpec(
@@ -215,7 +219,7 @@ def _register_fakes() -> None:
         return x.new_empty(shape).contiguous(memory_format=output_format(x, weights[0]))
 
     for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
-        for overload in ("", ".triton"):
+        for overload in ("", ".cuda", ".triton"):
             torch.library.register_fake(f"resnet_fused::residual_block_{name}{overload}", fake)  # type: ignore[arg-type]
 
     @torch.library.register_fake("resnet_fused::max_pool2d")

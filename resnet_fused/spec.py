@@ -136,13 +136,17 @@ class BlockSpec:
     def with_memory(self, memory: Memory) -> BlockSpec:
         return replace(self, memory=memory)
 
-    def encode(self) -> tuple[list[int], list[float]]:
-        """The flat lists that csrc/block_spec.h decodes: 4 header ints, then 9 ints and one eps a conv."""
+    def encode(self, how: int = 0) -> tuple[list[int], list[float]]:
+        """The flat lists that csrc/block_spec.h decodes: 5 header ints, then 9 ints and one eps a conv.
+
+        how: how CUDA kernels are to run (`resnet_fused.how`), 0 where they choose.
+        """
         header = [
             len(self.stages),
             ("none", "identity", "projection").index(self.skip),
             int(self.order == "pre"),
             int(self.memory == "low"),
+            how,
         ]
         for stage in self.convs:
             (sh, sw), (ph, pw), (dh, dw) = stage.geometry

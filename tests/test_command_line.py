@@ -96,8 +96,10 @@ def test_info_without_the_extension(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_info_with_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "_load_error", None)
-    monkeypatch.setattr(operators, "build_info", lambda: {"compiler": "a compiler"})
-    assert "a compiler" in info()
+    monkeypatch.setattr(
+        operators, "build_info", lambda: {"compiler": "a compiler", "cuda architectures": "80, 90 + PTX"}
+    )
+    assert "a compiler" in info() and "80, 90 + PTX" in info()
 
 
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -9,15 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from resnet_fused import operators
+
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built in the source folder, where the objects of the installed extension are at hand."""
+    """Built in the source folder, with the architectures of the installed extension, whose objects are at hand."""
     target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
-    subprocess.run([*pip, "-w", str(target), str(ROOT)], check=True, timeout=900)
+    built = {} if operators.load_error() else operators.build_info()
+    archs = built.get("cuda architectures", "none").removesuffix(" + PTX")
+    environment = os.environ | {"RESNET_FUSED_ARCHS": archs}
+    subprocess.run([*pip, "-w", str(target), str(ROOT)], check=True, timeout=900, env=environment)
     (path,) = target.glob("*.whl")
     return zipfile.ZipFile(path)
 

@@ -1,0 +1,138 @@
+#include "checks.h"
+
+#include <ATen/ATen.h>
+
+namespace resnet_fused {
+namespace {
+
+void check_vector(const char* name, const std::optional<at::Tensor>& t, int64_t channels, int64_t conv) {
+  TORCH_CHECK_VALUE(
+      !t || (t->dim() == 1 && t->size(0) == channels), name, " of convolution ", conv, " must be [", channels,
+      "], got ", t->sizes());
+}
+
+void check_device(const char* name, const std::optional<at::Tensor>& t, const at::Tensor& x, int64_t conv) {
+  TORCH_CHECK_VALUE(
+      !t || t->device() == x.device(), "x is on ", x.device(), ", ", name, " of convolution ", conv, " on ",
+      t->device());
+}
+
+void check_scale(const char* name, const std::optional<at::Tensor>& t, int64_t channels) {
+  TORCH_CHECK_VALUE(
+      !t || t->numel() == 1 || t->numel() == channels, name, " must hold 1 value or ", channels, ", got ", t->sizes());
+}
+
+}  // namespace
+
+std::vector<Shape> check_convolutions(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const BlockSpec& spec) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, "x must be a non-empty [N, C, H, W], got ", x.sizes());
+  TORCH_CHECK_VALUE(
+      weights.size() == spec.convs.size() && biases.size() == spec.convs.size(), "the spec has ", spec.convs.size(),
+      " convolutions, got ", weights.size(), " weights and ", biases.size(), " biases");
+  std::vector<Shape> shapes;
+  auto source = x.sizes().vec();
+  for (size_t i = 0; i < spec.convs.size(); ++i) {
+    const auto& stage = spec.convs[i];
+    const auto& w = weights[i];
+    const auto in = static_cast<int64_t>(i) == spec.stages ? x.sizes().vec() : source;
+    TORCH_CHECK_TYPE(
+        w.scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), ", weight ", i, " is ", w.scalar_type());
+    TORCH_CHECK_VALUE(
+        w.dim() == 4 && w.size(1) * stage.groups == in[1] && w.size(0) % stage.groups == 0, "convolution ", i,
+        " receives ", in[1], " channels in ", stage.groups, " groups, its weight is ", w.sizes());
+    const auto conv = static_cast<int64_t>(i);
+    check_device("weight", w, x, conv);
+    check_device("bias", biases[i], x, conv);
+    check_vector("bias", biases[i], w.size(0), conv);
+    std::vector<int64_t> shape{x.size(0), w.size(0)};
+    for (int64_t d = 0; d < 2; ++d) {
+      const int64_t extent = stage.dilation[d] * (w.size(2 + d) - 1) + 1, padded = in[2 + d] + 2 * stage.padding[d];
+      TORCH_CHECK_VALUE(
+          padded >= extent, "the kernel of convolution ", i, " does not fit its input ", at::IntArrayRef(in));
+      shape.push_back((padded - extent) / stage.stride[d] + 1);
+    }
+    shapes.push_back(shape);
+    source = shape;
+  }
+  const auto& branch = shapes[spec.stages - 1];
+  const auto skip = spec.skip == Skip::none ? branch : spec.has_projection() ? shapes.back() : x.sizes().vec();
+  TORCH_CHECK_VALUE(
+      skip == branch, "the skip path gives ", at::IntArrayRef(skip), ", the branch ", at::IntArrayRef(branch));
+  return shapes;
+}
+
+std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec, at::ArrayRef<double> eps) {
+  TORCH_CHECK_VALUE(
+      eps.size() == spec.convs.size(), "the spec has ", spec.convs.size(), " convolutions, got ", eps.size(), " eps");
+  const auto shapes = check_convolutions(block.x, block.weights, block.biases, spec);
+  for (size_t i = 0; i < spec.convs.size(); ++i) {
+    const auto conv = static_cast<int64_t>(i);
+    const int64_t channels = spec.pre_activation ? block.weights[i].size(1) * spec.convs[i].groups : shapes[i][1];
+    for (const auto& vector :
+         {block.norm_weights[i], block.norm_biases[i], block.running_means[i], block.running_vars[i]})
+      check_device("a norm tensor", vector, block.x, conv);
+    check_vector("norm_weight", block.norm_weights[i], channels, conv);
+    check_vector("norm_bias", block.norm_biases[i], channels, conv);
+    check_vector("running_mean", block.running_means[i], channels, conv);
+    check_vector("running_var", block.running_vars[i], channels, conv);
+    TORCH_CHECK_VALUE(
+        spec.convs[i].norm != Norm::running || (block.running_means[i] && block.running_vars[i]), "convolution ", i,
+        " normalises with running statistics and has none");
+  }
+  const int64_t width = shapes[spec.stages - 1][1];
+  for (const auto& scale : {block.branch_scale, block.skip_scale})
+    TORCH_CHECK_VALUE(
+        !scale || scale->device() == block.x.device(), "x is on ", block.x.device(), ", a scale on ",
+        scale->device());
+  check_scale("branch_scale", block.branch_scale, width);
+  check_scale("skip_scale", block.skip_scale, width);
+  return shapes;
+}
+
+void check_backward(
+    const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
+    const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec,
+    const std::vector<Shape>& shapes) {
+  const auto& x = block.x;
+  const at::IntArrayRef shape = shapes[spec.stages - 1];
+  TORCH_CHECK_VALUE(dout.sizes() == shape, "dout must be ", shape, ", got ", dout.sizes());
+  TORCH_CHECK_TYPE(dout.scalar_type() == x.scalar_type(), "dout is ", dout.scalar_type(), ", x is ", x.scalar_type());
+  const bool masked = spec.last().relu && !spec.pre_activation && spec.skip != Skip::none;
+  TORCH_CHECK_VALUE(
+      !masked || (out && out->sizes() == shape && out->scalar_type() == x.scalar_type()),
+      "backward needs the block's output ", shape);
+  TORCH_CHECK_VALUE(
+      needs.flags().size() == 3 + 6 * spec.convs.size(), "needs must have ", 3 + 6 * spec.convs.size(), " flags, got ",
+      needs.flags().size());
+  size_t saved = 0, stats = 0;
+  for (size_t i = 0; i < spec.convs.size(); ++i) {
+    if (spec.saves(static_cast<int64_t>(i), block.branch_scale.has_value(), block.skip_scale.has_value())) {
+      TORCH_CHECK_VALUE(
+          saved < conv_outputs.size() && conv_outputs[saved].sizes() == at::IntArrayRef(shapes[i]) &&
+              conv_outputs[saved].is_contiguous(at::MemoryFormat::ChannelsLast),
+          "the output of convolution ", i, " must be saved as forward returned it");
+      ++saved;
+    }
+    if (spec.convs[i].norm == Norm::batch) {
+      const int64_t channels = spec.pre_activation ? block.weights[i].size(1) * spec.convs[i].groups : shapes[i][1];
+      TORCH_CHECK_VALUE(
+          stats < batch_stats.size() && batch_stats[stats].sizes() == at::IntArrayRef({2, channels}),
+          "the batch statistics of convolution ", i, " must be [2, ", channels, "]");
+      ++stats;
+    }
+  }
+}
+
+void check_infer(
+    const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
+    const std::optional<at::Tensor>& skip_scale, int64_t channels) {
+  for (const auto& t : {pre_scale, pre_shift, skip_scale})
+    TORCH_CHECK_VALUE(!t || t->device() == x.device(), "x is on ", x.device(), ", a scale or shift on ", t->device());
+  check_vector("pre_scale", pre_scale, x.size(1), 0);
+  check_vector("pre_shift", pre_shift, x.size(1), 0);
+  TORCH_CHECK_VALUE(pre_scale.has_value() == pre_shift.has_value(), "pre_scale and pre_shift come together");
+  check_scale("skip_scale", skip_scale, channels);
+}
+
+}  // namespace resnet_fused

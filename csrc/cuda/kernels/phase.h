@@ -1,0 +1,228 @@
+// What each phase of a launch is given: plain structs, filled by residual_block.cpp, read by the kernels.
+//
+// Activations are NHWC: [pixels, channels]. Weights are [K, R, S, C]. Names are those of docs/architecture.md.
+#pragma once
+
+#include "scalars.cuh"
+
+namespace resnet_fused::cuda {
+
+// n / d for 0 <= n < 2^31 by a product and a shift: q = n m / 2^(31 + l), l = ceil(log2 d), m = ceil(2^(31 + l) / d).
+struct Divisor {
+  uint32_t divisor = 1, multiplier = 1u << 31, shift = 31;
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)) {
+    while ((uint64_t{1} << (shift - 31)) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+};
+
+// One value a channel; stride 0: one for all. Without data: absent.
+struct Vector {
+  const void* data = nullptr;
+  Scalar type = Scalar::f32;
+  int32_t stride = 1;
+};
+struct OutVector {
+  void* data = nullptr;
+  Scalar type = Scalar::f32;
+};
+
+// norm(y) = gamma (y - mean) / sqrt(var + eps) + beta, var biased. Without a mean: the identity.
+struct Norm {
+  Vector mean, var, gamma, beta;
+  double eps = 0;
+};
+
+// --- prologue --------------------------------------------------------------------------------------------------------
+
+// What is made of stored values while they are loaded:
+//   normalize  (x - center) scale + shift                table: scale, shift, center, 0
+//   gradient   k_dz x + k_y (y - center) + k             table: k_dz, k_y, k, center;  x = dz
+enum class Source : int32_t { raw, normalize, gradient };
+
+// x, y: [pixels, channels]. wide: rows can be read 8 values at a time, aligned to 16 bytes.
+struct Operand {
+  const void* x = nullptr;
+  const void* y = nullptr;
+  const Float4* table = nullptr;
+  int32_t channels = 0;
+  Source source = Source::raw;
+  bool relu = false;
+  bool wide = false;
+};
+
+// --- epilogue --------------------------------------------------------------------------------------------------------
+
+enum class Mask : int32_t {
+  none,
+  by_out,   // the activation's own output
+  by_norm,  // its input, recomputed from y
+  by_bits   // one bit a value: [pixels, ceil(channels / 8)] bytes
+};
+enum class Reduce : int32_t { none, statistics, sums };
+
+// What follows from sum dz and sum dz (y - mean) for v = factor * norm(y) (Ioffe & Szegedy 2015, arXiv:1502.03167).
+struct VectorGradients {
+  Norm norm;
+  Vector factor;
+  Float4* table = nullptr;  // of dy, see Source::gradient
+  OutVector dgamma, dbeta, dbias;
+  double* dfactor = nullptr;  // one a channel
+  bool batch = false;         // the norm's statistics are the batch's: gradients flow through them
+};
+
+// partials: [lanes, 3, channels]. tickets: one a block of channels, zero before and after.
+struct Reduction {
+  double* partials = nullptr;
+  int32_t* tickets = nullptr;
+  double rows = 0;          // values a channel
+  Norm norm;                // statistics: of the norm that reads the values (gamma, beta, eps)
+  float* stats = nullptr;   // statistics: [2, channels], mean and biased variance
+  Float4* table = nullptr;  // statistics: the norm's, see Source::normalize
+  VectorGradients first, second;  // sums over y and over s
+  double* sums = nullptr;         // sums: [2, channels], sum dz and sum dz (y - mean)
+};
+
+//   v = factor * acc + bias + residual_scale * residual_norm(residual)
+//   v = relu(v), or v = 0 where the mask says so
+//   out = v, bits = (v > 0); then dx = k_dz v + k_y (y - mean) + k where asked for
+//   statistics of v, or sums of v, v (y - mean), v (s - mean_s)
+struct Epilogue {
+  void* out = nullptr;
+  void* dx = nullptr;
+  const Float4* dx_table = nullptr;
+  uint8_t* bits = nullptr;
+  const void* mask_by = nullptr;
+  const void* residual = nullptr;
+  const void* y = nullptr;  // what the mask by norm and the sums read
+  const void* s = nullptr;
+  Vector factor, bias, second_bias, residual_scale;
+  Norm y_norm, s_norm, residual_norm;
+  Norm norm;  // applied to acc first: where no product comes before
+  int32_t channels = 0;
+  Mask mask = Mask::none;
+  Reduce reduce = Reduce::none;
+  bool relu = false;
+  bool wide = false;  // as of an Operand, for every tensor here
+  Reduction reduction;
+};
+
+// --- phases ----------------------------------------------------------------------------------------------------------
+
+struct Geometry {
+  int32_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+};
+
+// The tile of a product: result rows x result columns of a worker.
+enum class TileShape : int32_t { small, large };  // 64 x 64, 128 x 64
+
+// The operands of a convolution: `source` is read through the taps of `weight`, forward or transposed.
+struct Product {
+  Operand source;
+  const void* weight = nullptr;
+  int32_t source_height = 0, source_width = 0, result_channels = 0;
+  Geometry geometry;
+  bool weight_wide = false;
+};
+
+// forward      y[pixel, k]  = sum over taps, c of P[tap of pixel, c] W[k, tap, c]
+// transposed   dP[pixel, c] = sum over taps, k of dy[tap of pixel, k] W[k, tap, c]
+// With a stride, the transposed form walks the pixels class by class (their position modulo the stride), because only
+// the taps that meet the stride's grid contribute, the same for every pixel of a class.
+struct Convolution {
+  Product product;
+  int32_t batch = 0, height = 0, width = 0;                                              // of the result
+  int32_t class_height = 0, class_width = 0, classes[2] = {1, 1}, class_tiles = 0;  // pixels of a class; its tiles
+  Divisor per_image, per_row;                                                       // pixels of a class
+  TileShape tile = TileShape::small;
+  int32_t stages = 2;
+  bool transposed = false;
+  bool tf32 = false;
+  Epilogue epilogue;
+};
+
+// dW[k, tap, c] = sum over pixels of dy[pixel, k] P[tap of pixel, c], split over pixels among workers.
+// partials: [splits, K, R, S, C] with more than one split. tickets: one a tile.
+struct WeightGradient {
+  Operand dy, source;
+  void* dweight = nullptr;
+  float* partials = nullptr;
+  int32_t* tickets = nullptr;
+  int32_t source_height = 0, source_width = 0, batch = 0, height = 0, width = 0;
+  int32_t splits = 1;
+  Divisor per_image, per_row;
+  Geometry geometry;
+  TileShape tile = TileShape::small;
+  int32_t stages = 2;
+  bool tf32 = false;
+};
+
+// A pass over [pixels, channels] without a product.
+struct Pointwise {
+  Operand source;
+  int64_t pixels = 0;
+  int32_t packs_log2 = 0;  // of 8 channels, side by side in a worker
+  Epilogue epilogue;
+};
+
+// The table of a norm whose statistics are known before the launch, or of a gradient whose sums are.
+struct Table {
+  Norm norm;
+  Float4* table = nullptr;
+  const double* sums = nullptr;  // [2, channels]: the table is a gradient's
+  double rows = 0;               // values a channel behind the sums
+  int32_t channels = 0;
+};
+
+// Evaluation: a whole block for one tile of result pixels, everything between its convolutions on the chip.
+struct ChainStage {
+  Product product;  // the first stage's reads memory, the others what the stage before left on the chip
+  Vector bias;
+  int32_t rows[2] = {0, 0};   // extent of the result's region of one tile
+  Divisor per_row;            // of the region
+  int32_t size[2] = {0, 0};   // of the whole result
+  int32_t shared_offset = 0;  // of the result, in bytes; the last stage's goes to the epilogue
+  bool relu = false;
+};
+struct Chain {
+  static constexpr int kMost = 3;
+  ChainStage stage[kMost];
+  int32_t count = 0;
+  Product projection;  // 1 x 1, added to the last result; without a weight there is none
+  int32_t batch = 0;
+  int32_t tiles[2] = {0, 0};
+  Divisor tiles_per_image, tiles_per_row;
+  int32_t shared_constants = 0;  // where the epilogue's constants begin, in bytes
+  int32_t stages = 2;
+  bool tf32 = false;
+  Epilogue epilogue;
+};
+
+enum class Kind : int32_t { convolution, weight_gradient, pointwise, table, chain };
+
+struct alignas(16) Phase {
+  Kind kind = Kind::table;
+  bool barrier = false;  // before it: it reads what an earlier phase of the launch wrote
+  union {
+    Convolution convolution;
+    WeightGradient weight_gradient;
+    Pointwise pointwise;
+    Table table;
+    Chain chain;
+  };
+  Phase() : table() {}
+};
+
+// What a launch walks. barrier: a counter, zero before and after.
+struct Program {
+  static constexpr int kMost = 16;
+  int32_t count = 0;
+  int32_t* barrier = nullptr;
+  Phase phases[kMost];
+};
+
+constexpr int kThreads = 256;
+
+}  // namespace resnet_fused::cuda
