@@ -19,12 +19,8 @@ BlockSpec BlockSpec::decode(at::IntArrayRef ints, at::ArrayRef<double> eps) {
   const int64_t how = ints[4], launch = how & 3, library = how >> 2 & 3;
   TORCH_CHECK_VALUE(how >= 0 && how < 32 && launch <= 2, "a block spec has ", how, " at position 4");
   BlockSpec spec{
-      {},
-      stages,
-      static_cast<Skip>(skip),
-      ints[2] != 0,
-      ints[3] != 0,
-      {static_cast<Launch>(launch), static_cast<Library>(library), (how & 16) != 0}};
+      {},           stages,       static_cast<Skip>(skip),
+      ints[2] != 0, ints[3] != 0, {static_cast<Launch>(launch), static_cast<Library>(library), (how & 16) != 0}};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t* s = ints.data() + header + i * per_conv;
     for (int64_t k = 0; k < 7; ++k) {

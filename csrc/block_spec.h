@@ -21,7 +21,12 @@ struct Stage {
 
 // How kernels for a GPU are to run, where somebody has measured or asked; it changes no result but by rounding.
 enum class Launch : int64_t { choose = 0, single = 1, phased = 2 };
-enum class Library : int64_t { choose = 0, none = 1, spatial = 2, all = 3 };  // convolutions left to the vendor's library
+enum class Library : int64_t {
+  choose = 0,
+  none = 1,
+  spatial = 2,
+  all = 3
+};  // convolutions left to the vendor's library
 struct How {
   Launch launch = Launch::choose;
   Library library = Library::choose;

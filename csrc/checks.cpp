@@ -83,8 +83,7 @@ std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec,
   const int64_t width = shapes[spec.stages - 1][1];
   for (const auto& scale : {block.branch_scale, block.skip_scale})
     TORCH_CHECK_VALUE(
-        !scale || scale->device() == block.x.device(), "x is on ", block.x.device(), ", a scale on ",
-        scale->device());
+        !scale || scale->device() == block.x.device(), "x is on ", block.x.device(), ", a scale on ", scale->device());
   check_scale("branch_scale", block.branch_scale, width);
   check_scale("skip_scale", block.skip_scale, width);
   return shapes;

@@ -8,6 +8,12 @@ namespace {
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// NHWC memory that begins at a multiple of 16 bytes, which a slice may not do.
+at::Tensor in_memory(const at::Tensor& t) {
+  const at::Tensor last = t.contiguous(kLast);
+  return aligned(last.const_data_ptr()) ? last : last.clone(kLast);
+}
+
 // Activations of one launch up to here, several beyond, each with the library's convolutions between them. Derived, not
 // measured: batch 32 of a ResNet-50 at 224 pixels is to stay below in every block, because there launches are a large
 // part of the time.
@@ -21,10 +27,10 @@ Launch choose_launch(const at::Tensor& x, const std::vector<at::Tensor>& weights
   return bytes <= kSingleLaunchBytes ? Launch::single : Launch::phased;
 }
 
-// A tile of a product has 64 channels a side: what has a few (grouped convolutions, a picture's three) would mostly
-// multiply zeros; and these kernels have no groups.
+// These kernels have no groups and read 8 channels at a time. A tile of a product has 64 channels a side, so what has
+// few would mostly multiply zeros.
 bool left_to_library(const at::Tensor& weight, const Stage& stage, Launch launch, Library library) {
-  if (stage.groups > 1) return true;
+  if (stage.groups > 1 || weight.size(0) % 8 != 0 || weight.size(1) % 8 != 0) return true;
   const bool spatial = weight.size(2) * weight.size(3) > 1;
   switch (library) {
     case Library::none:
@@ -43,7 +49,7 @@ bool left_to_library(const at::Tensor& weight, const Stage& stage, Launch launch
 Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
     : tensors(tensors),
       spec(spec),
-      x(tensors.x.contiguous(kLast)),
+      x(in_memory(tensors.x)),
       y(spec.convs.size()),
       stats(spec.convs.size()),
       plan(x, choose_launch(x, tensors.weights, spec.how)),
@@ -52,7 +58,7 @@ Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
   for (size_t i = 0; i < spec.convs.size(); ++i) {
     const auto& w = tensors.weights[i];
     const Stage& stage = spec.convs[i];
-    weights.push_back(w.contiguous(kLast));
+    weights.push_back(in_memory(w));
     library_.push_back(left_to_library(w, stage, launch, spec.how.library));
     const Size in = from_x(static_cast<int64_t>(i)) ? Size{x.size(2), x.size(3)} : sizes.back();
     Size out;
@@ -62,7 +68,8 @@ Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
     // rows and columns of a picture are counted in 14 bits, an image's values and all pixels in 31
     for (int d = 0; d < 2; ++d)
       TORCH_CHECK_VALUE(
-          in[d] + 2 * stage.padding[d] < (1 << 14), "resnet_fused's CUDA kernels take pictures of up to 16383 rows and ",
+          in[d] + 2 * stage.padding[d] < (1 << 14),
+          "resnet_fused's CUDA kernels take pictures of up to 16383 rows and ",
           "columns with their padding, convolution ", i, " has ", in[d], " + 2 * ", stage.padding[d]);
     const int64_t channels = std::max(w.size(0), w.size(1) * stage.groups);
     TORCH_CHECK_VALUE(
@@ -98,8 +105,8 @@ at::Tensor Block::activation(int64_t channels, Size size) const {
 at::Tensor Block::filled_later(at::IntArrayRef shape, at::ScalarType type) const {
   return at::empty(shape, x.options().dtype(type), at::MemoryFormat::Contiguous);
 }
-Float4* Block::new_table(int64_t channels) {
-  return reinterpret_cast<Float4*>(plan.keep(filled_later({channels, 4}, at::kFloat)).mutable_data_ptr<float>());
+float* Block::new_table(int64_t channels) {
+  return plan.keep(filled_later({kTableRows, channels}, at::kFloat)).mutable_data_ptr<float>();
 }
 
 Vector Block::vector(const std::optional<at::Tensor>& t) {
@@ -131,9 +138,9 @@ Norm Block::norm(int64_t stage) {
   return n;
 }
 
-Float4* Block::table(int64_t norm) {
-  if (!tables_[norm].defined()) tables_[norm] = filled_later({norm_channels(norm), 4}, at::kFloat);
-  return reinterpret_cast<Float4*>(tables_[norm].mutable_data_ptr<float>());
+float* Block::table(int64_t norm) {
+  if (!tables_[norm].defined()) tables_[norm] = filled_later({kTableRows, norm_channels(norm)}, at::kFloat);
+  return tables_[norm].mutable_data_ptr<float>();
 }
 
 Operand Block::operand(const at::Tensor& u) {
@@ -227,7 +234,6 @@ Product Block::product(int64_t conv, const Input& source, bool transposed) {
   p.source_width = static_cast<int>(source.size[1]);
   p.result_channels = static_cast<int>(transposed ? w.size(1) : w.size(0));
   p.geometry = geometry(conv);
-  p.weight_wide = w.size(1) % 8 == 0 && aligned(p.weight);
   return p;
 }
 
@@ -280,8 +286,9 @@ at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
   const Input p = materialize(source(conv));
   plan.launch();
   const at::Tensor computed = at::convolution(
-      p.tensor, weights[conv], tensors.biases[conv], stage.stride, stage.padding, stage.dilation, false, {0, 0},
-      stage.groups).contiguous(kLast);
+                                  p.tensor, weights[conv], tensors.biases[conv], stage.stride, stage.padding,
+                                  stage.dilation, false, {0, 0}, stage.groups)
+                                  .contiguous(kLast);
   if (only_stores(epilogue)) return computed;
   const bool changes = epilogue.relu || epilogue.residual != nullptr;
   result = changes ? activation(width(conv), sizes[conv]) : computed;
@@ -300,9 +307,11 @@ at::Tensor Block::data_gradient(int64_t conv, const Input& dy, Epilogue epilogue
   }
   const Stage& stage = spec.convs[conv];
   plan.launch();
-  const at::Tensor dp = std::get<0>(at::convolution_backward(
-      dy.tensor, input(conv), weights[conv], std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0},
-      stage.groups, {true, false, false})).contiguous(kLast);
+  const at::Tensor dp =
+      std::get<0>(at::convolution_backward(
+                      dy.tensor, input(conv), weights[conv], std::nullopt, stage.stride, stage.padding, stage.dilation,
+                      false, {0, 0}, stage.groups, {true, false, false}))
+          .contiguous(kLast);
   if (only_stores(epilogue)) return dp;
   const bool changes = epilogue.mask != Mask::none || epilogue.residual != nullptr;
   result = changes ? at::empty_like(dp) : dp;

@@ -57,12 +57,12 @@ class Block {
 
   at::Tensor activation(int64_t channels, Size size) const;
   at::Tensor filled_later(at::IntArrayRef shape, at::ScalarType type) const;
-  Float4* new_table(int64_t channels);
+  float* new_table(int64_t channels);
 
   Vector vector(const std::optional<at::Tensor>& t);
   Vector scale(const std::optional<at::Tensor>& t);
   Norm norm(int64_t stage);
-  Float4* table(int64_t norm);
+  float* table(int64_t norm);
 
   Operand operand(const at::Tensor& u);
   Input input_of(const at::Tensor& u) { return {operand(u), u, {u.size(2), u.size(3)}}; }

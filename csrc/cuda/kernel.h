@@ -7,7 +7,7 @@ namespace resnet_fused::cuda {
 
 struct Kernel {
   const char* name;
-  const void* entry;             // the __global__ function
+  const void* entry;  // the __global__ function
   int (*shared_bytes)(Phase&);
 };
 Kernel kernel_f32();

@@ -86,9 +86,9 @@ const char* launch(
   void* arguments[] = {const_cast<Program*>(program)};
   const dim3 grid(static_cast<unsigned>(workers)), block(kThreads);
   if (status == cudaSuccess)
-    status = cooperative
-                 ? cudaLaunchCooperativeKernel(k.entry, grid, block, arguments, shared, static_cast<cudaStream_t>(stream))
-                 : cudaLaunchKernel(k.entry, grid, block, arguments, shared, static_cast<cudaStream_t>(stream));
+    status = cooperative ? cudaLaunchCooperativeKernel(
+                               k.entry, grid, block, arguments, shared, static_cast<cudaStream_t>(stream))
+                         : cudaLaunchKernel(k.entry, grid, block, arguments, shared, static_cast<cudaStream_t>(stream));
   return explain(
       std::string(k.name) + " (" + phases(*program) + ") on " + std::to_string(workers) + " workers with " +
           std::to_string(shared) + " bytes of shared memory",

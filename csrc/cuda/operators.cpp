@@ -1,4 +1,5 @@
-// What torch.ops.resnet_fused.* run on a GPU; their overload `cuda` also takes tensors on the CPU, for the tests' emulator.
+// What torch.ops.resnet_fused.* run on a GPU; their overload `cuda` also takes tensors on the CPU, for the tests'
+// emulator.
 #include "../operators.h"
 
 #include <torch/library.h>

@@ -27,7 +27,8 @@ std::atomic<const Launcher*> emulator{nullptr};
 const Launcher* launcher_of(const at::Tensor& x) {
   if (x.device().is_cpu()) {
     const Launcher* launcher = emulator.load();
-    TORCH_CHECK_NOT_IMPLEMENTED(launcher != nullptr, "resnet_fused's CUDA kernels run on CUDA tensors, x is on the CPU");
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        launcher != nullptr, "resnet_fused's CUDA kernels run on CUDA tensors, x is on the CPU");
     return launcher;
   }
 #ifdef RESNET_FUSED_CUDA
@@ -80,7 +81,11 @@ Scalar scalar_of(const at::Tensor& t) {
 }
 
 Plan::Plan(const at::Tensor& x, Launch mode)
-    : launcher_(launcher_of(x)), index_(x.device().is_cpu() ? 0 : x.device().index()), type_(scalar_of(x)), mode_(mode), like_(x) {
+    : launcher_(launcher_of(x)),
+      index_(x.device().is_cpu() ? 0 : x.device().index()),
+      type_(scalar_of(x)),
+      mode_(mode),
+      like_(x) {
   TORCH_CHECK_TYPE(
       type_ != Scalar::f64, "resnet_fused's CUDA kernels compute in float32, bfloat16 and float16, got ",
       x.scalar_type());

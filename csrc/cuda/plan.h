@@ -11,8 +11,6 @@
 
 namespace resnet_fused::cuda {
 
-
-
 Scalar scalar_of(const at::Tensor& t);
 
 // What launches for tensors on the CPU: the tests' emulator of a GPU; null removes it.

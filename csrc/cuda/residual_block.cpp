@@ -99,8 +99,8 @@ class Backward {
   const Needs& needs;
   std::vector<at::Tensor> grads;
   std::vector<std::pair<size_t, at::Tensor>> scale_grads;  // index, float64 [C]
-  at::Tensor dz;    // of the join: the skip path's too, times skip_scale
-  at::Tensor dp_s;  // what the projection gives back to its input
+  at::Tensor dz;                                           // of the join: the skip path's too, times skip_scale
+  at::Tensor dp_s;                                         // what the projection gives back to its input
   at::Tensor dx;
 
   bool wants_below(int64_t conv) const;
@@ -135,8 +135,7 @@ bool Backward::wants_output(int64_t conv) const {
 OutVector Backward::gradient(bool wanted, size_t index) {
   if (!wanted) return {};
   const size_t conv = (index - 3) / 6, part = (index - 3) % 6;
-  const auto& parameter =
-      *(part == 1 ? tensors.biases : part == 2 ? tensors.norm_weights : tensors.norm_biases)[conv];
+  const auto& parameter = *(part == 1 ? tensors.biases : part == 2 ? tensors.norm_weights : tensors.norm_biases)[conv];
   grads[index] = at::empty(parameter.sizes(), parameter.options(), at::MemoryFormat::Contiguous);
   return {grads[index].mutable_data_ptr(), scalar_of(parameter)};
 }
@@ -276,8 +275,7 @@ Input Backward::step(int64_t conv, const Input& dy) {
     e.residual_scale = block.scale(tensors.skip_scale);
   }
   VectorGradients gradients;
-  if (normed || (below >= 0 && needs.bias(below)))
-    gradients = vector_gradients(below, norm, std::nullopt, 0, channels);
+  if (normed || (below >= 0 && needs.bias(below))) gradients = vector_gradients(below, norm, std::nullopt, 0, channels);
   e.reduce = anything(gradients) ? Reduce::sums : Reduce::none;
   e.mask = norm >= 0 && spec.convs[norm].relu ? Mask::by_norm : Mask::none;
   if (normed || e.mask == Mask::by_norm) {
@@ -439,7 +437,8 @@ at::Tensor Kernels::residual_block_infer(
   Block block(tensors, spec);
   if (pre_scale) {
     // as a norm of mean 0 and variance 1
-    block.write_table(0, {{block.plan.zero(), Scalar::f32, 0}, {}, block.vector(pre_scale), block.vector(pre_shift), 0});
+    block.write_table(
+        0, {{block.plan.zero(), Scalar::f32, 0}, {}, block.vector(pre_scale), block.vector(pre_shift), 0});
     block.plan.barrier();
   }
   const int64_t last = block.last(), s = block.projection();

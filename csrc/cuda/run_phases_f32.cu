@@ -8,8 +8,6 @@ __global__ void __launch_bounds__(kThreads, 2) run_phases_f32(const __grid_const
   run_phases<float>(program);
 }
 
-Kernel kernel_f32() {
-  return {"run_phases_f32", reinterpret_cast<const void*>(&run_phases_f32), &shared_bytes<float>};
-}
+Kernel kernel_f32() { return {"run_phases_f32", reinterpret_cast<const void*>(&run_phases_f32), &shared_bytes<float>}; }
 
 }  // namespace resnet_fused::cuda

@@ -1,5 +1,6 @@
-// Evaluation in one piece: a worker computes all convolutions of a block for one tile of result pixels. What lies between
-// them stays in shared memory, with the halo that the next kernel reaches into, so nothing waits for another worker.
+// Evaluation in one piece: a worker computes all convolutions of a block for one tile of result pixels. What lies
+// between them stays in shared memory, with the halo that the next kernel reaches into, so nothing waits for another
+// worker.
 //
 // The projection needs no result of its own: its product is added to the last convolution's, before the epilogue.
 #pragma once
@@ -44,7 +45,12 @@ struct ResidentLoader {
   int shift = 0, chunk = 0, depth = 0;
 
   DEVICE ResidentLoader(const Product& p, const char* resident, int region_width, int column)
-      : p(p), resident(resident), region_width(region_width), column(column), loading(p.geometry, 0, 0), multiplying(loading) {}
+      : p(p),
+        resident(resident),
+        region_width(region_width),
+        column(column),
+        loading(p.geometry, 0, 0),
+        multiplying(loading) {}
 
   // source_of(row): the row of the resident tensor under a result's first tap.
   template <class SourceOf>
@@ -67,11 +73,11 @@ struct ResidentLoader {
     const int c = loading.depth + thread_index() % 8 * kChunk<T>;
     UNROLL for (int i = 0; i < kWeightEach; ++i) {
       const int n = thread_index() / 8 + i * 32;
-      const int count = column + n < p.result_channels ? least(kChunk<T>, channels - c) : 0;
+      const bool in = column + n < p.result_channels && c < channels;
       const int64_t from = (static_cast<int64_t>(column + n) * all + loading.index()) * channels + c;
-      load_chunk(
+      cp_async_16(
           memory + S::A_BYTES + chunk_offset(n, thread_index() % 8, 8),
-          static_cast<const T*>(p.weight) + (count > 0 ? from : 0), count, p.weight_wide);
+          static_cast<const T*>(p.weight) + (in ? from : 0), in);
     }
     loading.next(kDepth<T>, channels);
   }
@@ -83,21 +89,23 @@ struct ResidentLoader {
     multiplying.next(kDepth<T>, p.source.channels);
   }
   DEVICE int substeps() const { return ceil_div(depth * static_cast<int>(sizeof(T)), 32); }
-  DEVICE ResidentA<S> a(const char*) const { return {resident, rows, shift, chunk, resident_chunks<T>(p.source.channels)}; }
+  DEVICE ResidentA<S> a(const char*) const {
+    return {resident, rows, shift, chunk, resident_chunks<T>(p.source.channels)};
+  }
   DEVICE StagedB<S, false> b(const char* memory) const { return {memory + S::A_BYTES}; }
 };
 
 // Writes a tile of results to a resident tensor, bias and activation applied; outside the picture zero, as padding is.
 // inside(row): whether a row of the region is a pixel of the picture.
 template <class S, class Inside>
-DEVICE void keep_results(
-    const ChainStage& stage, char* resident, int first_row, int column, const Inside& inside) {
+DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row, int column, const Inside& inside) {
   using T = typename S::Value;
   constexpr int chunks = S::COLUMNS / kChunk<T>;
   const int at = thread_index() % chunks * kChunk<T>, to = (column + at) / kChunk<T>;
   float bias[kChunk<T>];
-  UNROLL for (int i = 0; i < kChunk<T>; ++i)
-      bias[i] = column + at + i < stage.product.result_channels ? static_cast<float>(load(stage.bias, column + at + i, 0.0)) : 0.0f;
+  UNROLL for (int i = 0; i < kChunk<T>; ++i) bias[i] = column + at + i < stage.product.result_channels
+                                                           ? static_cast<float>(load(stage.bias, column + at + i, 0.0))
+                                                           : 0.0f;
   const auto* results = reinterpret_cast<const float*>(work_memory());
   const int all = stage.rows[0] * stage.rows[1], width = resident_chunks<T>(stage.product.result_channels);
   sync_threads();  // the results are complete
@@ -113,12 +121,13 @@ DEVICE void keep_results(
       }
       chunk.set(v);
     }
-    chunk.store(reinterpret_cast<T*>(resident + chunk_offset(first_row + row, to, width)));
+    chunk.store_shared(reinterpret_cast<T*>(resident + chunk_offset(first_row + row, to, width)));
   }
   sync_threads();  // the results' place is free, and the resident rows can be read
 }
 
-// Shared memory: stages or results; the epilogue's constants; the resident tensors. Sets their places; returns the size.
+// Shared memory: stages or results; the epilogue's constants; the resident tensors. Sets their places; returns the
+// size.
 template <class T>
 inline int place_chain(Chain& c) {
   int end = products_bytes<Small<T>>(c.stages, c.stage[0].product.source.y != nullptr);
@@ -127,7 +136,7 @@ inline int place_chain(Chain& c) {
   for (int j = 0; j + 1 < c.count; ++j) {
     ChainStage& stage = c.stage[j];
     stage.shared_offset = end = (end + 127) / 128 * 128;
-    end += stage.rows[0] * stage.rows[1] * ((stage.product.result_channels + kDepth<T> - 1) / kDepth<T>) * 128;
+    end += stage.rows[0] * stage.rows[1] * ((stage.product.result_channels + kDepth<T> - 1) / kDepth<T>)*128;
   }
   return end;
 }

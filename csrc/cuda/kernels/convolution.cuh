@@ -85,17 +85,17 @@ struct ConvolutionLoader {
     const T* const y = static_cast<const T*>(p.source.y);
     const int channels = p.source.channels, shift_h = taps.shift(0), shift_w = taps.shift(1);
     const int chunk = thread_index() % 8, c = taps.depth + chunk * kChunk<T>;
-    const int count = least(kChunk<T>, channels - c);
+    const bool exists = c < channels;
     const int move = (shift_h * p.source_width + shift_w) * channels + c;
     uint32_t bits = 0;
     UNROLL for (int i = 0; i < kEach; ++i) {
       const int h = (place[i] >> 16) + shift_h, w = (place[i] & 0xffff) + shift_w;
       const bool in = static_cast<unsigned>(h) < static_cast<unsigned>(p.source_height) &&
-                      static_cast<unsigned>(w) < static_cast<unsigned>(p.source_width) && count > 0;
+                      static_cast<unsigned>(w) < static_cast<unsigned>(p.source_width) && exists;
       char* const to = stage + chunk_offset(row(i), chunk, 8);
       const int64_t from = in ? base + (offset[i] + move) : 0;
-      load_chunk(to, x + from, in ? count : 0, p.source.wide);
-      if (y != nullptr) load_chunk(to + S::STAGE, y + from, in ? count : 0, p.source.wide);
+      cp_async_16(to, x + from, in);
+      if (y != nullptr) cp_async_16(to + S::STAGE, y + from, in);
       bits |= (in ? 1u : 0u) << i;
     }
     inside = inside << 4 | bits;
@@ -106,18 +106,16 @@ struct ConvolutionLoader {
       const int weight_chunk = thread_index() % kWeightChunks, result = column + weight_chunk * kChunk<T>;
       UNROLL for (int i = 0; i < kWeightEach; ++i) {
         const int k = thread_index() / kWeightChunks + i * (kThreads / kWeightChunks);
-        const int count = taps.depth + k < channels ? least(kChunk<T>, p.result_channels - result) : 0;
-        const int64_t row = static_cast<int64_t>(taps.depth + k) * all + tap;
-        load_chunk(
-            b + chunk_offset(k, weight_chunk, kWeightChunks), weight + (count > 0 ? row * p.result_channels + result : 0),
-            count, p.weight_wide);
+        const bool in = taps.depth + k < channels && result < p.result_channels;
+        const int64_t from = (static_cast<int64_t>(taps.depth + k) * all + tap) * p.result_channels + result;
+        cp_async_16(b + chunk_offset(k, weight_chunk, kWeightChunks), weight + (in ? from : 0), in);
       }
     } else {
       UNROLL for (int i = 0; i < kWeightEach; ++i) {
         const int n = row(i);
-        const bool in = column + n < p.result_channels && count > 0;
+        const bool in = column + n < p.result_channels && exists;
         const int64_t from = (static_cast<int64_t>(column + n) * all + tap) * channels + c;
-        load_chunk(b + chunk_offset(n, chunk, 8), weight + (in ? from : 0), in ? count : 0, p.weight_wide);
+        cp_async_16(b + chunk_offset(n, chunk, 8), weight + (in ? from : 0), in);
       }
     }
     taps.next(kDepth<T>, channels);
@@ -130,10 +128,10 @@ struct ConvolutionLoader {
     if (computed(p.source)) {
       const int chunk = thread_index() % 8, c = channel + chunk * kChunk<T>;
       const uint32_t bits = inside >> (4 * ahead);
-      UNROLL for (int i = 0; i < kEach; ++i) {
-        char* const at = stage + chunk_offset(row(i), chunk, 8);
-        if (bits >> i & 1u) compute_chunk<T>(p.source, at, at + S::STAGE, c, least(kChunk<T>, channels - c));
-      }
+      if (c < channels)
+        compute_chunks<T, kEach>(
+            p.source, c, S::STAGE, [&](int i) { return stage + chunk_offset(row(i), chunk, 8); },
+            [&](int i) { return (bits >> i & 1u) != 0; });
     }
     depth = least(kDepth<T>, channels - channel);
     channel = channel + kDepth<T> < channels ? channel + kDepth<T> : 0;
@@ -153,8 +151,8 @@ constexpr int greater(int a, int b) { return a > b ? a : b; }
 // Shared memory of a convolution: stages, results or meeting threads; then the constants; then the running sums.
 template <class S>
 constexpr int products_bytes(int stages, bool with_y) {
-  return greater(greater(stages * (S::STAGE + (with_y ? S::A_BYTES : 0)), S::RESULT_BYTES),
-                 kMeetingBytes<typename S::Value>);
+  return greater(
+      greater(stages * (S::STAGE + (with_y ? S::A_BYTES : 0)), S::RESULT_BYTES), kMeetingBytes<typename S::Value>);
 }
 template <class S>
 constexpr int convolution_bytes(int stages, bool with_y) {
@@ -170,7 +168,8 @@ NOINLINE_DEVICE void convolution() {
   auto* const constants = reinterpret_cast<float*>(work_memory() + products);
   auto* const running = reinterpret_cast<double*>(work_memory() + products + constant_bytes(S::COLUMNS));
   const WorkerSums<T> sums{
-      running, reinterpret_cast<sum_t<T>*>(work_memory()), reinterpret_cast<int32_t*>(running + 3 * S::COLUMNS)};
+      running, reinterpret_cast<sum_t<T>*>(work_memory()), reinterpret_cast<int32_t*>(running + 3 * S::COLUMNS),
+      constants + kNear * S::COLUMNS};
   const int blocks = ceil_div(c.product.result_channels, S::COLUMNS);
   const Share share(blocks);
   for (int block = share.first; block < blocks; block += share.step) {

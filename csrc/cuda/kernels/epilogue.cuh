@@ -10,11 +10,20 @@ namespace resnet_fused::cuda {
 
 // Coefficients of a block of channels in shared memory, float [kConstants, columns].
 enum Constant {
-  kScale, kShift, kCenter,                          // of acc, factor and bias included
-  kResidualScale, kResidualShift, kResidualCenter,  // residual_scale included
-  kYScale, kYShift, kYCenter,                       // factor included where the mask reads them
+  kScale,
+  kShift,
+  kCenter,  // of acc, factor and bias included
+  kResidualScale,
+  kResidualShift,
+  kResidualCenter,  // residual_scale included
+  kYScale,
+  kYShift,
+  kYCenter,  // factor included where the mask reads them
   kSCenter,
-  kDz, kDy, kD,                                     // of dx
+  kDz,
+  kDy,
+  kD,     // of dx: k_dz, k_y, k
+  kNear,  // of statistics, see WorkerSums
   kConstants
 };
 constexpr int constant_bytes(int columns) { return kConstants * columns * 4; }
@@ -44,9 +53,9 @@ NOINLINE_DEVICE void write_constants(const Epilogue& e, float* constants, int fi
     put(kYCenter, y.center);
     put(kSCenter, affine(e.s_norm, c).center);
     if (e.dx != nullptr) {
-      put(kDz, e.dx_table[c].x);
-      put(kDy, e.dx_table[c].y);
-      put(kD, e.dx_table[c].z);
+      put(kDz, e.dx_table[kRowScale * e.channels + c]);
+      put(kDy, e.dx_table[kRowYScale * e.channels + c]);
+      put(kD, e.dx_table[kRowShift * e.channels + c]);
     }
   }
   sync_threads();
@@ -57,34 +66,52 @@ template <class T>
 struct Fetched {
   Pack<T> other;  // the residual or what masks: never both
   Pack<T> y, s;
-  uint32_t bits;
+  uint32_t bits = 0;
+
+  // What is not read is zero, for the compiler's sake: it would carry undefined values from one pack to the next.
+  DEVICE Fetched() {
+    other.clear();
+    y.clear();
+    s.clear();
+  }
 };
 
-// index: of the pack's first value. pixel, channel: its place. count: channels of the pack that exist, 0 for none.
-template <class T>
+// index: of the pack's first value. pixel, channel: its place. count: channels of the pack that exist. WIDE: all do,
+// and everything is aligned.
+template <class T, bool WIDE, bool JOIN>
 DEVICE void fetch(Fetched<T>& f, const Epilogue& e, int64_t index, int64_t pixel, int channel, int count) {
-  if (count == 0) return;
-  if (e.residual != nullptr) load_pack<T>(f.other, e.residual, index, count, e.wide);
-  if (e.mask == Mask::by_out) load_pack<T>(f.other, e.mask_by, index, count, e.wide);
+  if (e.residual != nullptr) load_pack<T>(f.other, e.residual, index, count, WIDE);
+  if (e.mask == Mask::by_out) load_pack<T>(f.other, e.mask_by, index, count, WIDE);
   if (e.mask == Mask::by_bits)
     f.bits = static_cast<const uint8_t*>(e.mask_by)[pixel * ceil_div(e.channels, kPack) + channel / kPack];
-  if (e.y != nullptr) load_pack<T>(f.y, e.y, index, count, e.wide);
-  if (e.s != nullptr) load_pack<T>(f.s, e.s, index, count, e.wide);
+  if (e.y != nullptr) load_pack<T>(f.y, e.y, index, count, WIDE);
+  if (JOIN && e.s != nullptr) load_pack<T>(f.s, e.s, index, count, WIDE);
 }
 
-// Finishes one pack of results v. column: of its first channel within the block of `columns`.
-template <class T>
+// A row of the constants, for the pack whose first is `at`.
+DEVICE void constant_row(float (&to)[kPack], const float* at, int columns, Constant row) {
+  UNROLL for (int i = 0; i < kPack / 4; ++i) {
+    const Bits128 bits = reinterpret_cast<const Bits128*>(at + row * columns)[i];
+    UNROLL for (int w = 0; w < 4; ++w) to[4 * i + w] = float_of(bits.word[w]);
+  }
+}
+
+// Finishes one pack of results v. at: of its first channel among the constants of `columns`.
+template <class T, bool WIDE, bool JOIN>
 DEVICE void finish(
-    float (&v)[kPack], const Fetched<T>& f, const Epilogue& e, const float* constants, int columns, int column,
-    int64_t index, int64_t pixel, int channel, int count, ThreadSums<T>& sums) {
-  const float* at = constants + column;
-  UNROLL for (int i = 0; i < kPack; ++i)
-      v[i] = (v[i] - at[kCenter * columns + i]) * at[kScale * columns + i] + at[kShift * columns + i];
+    float (&v)[kPack], const Fetched<T>& f, const Epilogue& e, const float* at, int columns, int64_t index,
+    int64_t pixel, int channel, int count, ThreadSums<T, JOIN>& sums) {
+  float scale[kPack], shift[kPack], center[kPack];
+  const auto rows = [&](Constant first) {
+    constant_row(scale, at, columns, first);
+    constant_row(shift, at, columns, static_cast<Constant>(first + 1));
+    constant_row(center, at, columns, static_cast<Constant>(first + 2));
+  };
+  rows(kScale);
+  UNROLL for (int i = 0; i < kPack; ++i) v[i] = (v[i] - center[i]) * scale[i] + shift[i];
   if (e.residual != nullptr) {
-    UNROLL for (int i = 0; i < kPack; ++i) {
-      const float r = f.other.get(i) - at[kResidualCenter * columns + i];
-      v[i] += r * at[kResidualScale * columns + i] + at[kResidualShift * columns + i];
-    }
+    rows(kResidualScale);
+    UNROLL for (int i = 0; i < kPack; ++i) v[i] += (f.other.get(i) - center[i]) * scale[i] + shift[i];
   }
   if (e.relu) {
     UNROLL for (int i = 0; i < kPack; ++i) v[i] = relu(v[i]);
@@ -93,19 +120,14 @@ DEVICE void finish(
     UNROLL for (int i = 0; i < kPack; ++i) v[i] = f.other.get(i) <= 0.0f ? 0.0f : v[i];
   } else if (e.mask == Mask::by_bits) {
     UNROLL for (int i = 0; i < kPack; ++i) v[i] = (f.bits >> i & 1u) != 0 ? v[i] : 0.0f;
-  }
-  float y[kPack] = {};
-  if (e.y != nullptr) {
-    UNROLL for (int i = 0; i < kPack; ++i) y[i] = f.y.get(i) - at[kYCenter * columns + i];
-    if (e.mask == Mask::by_norm) {
-      UNROLL for (int i = 0; i < kPack; ++i)
-          v[i] = y[i] * at[kYScale * columns + i] + at[kYShift * columns + i] <= 0.0f ? 0.0f : v[i];
-    }
+  } else if (e.mask == Mask::by_norm) {
+    rows(kYScale);
+    UNROLL for (int i = 0; i < kPack; ++i) v[i] = (f.y.get(i) - center[i]) * scale[i] + shift[i] <= 0.0f ? 0.0f : v[i];
   }
   if (e.out != nullptr) {
     Pack<T> out;
     out.set(v);
-    store_pack<T>(e.out, index, count, e.wide, out);
+    store_pack<T>(e.out, index, count, WIDE, out);
     UNROLL for (int i = 0; i < kPack; ++i) v[i] = out.get(i);  // what later phases read is what is counted
   }
   if (e.bits != nullptr) {
@@ -115,20 +137,36 @@ DEVICE void finish(
   }
   if (e.dx != nullptr) {
     float d[kPack];
-    UNROLL for (int i = 0; i < kPack; ++i)
-        d[i] = at[kDz * columns + i] * v[i] + (at[kDy * columns + i] * y[i] + at[kD * columns + i]);
+    constant_row(scale, at, columns, kDz);
+    constant_row(shift, at, columns, kD);
+    UNROLL for (int i = 0; i < kPack; ++i) d[i] = v[i] * scale[i] + shift[i];
+    if (e.y != nullptr) {
+      constant_row(scale, at, columns, kDy);
+      constant_row(center, at, columns, kYCenter);
+      UNROLL for (int i = 0; i < kPack; ++i) d[i] += (f.y.get(i) - center[i]) * scale[i];
+    }
     Pack<T> dx;
     dx.set(d);
-    store_pack<T>(e.dx, index, count, e.wide, dx);
+    store_pack<T>(e.dx, index, count, WIDE, dx);
   }
   if (e.reduce == Reduce::statistics) {
-    sums.add_statistics(v);
-  } else if (e.reduce == Reduce::sums) {
+    constant_row(center, at, columns, kNear);
+    ++sums.rows;
     UNROLL for (int i = 0; i < kPack; ++i) {
-      const sum_t<T> wide = v[i];
-      sums.a[i] += wide;
-      if (e.y != nullptr) sums.b[i] += wide * y[i];
-      if (e.s != nullptr) sums.c[i] += wide * (f.s.get(i) - at[kSCenter * columns + i]);
+      const sum_t<T> d = v[i] - center[i];
+      sums.first[i] += d;
+      sums.second[i] += d * d;
+    }
+  } else if (e.reduce == Reduce::sums) {
+    UNROLL for (int i = 0; i < kPack; ++i) sums.first[i] += v[i];
+    if (e.y != nullptr) {
+      constant_row(center, at, columns, kYCenter);
+      UNROLL for (int i = 0; i < kPack; ++i) sums.second[i] += static_cast<sum_t<T>>(v[i]) * (f.y.get(i) - center[i]);
+    }
+    if (JOIN && e.s != nullptr) {
+      constant_row(center, at, columns, kSCenter);
+      UNROLL for (int i = 0; i < kPack; ++i) sums.third[JOIN ? i : 0] +=
+          static_cast<sum_t<T>>(v[i]) * (f.s.get(i) - center[i]);
     }
   }
 }
@@ -137,32 +175,27 @@ DEVICE void finish(
 // pixel_of(row): the pixel of a row, -1 where it has none.
 template <class S, class PixelOf>
 DEVICE void finish_tile(
-    const Epilogue& e, const float* constants, int first, const WorkerSums<typename S::Value>& worker,
+    const Epilogue& e, float* constants, int first, const WorkerSums<typename S::Value>& worker,
     const PixelOf& pixel_of) {
   using T = typename S::Value;
-  constexpr int packs = S::COLUMNS / kPack, step = kThreads / packs;
-  constexpr int together = sizeof(T) == 2 ? 2 : 1;  // reads in flight; more would not fit the registers
+  constexpr int packs = S::COLUMNS / kPack;
   const int column = thread_index() % packs * kPack, channel = first + column;
-  const int count = least(kPack, e.channels - channel);
   const auto* results = reinterpret_cast<const float*>(work_memory());
-  ThreadSums<T> sums;
+  ThreadSums<T, false> sums;
   sync_threads();  // the results are complete
-  for (int row0 = thread_index() / packs; row0 < S::ROWS; row0 += step * together) {
-    Fetched<T> fetched[together];
-    int64_t pixel[together];
-    UNROLL for (int u = 0; u < together; ++u) {
-      pixel[u] = count > 0 ? pixel_of(row0 + u * step) : -1;
-      if (pixel[u] >= 0) fetch(fetched[u], e, pixel[u] * e.channels + channel, pixel[u], channel, count);
-    }
-    UNROLL for (int u = 0; u < together; ++u) {
-      if (pixel[u] < 0) continue;
-      float v[kPack];
-      const float* from = results + (row0 + u * step) * S::PITCH + column;
-      UNROLL for (int i = 0; i < kPack; ++i) v[i] = from[i];
-      finish(
-          v, fetched[u], e, constants, S::COLUMNS, column, pixel[u] * e.channels + channel, pixel[u], channel, count,
-          sums);
-    }
+  if (e.reduce == Reduce::statistics && worker.running[0] == 0.0) {
+    if (thread_index() < S::COLUMNS)
+      worker.near[thread_index()] = results[thread_index()] + constants[kShift * S::COLUMNS + thread_index()];
+    sync_threads();
+  }
+  ROLLED for (int row = thread_index() / packs; row < S::ROWS && channel < e.channels; row += kThreads / packs) {
+    const int64_t pixel = pixel_of(row), index = pixel * e.channels + channel;
+    if (pixel < 0) continue;
+    Fetched<T> fetched;
+    fetch<T, true, false>(fetched, e, index, pixel, channel, kPack);
+    float v[kPack];
+    constant_row(v, results + row * S::PITCH + column, 0, kScale);
+    finish<T, true, false>(v, fetched, e, constants + column, S::COLUMNS, index, pixel, channel, kPack, sums);
   }
   sync_threads();  // the results' place is free
   if (e.reduce != Reduce::none) {

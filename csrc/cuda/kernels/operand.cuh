@@ -7,44 +7,97 @@ namespace resnet_fused::cuda {
 
 DEVICE bool computed(const Operand& operand) { return operand.source != Source::raw || operand.relu; }
 
-// What the source makes of x (and y) with a channel's table entry.
-DEVICE float apply_source(Source source, const Float4& table, float x, float y) {
-  if (source == Source::normalize) return (x - table.z) * table.x + table.y;
-  return table.x * x + (table.y * (y - table.w) + table.z);
-}
-
-// Issues the copy of `count` values (0: zeros) to a chunk of shared memory. wide: count is a whole chunk or 0.
-template <class T>
-DEVICE void load_chunk(char* shared, const T* global, int count, bool wide) {
-  if (wide) {
-    cp_async_16(shared, global, count > 0);
-  } else {
-    Chunk<T> chunk;
-    chunk.load_first(global, count);
-    chunk.store(reinterpret_cast<T*>(shared));
-  }
-}
-
-// Computes a chunk in place, once it has come: x in `shared`, y in `with`. The first `count` channels from `channel`.
-template <class T>
-DEVICE void compute_chunk(const Operand& operand, char* shared, const char* with, int channel, int count) {
-  Chunk<T> x, y;
-  x.load(reinterpret_cast<const T*>(shared));
-  if (operand.y != nullptr)
-    y.load(reinterpret_cast<const T*>(with));
-  else
-    y.clear();
-  float v[kChunk<T>];
-  UNROLL for (int i = 0; i < kChunk<T>; ++i) {
-    v[i] = x.get(i);
-    if (i < count) {
-      if (operand.source != Source::raw)
-        v[i] = apply_source(operand.source, operand.table[channel + i], v[i], y.get(i));
-      if (operand.relu) v[i] = relu(v[i]);
+// Rows of coefficients for COUNT channels, in registers.
+template <int COUNT>
+DEVICE void load_row(float (&to)[COUNT], const Operand& operand, TableRow row, int channel, int count = COUNT) {
+  const float* const from = operand.table + row * operand.channels + channel;
+  if (count == COUNT && operand.wide) {
+    UNROLL for (int i = 0; i < COUNT / 4; ++i) {
+      const Bits128 bits = load_128(from + 4 * i);
+      UNROLL for (int w = 0; w < 4; ++w) to[4 * i + w] = float_of(bits.word[w]);
     }
+  } else {
+    UNROLL for (int i = 0; i < COUNT; ++i) to[i] = i < count ? from[i] : 0.0f;
   }
-  x.set(v);
-  x.store(reinterpret_cast<T*>(shared));
+}
+
+// norm(x) and its activation for COUNT channels. Values of 16 bits take the constant with the center folded in.
+template <class T, int COUNT>
+struct Normalize {
+  static constexpr bool NARROW = sizeof(T) == 2;
+  float scale[COUNT], shift[COUNT], center[NARROW ? 1 : COUNT];
+
+  DEVICE Normalize(const Operand& operand, int channel, int count = COUNT) {
+    load_row(scale, operand, kRowScale, channel, count);
+    load_row(shift, operand, NARROW ? kRowFolded : kRowShift, channel, count);
+    if constexpr (!NARROW) load_row(center, operand, kRowCenter, channel, count);
+  }
+  DEVICE float operator()(int i, float x) const {
+    if constexpr (NARROW)
+      return x * scale[i] + shift[i];
+    else
+      return (x - center[i]) * scale[i] + shift[i];
+  }
+};
+
+// dy = k_dz dz + (k_y (y - center) + k).
+template <class T, int COUNT>
+struct Gradient {
+  static constexpr bool NARROW = sizeof(T) == 2;
+  float k_dz[COUNT], k[COUNT], k_y[COUNT], center[NARROW ? 1 : COUNT];
+
+  DEVICE Gradient(const Operand& operand, int channel, int count = COUNT) {
+    load_row(k_dz, operand, kRowScale, channel, count);
+    load_row(k, operand, NARROW ? kRowFolded : kRowShift, channel, count);
+    load_row(k_y, operand, kRowYScale, channel, count);
+    if constexpr (!NARROW) load_row(center, operand, kRowCenter, channel, count);
+  }
+  DEVICE float operator()(int i, float dz, float y) const {
+    if constexpr (NARROW)
+      return k_dz[i] * dz + (k_y[i] * y + k[i]);
+    else
+      return k_dz[i] * dz + (k_y[i] * (y - center[i]) + k[i]);
+  }
+};
+
+// Computes chunks of a stage in place, once they have come: for each i < EACH the chunk at(i) where inside(i); y stands
+// `apart` bytes from x. All are of the same channels.
+template <class T, int EACH, class At, class Inside>
+DEVICE void compute_chunks(const Operand& operand, int channel, int apart, const At& at, const Inside& inside) {
+  constexpr int count = kChunk<T>;
+  const auto each = [&](const auto& compute) {
+    UNROLL for (int i = 0; i < EACH; ++i) {
+      if (!inside(i)) continue;
+      T* const shared = reinterpret_cast<T*>(at(i));
+      Chunk<T> x;
+      x.load_shared(shared);
+      float v[count];
+      compute(v, x, reinterpret_cast<const T*>(at(i) + apart));
+      if (operand.relu) {
+        UNROLL for (int e = 0; e < count; ++e) v[e] = relu(v[e]);
+      }
+      x.set(v);
+      x.store_shared(shared);
+    }
+  };
+  if (operand.source == Source::normalize) {
+    const Normalize<T, count> normalize(operand, channel);
+    each([&](float (&v)[count], const Chunk<T>& x, const T*) {
+      UNROLL for (int e = 0; e < count; ++e) v[e] = normalize(e, x.get(e));
+    });
+  } else if (operand.source == Source::gradient) {
+    const Gradient<T, count> gradient(operand, channel);
+    each([&](float (&v)[count], const Chunk<T>& x, const T* with) {
+      Chunk<T> y;
+      y.clear();
+      if (operand.y != nullptr) y.load_shared(with);
+      UNROLL for (int e = 0; e < count; ++e) v[e] = gradient(e, x.get(e), y.get(e));
+    });
+  } else {
+    each([&](float (&v)[count], const Chunk<T>& x, const T*) {
+      UNROLL for (int e = 0; e < count; ++e) v[e] = x.get(e);
+    });
+  }
 }
 
 }  // namespace resnet_fused::cuda

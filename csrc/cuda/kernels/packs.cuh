@@ -8,8 +8,8 @@
 
 namespace resnet_fused::cuda {
 
-// The phase that is being run lies at the start of shared memory: read from there, its fields take a register only while
-// they are used. What a phase works in follows.
+// The phase that is being run lies at the start of shared memory: read from there, its fields take a register only
+// while they are used. What a phase works in follows.
 constexpr int kPhaseBytes = (sizeof(Phase) + 127) / 128 * 128;
 DEVICE Phase& current_phase() { return *reinterpret_cast<Phase*>(shared_memory()); }
 DEVICE char* work_memory() { return shared_memory() + kPhaseBytes; }
@@ -36,9 +36,6 @@ DEVICE f16 from_float<f16>(float v) {
   return to_f16(v);
 }
 
-// max(v, 0), and NaN for NaN as in PyTorch.
-DEVICE float relu(float v) { return v <= 0.0f ? 0.0f : v; }
-
 // The type of sums over many rows. Of float32, double as PyTorch keeps them, where the chip has doubles at half rate.
 template <class T>
 struct Summation {
@@ -64,9 +61,7 @@ struct alignas(16) Values {
   static constexpr int WORDS = COUNT * static_cast<int>(sizeof(T)) / 4;
   uint32_t word[WORDS];
 
-  DEVICE void clear() {
-    UNROLL for (int i = 0; i < WORDS; ++i) word[i] = 0;
-  }
+  DEVICE void clear() { UNROLL for (int i = 0; i < WORDS; ++i) word[i] = 0; }
   DEVICE float get(int i) const {
     if constexpr (sizeof(T) == 4)
       return float_of(word[i]);
@@ -81,14 +76,18 @@ struct alignas(16) Values {
         word[i] = pair_of(v[2 * i], v[2 * i + 1], T{});
     }
   }
-  // All values, from an address aligned to 16 bytes.
-  DEVICE void load(const T* from) {
-    UNROLL for (int i = 0; i < WORDS / 4; ++i)
-        reinterpret_cast<Bits128*>(word)[i] = reinterpret_cast<const Bits128*>(from)[i];
+  // All values, from or to addresses aligned to 16 bytes: of shared memory, and of global.
+  DEVICE void load_shared(const T* from) {
+    UNROLL for (int i = 0; i < WORDS / 4; ++i) take(i, reinterpret_cast<const Bits128*>(from)[i]);
   }
-  DEVICE void store(T* to) const {
-    UNROLL for (int i = 0; i < WORDS / 4; ++i)
-        reinterpret_cast<Bits128*>(to)[i] = reinterpret_cast<const Bits128*>(word)[i];
+  DEVICE void store_shared(T* to) const {
+    UNROLL for (int i = 0; i < WORDS / 4; ++i) reinterpret_cast<Bits128*>(to)[i] = four(i);
+  }
+  DEVICE void load_global(const T* from) {
+    UNROLL for (int i = 0; i < WORDS / 4; ++i) take(i, load_128(from + i * (16 / static_cast<int>(sizeof(T)))));
+  }
+  DEVICE void store_global(T* to) const {
+    UNROLL for (int i = 0; i < WORDS / 4; ++i) store_128(to + i * (16 / static_cast<int>(sizeof(T))), four(i));
   }
   // The first `count` values, one by one, zero beyond; and the other way. Rolled up: rare, and the words need no index.
   DEVICE void load_first(const T* from, int count) {
@@ -120,6 +119,8 @@ struct alignas(16) Values {
   }
 
  private:
+  DEVICE void take(int i, const Bits128& bits) { UNROLL for (int w = 0; w < 4; ++w) word[4 * i + w] = bits.word[w]; }
+  DEVICE Bits128 four(int i) const { return {{word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]}}; }
   DEVICE static uint32_t bits(float v) { return bits_of(v); }
   template <class N>
   DEVICE static uint32_t bits(N v) {
@@ -136,7 +137,7 @@ template <class T>
 DEVICE void load_pack(Pack<T>& pack, const void* base, int64_t index, int count, bool wide) {
   const T* from = static_cast<const T*>(base) + index;
   if (wide)
-    pack.load(from);
+    pack.load_global(from);
   else
     pack.load_first(from, count);
 }
@@ -144,7 +145,7 @@ template <class T>
 DEVICE void store_pack(void* base, int64_t index, int count, bool wide, const Pack<T>& pack) {
   T* to = static_cast<T*>(base) + index;
   if (wide)
-    pack.store(to);
+    pack.store_global(to);
   else
     pack.store_first(to, count);
 }

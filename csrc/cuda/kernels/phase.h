@@ -37,16 +37,19 @@ struct Norm {
 
 // --- prologue --------------------------------------------------------------------------------------------------------
 
-// What is made of stored values while they are loaded:
-//   normalize  (x - center) scale + shift                table: scale, shift, center, 0
-//   gradient   k_dz x + k_y (y - center) + k             table: k_dz, k_y, k, center;  x = dz
+// What is made of stored values while they are loaded, by rows of coefficients [rows, channels]:
+//   normalize  (x - center) scale + shift             rows: scale, shift, center, shift - center scale
+//   gradient   k_dz x + (k_y (y - center) + k)        rows: k_dz, k, center, k - k_y center, k_y;  x = dz
+// Values of 16 bits take the last constant, into which the center is folded: what that costs where |mean| is far above
+// the deviation 16 bits would not show.
 enum class Source : int32_t { raw, normalize, gradient };
+enum TableRow { kRowScale, kRowShift, kRowCenter, kRowFolded, kRowYScale, kTableRows };
 
-// x, y: [pixels, channels]. wide: rows can be read 8 values at a time, aligned to 16 bytes.
+// x, y: [pixels, channels]. wide: rows can be read 8 values at a time, aligned to 16 bytes, as products must.
 struct Operand {
   const void* x = nullptr;
   const void* y = nullptr;
-  const Float4* table = nullptr;
+  const float* table = nullptr;
   int32_t channels = 0;
   Source source = Source::raw;
   bool relu = false;
@@ -67,7 +70,7 @@ enum class Reduce : int32_t { none, statistics, sums };
 struct VectorGradients {
   Norm norm;
   Vector factor;
-  Float4* table = nullptr;  // of dy, see Source::gradient
+  float* table = nullptr;  // of dy, see Source::gradient
   OutVector dgamma, dbeta, dbias;
   double* dfactor = nullptr;  // one a channel
   bool batch = false;         // the norm's statistics are the batch's: gradients flow through them
@@ -77,10 +80,10 @@ struct VectorGradients {
 struct Reduction {
   double* partials = nullptr;
   int32_t* tickets = nullptr;
-  double rows = 0;          // values a channel
-  Norm norm;                // statistics: of the norm that reads the values (gamma, beta, eps)
-  float* stats = nullptr;   // statistics: [2, channels], mean and biased variance
-  Float4* table = nullptr;  // statistics: the norm's, see Source::normalize
+  double rows = 0;                // values a channel
+  Norm norm;                      // statistics: of the norm that reads the values (gamma, beta, eps)
+  float* stats = nullptr;         // statistics: [2, channels], mean and biased variance
+  float* table = nullptr;         // statistics: the norm's, see Source::normalize
   VectorGradients first, second;  // sums over y and over s
   double* sums = nullptr;         // sums: [2, channels], sum dz and sum dz (y - mean)
 };
@@ -92,7 +95,7 @@ struct Reduction {
 struct Epilogue {
   void* out = nullptr;
   void* dx = nullptr;
-  const Float4* dx_table = nullptr;
+  const float* dx_table = nullptr;
   uint8_t* bits = nullptr;
   const void* mask_by = nullptr;
   const void* residual = nullptr;
@@ -118,13 +121,13 @@ struct Geometry {
 // The tile of a product: result rows x result columns of a worker.
 enum class TileShape : int32_t { small, large };  // 64 x 64, 128 x 64
 
-// The operands of a convolution: `source` is read through the taps of `weight`, forward or transposed.
+// The operands of a convolution: `source` is read through the taps of `weight`, forward or transposed. Channels are
+// multiples of 8 and everything is aligned to 16 bytes.
 struct Product {
   Operand source;
   const void* weight = nullptr;
   int32_t source_height = 0, source_width = 0, result_channels = 0;
   Geometry geometry;
-  bool weight_wide = false;
 };
 
 // forward      y[pixel, k]  = sum over taps, c of P[tap of pixel, c] W[k, tap, c]
@@ -133,7 +136,7 @@ struct Product {
 // the taps that meet the stride's grid contribute, the same for every pixel of a class.
 struct Convolution {
   Product product;
-  int32_t batch = 0, height = 0, width = 0;                                              // of the result
+  int32_t batch = 0, height = 0, width = 0;                                         // of the result
   int32_t class_height = 0, class_width = 0, classes[2] = {1, 1}, class_tiles = 0;  // pixels of a class; its tiles
   Divisor per_image, per_row;                                                       // pixels of a class
   TileShape tile = TileShape::small;
@@ -170,7 +173,7 @@ struct Pointwise {
 // The table of a norm whose statistics are known before the launch, or of a gradient whose sums are.
 struct Table {
   Norm norm;
-  Float4* table = nullptr;
+  float* table = nullptr;
   const double* sums = nullptr;  // [2, channels]: the table is a gradient's
   double rows = 0;               // values a channel behind the sums
   int32_t channels = 0;

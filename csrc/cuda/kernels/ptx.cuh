@@ -8,7 +8,7 @@
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
-#define NOINLINE_DEVICE __device__ __noinline__
+#define NOINLINE_DEVICE inline __device__ __noinline__
 #define UNROLL _Pragma("unroll")
 #define UNROLL_4 _Pragma("unroll 4")
 #define ROLLED _Pragma("unroll 1")
@@ -32,6 +32,20 @@ DEVICE void sync_threads() { __syncthreads(); }
 
 DEVICE uint32_t shared_address(const void* shared) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared)); }
 
+// 16 bytes of global memory. The address alone does not tell the compiler which memory it is.
+DEVICE Bits128 load_128(const void* global) {
+  Bits128 bits;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.word[0]), "=r"(bits.word[1]), "=r"(bits.word[2]), "=r"(bits.word[3])
+               : "l"(__cvta_generic_to_global(global)));
+  return bits;
+}
+DEVICE void store_128(void* global, const Bits128& bits) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(bits.word[0]),
+               "r"(bits.word[1]), "r"(bits.word[2]), "r"(bits.word[3])
+               : "memory");
+}
+
 // 16 bytes from global to shared memory, in flight until `cp_async_wait`; zeros where not `inside`.
 DEVICE void cp_async_16(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -53,14 +67,12 @@ DEVICE void cp_async_wait() {
 DEVICE void ldmatrix(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
+               : "r"(shared_address(row)));
 }
 DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
+               : "r"(shared_address(row)));
 }
 
 // c [16, 8] += a [16, k] b [k, 8], k = 16 for 16-bit elements and 8 for tf32. With g = lane / 4, t = lane % 4:
@@ -68,19 +80,19 @@ DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
 //   16-bit a: pairs from (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8);  b: pairs from (2 t, g), (2 t + 8, g)
 //   tf32   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);                      b: (t, g), (t + 4, g)
 DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // The nearest tf32 (10 bits of mantissa, ties away from zero), as the bits of a float.
@@ -94,6 +106,12 @@ DEVICE uint32_t to_tf32(float v) {
 
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
+// max(v, 0), and NaN for NaN as in PyTorch.
+DEVICE float relu(float v) {
+  float positive;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(positive) : "f"(v));
+  return positive;
+}
 DEVICE uint64_t multiply_wide(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 
 DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
@@ -149,6 +167,9 @@ DEVICE void fence() { __threadfence(); }
 #define ROLLED
 
 namespace resnet_fused::cuda {
+DEVICE Bits128 load_128(const void* global) { return *static_cast<const Bits128*>(global); }
+DEVICE void store_128(void* global, const Bits128& bits) { *static_cast<Bits128*>(global) = bits; }
+DEVICE float relu(float v) { return v <= 0.0f ? 0.0f : v; }
 DEVICE uint32_t pair_of(float low, float high, bf16) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }

@@ -1,4 +1,5 @@
-// Per-channel statistics and gradient sums: gathered by each thread, merged by worker and then by launch, in fixed order.
+// Per-channel statistics and gradient sums: gathered by each thread, merged by worker and then by launch, in fixed
+// order.
 //
 // A worker writes one partial a channel, (count, mean, M2) or three sums, and takes a ticket; the last to arrive for a
 // block of channels merges all partials in the order of their lanes, whoever it is, so results are the same bits from
@@ -25,24 +26,15 @@ struct Moments {
   DEVICE double m2() const { return count > 0 ? second - first * first / count : 0.0; }
 };
 
-// A thread's values for a pack of channels: for statistics the first value, sums of differences to it and their squares.
-template <class T>
+// A thread's sums for a pack of channels. For statistics: of v - near and of its square, near a value like v's, so that
+// nothing cancels where |mean| is far above the deviation. For gradients: of v, v (y - mean) and, at the join, v (s -
+// mean).
+template <class T, bool JOIN>
 struct ThreadSums {
-  sum_t<T> a[kPack], b[kPack], c[kPack];
+  sum_t<T> first[kPack], second[kPack], third[JOIN ? kPack : 1];
   int rows = 0;
 
-  DEVICE ThreadSums() {
-    UNROLL for (int i = 0; i < kPack; ++i) a[i] = b[i] = c[i] = 0;
-  }
-  DEVICE void add_statistics(const float (&v)[kPack]) {
-    UNROLL for (int i = 0; i < kPack; ++i) {
-      if (rows == 0) a[i] = v[i];
-      const sum_t<T> d = v[i] - a[i];
-      b[i] += d;
-      c[i] += d * d;
-    }
-    ++rows;
-  }
+  DEVICE ThreadSums() { UNROLL for (int i = 0; i < kPack; ++i) first[i] = second[i] = third[JOIN ? i : 0] = 0; }
 };
 
 // The worker's running values for a block of channels, [3, columns], and where its threads meet, [groups, 3, columns]
@@ -52,6 +44,7 @@ struct WorkerSums {
   double* running;
   sum_t<T>* meeting;
   int32_t* flag;
+  float* near;  // [columns], for statistics: the running mean, and at first any value
 };
 template <class T>
 constexpr int kMeetingBytes = kThreads * kPack * 3 * static_cast<int>(sizeof(sum_t<T>));
@@ -64,22 +57,16 @@ DEVICE void clear_running(const WorkerSums<T>& sums, int columns) {
 }
 
 // Lays a thread's values where threads meet.
-template <class T>
-DEVICE void put_thread_sums(const WorkerSums<T>& sums, const ThreadSums<T>& mine, Reduce reduce, int columns) {
+template <class T, bool JOIN>
+DEVICE void put_thread_sums(const WorkerSums<T>& sums, const ThreadSums<T, JOIN>& mine, Reduce reduce, int columns) {
   const int packs = columns / kPack;
   sum_t<T>* at = sums.meeting + thread_index() / packs * 3 * columns + thread_index() % packs * kPack;
   UNROLL for (int i = 0; i < kPack; ++i, ++at) {
-    if (reduce == Reduce::statistics) {
-      const sum_t<T> n = static_cast<sum_t<T>>(mine.rows);
-      const sum_t<T> shift = mine.rows > 0 ? mine.b[i] / n : sum_t<T>(0);
-      at[0] = n;
-      at[columns] = mine.a[i] + shift;
-      at[2 * columns] = mine.c[i] - mine.b[i] * shift;
-    } else {
-      at[0] = mine.a[i];
-      at[columns] = mine.b[i];
-      at[2 * columns] = mine.c[i];
-    }
+    at[0] = mine.first[i];
+    at[columns] = mine.second[i];
+    at[2 * columns] = reduce == Reduce::statistics ? static_cast<sum_t<T>>(mine.rows)
+                      : JOIN                       ? mine.third[JOIN ? i : 0]
+                                                   : 0;
   }
 }
 
@@ -91,19 +78,25 @@ NOINLINE_DEVICE void merge_threads(const WorkerSums<T>& sums, Reduce reduce, int
   for (int column = thread_index(); column < columns; column += kThreads) {
     double* at = sums.running + column;
     const sum_t<T>* from = sums.meeting + column;
+    double a = 0, b = 0, c = 0;
+    for (int i = 0; i < groups; ++i, from += 3 * columns) {
+      a += from[0];
+      b += from[columns];
+      c += from[2 * columns];
+    }
     if (reduce == Reduce::statistics) {
-      Moments moments(at[0] > 0 ? at[columns] : from[columns]);
+      const double near = sums.near[column], shift = c > 0 ? a / c : 0.0;
+      Moments moments(near + shift);
       moments.add(at[0], at[columns], at[2 * columns]);
-      for (int i = 0; i < groups; ++i, from += 3 * columns) moments.add(from[0], from[columns], from[2 * columns]);
+      moments.add(c, near + shift, b - a * shift);
       at[0] = moments.count;
       at[columns] = moments.mean();
       at[2 * columns] = moments.m2();
+      sums.near[column] = static_cast<float>(at[columns]);
     } else {
-      for (int i = 0; i < groups; ++i, from += 3 * columns) {
-        at[0] += from[0];
-        at[columns] += from[columns];
-        at[2 * columns] += from[2 * columns];
-      }
+      at[0] += a;
+      at[columns] += b;
+      at[2 * columns] += c;
     }
   }
   sync_threads();
@@ -111,29 +104,43 @@ NOINLINE_DEVICE void merge_threads(const WorkerSums<T>& sums, Reduce reduce, int
 
 // --- what follows from merged values ---------------------------------------------------------------------------------
 
-DEVICE Float4 norm_table(const Affine& a) {
-  return {static_cast<float>(a.scale), static_cast<float>(a.shift), static_cast<float>(a.center), 0.0f};
+// Writes a channel's column of a norm's table.
+DEVICE void store_norm_table(float* table, int channel, int channels, const Affine& a) {
+  float* const at = table + channel;
+  at[kRowScale * channels] = static_cast<float>(a.scale);
+  at[kRowShift * channels] = static_cast<float>(a.shift);
+  at[kRowCenter * channels] = static_cast<float>(a.center);
+  at[kRowFolded * channels] = static_cast<float>(a.shift - a.center * a.scale);
 }
 
 // dy = factor scale (dz - mean(dz) - y_hat mean(dz y_hat)), the means only for batch statistics.
-DEVICE Float4 gradient_table(const Affine& a, double factor, double dz, double dz_y, double rows, bool batch) {
+DEVICE void store_gradient_table(
+    float* table, int channel, int channels, const Affine& a, double factor, double dz, double dz_y, double rows,
+    bool batch) {
   const double k_dz = factor * a.scale;
   const double k_y = batch ? -k_dz * a.inverse_std * a.inverse_std * dz_y / rows : 0.0;
   const double k = batch ? -k_dz * dz / rows : 0.0;
-  return {static_cast<float>(k_dz), static_cast<float>(k_y), static_cast<float>(k), static_cast<float>(a.center)};
+  float* const at = table + channel;
+  at[kRowScale * channels] = static_cast<float>(k_dz);
+  at[kRowShift * channels] = static_cast<float>(k);
+  at[kRowCenter * channels] = static_cast<float>(a.center);
+  at[kRowFolded * channels] = static_cast<float>(k - k_y * a.center);
+  at[kRowYScale * channels] = static_cast<float>(k_y);
 }
 
-NOINLINE_DEVICE void store_gradients(const VectorGradients& g, int channel, double dz, double dz_y, double rows) {
+NOINLINE_DEVICE void store_gradients(
+    const VectorGradients& g, int channel, int channels, double dz, double dz_y, double rows) {
   const Affine a = affine(g.norm, channel);
   const double factor = load(g.factor, channel, 1.0);
-  if (g.table != nullptr) g.table[channel] = gradient_table(a, factor, dz, dz_y, rows, g.batch);
+  if (g.table != nullptr) store_gradient_table(g.table, channel, channels, a, factor, dz, dz_y, rows, g.batch);
   store(g.dgamma, channel, factor * a.inverse_std * dz_y);
   store(g.dbeta, channel, factor * dz);
   store(g.dbias, channel, g.batch ? 0.0 : factor * a.scale * dz);  // batch statistics take away what a bias adds
   if (g.dfactor != nullptr) g.dfactor[channel] = a.scale * dz_y + a.shift * dz;
 }
 
-NOINLINE_DEVICE void store_merged(const Reduction& r, Reduce reduce, int channel, int channels, double a, double b, double c) {
+NOINLINE_DEVICE void store_merged(
+    const Reduction& r, Reduce reduce, int channel, int channels, double a, double b, double c) {
   if (reduce == Reduce::statistics) {
     // as later launches will read them: rounded to float32
     const float mean = static_cast<float>(b), var = static_cast<float>(c / r.rows);
@@ -141,12 +148,13 @@ NOINLINE_DEVICE void store_merged(const Reduction& r, Reduce reduce, int channel
     r.stats[channels + channel] = var;
     if (r.table != nullptr) {
       const double inverse_std = 1.0 / sqrt(static_cast<double>(var) + r.norm.eps);
-      r.table[channel] = norm_table(
+      store_norm_table(
+          r.table, channel, channels,
           {load(r.norm.gamma, channel, 1.0) * inverse_std, load(r.norm.beta, channel, 0.0), mean, inverse_std});
     }
   } else {
-    store_gradients(r.first, channel, a, b, r.rows);
-    store_gradients(r.second, channel, a, c, r.rows);
+    store_gradients(r.first, channel, channels, a, b, r.rows);
+    store_gradients(r.second, channel, channels, a, c, r.rows);
     if (r.sums != nullptr) {
       r.sums[channel] = a;
       r.sums[channels + channel] = b;
@@ -157,8 +165,8 @@ NOINLINE_DEVICE void store_merged(const Reduction& r, Reduce reduce, int channel
 // Writes the worker's partial for the channels [first, first + columns) and, in the last worker, merges all `lanes`.
 template <class T>
 NOINLINE_DEVICE void merge_workers(
-    const WorkerSums<T>& sums, const Reduction& r, Reduce reduce, int block, int lane, int lanes, int first, int columns,
-    int channels) {
+    const WorkerSums<T>& sums, const Reduction& r, Reduce reduce, int block, int lane, int lanes, int first,
+    int columns, int channels) {
   const int mine = least(columns, channels - first);
   for (int column = thread_index(); column < mine; column += kThreads) {
     double* partial = r.partials + static_cast<int64_t>(lane) * 3 * channels + first + column;
@@ -217,8 +225,10 @@ NOINLINE_DEVICE void write_table() {
   const Table& t = current_phase().table;
   for (int c = worker_index() * kThreads + thread_index(); c < t.channels; c += worker_count() * kThreads) {
     const Affine a = affine(t.norm, c);
-    t.table[c] = t.sums == nullptr ? norm_table(a)
-                                   : gradient_table(a, 1.0, t.sums[c], t.sums[t.channels + c], t.rows, true);
+    if (t.sums == nullptr)
+      store_norm_table(t.table, c, t.channels, a);
+    else
+      store_gradient_table(t.table, c, t.channels, a, 1.0, t.sums[c], t.sums[t.channels + c], t.rows, true);
   }
 }
 

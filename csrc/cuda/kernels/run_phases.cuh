@@ -36,7 +36,12 @@ DEVICE void run_phases(const Program& program) {
           weight_gradient<Small<T>>();
         break;
       case Kind::pointwise:
-        pointwise<T>();
+        if (!current_phase().pointwise.source.wide || !current_phase().pointwise.epilogue.wide)
+          pointwise<T, false, true>();
+        else if (current_phase().pointwise.epilogue.s != nullptr)
+          pointwise<T, true, true>();
+        else
+          pointwise<T, true, false>();
         break;
       case Kind::table:
         write_table();

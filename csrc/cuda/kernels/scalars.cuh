@@ -12,10 +12,7 @@ struct alignas(2) f16 {
   uint16_t bits;
 };
 
-// float2, float4 and uint4 by other names: CUDA's own are not there on a CPU.
-struct alignas(16) Float4 {
-  float x, y, z, w;
-};
+// uint4 by another name: CUDA's own is not there on a CPU.
 struct alignas(16) Bits128 {
   uint32_t word[4];
 };

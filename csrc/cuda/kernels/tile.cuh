@@ -22,13 +22,14 @@ struct Tile {
   static constexpr int M = WARP_ROWS / 16, N = WARP_COLUMNS / 8;  // products of a warp
   static constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128;
   static constexpr int STAGE = A_BYTES + B_BYTES;  // and A_BYTES more for a computed A
-  static constexpr int PITCH = COLUMNS + 8;        // of a row of results in shared memory
+  static constexpr int PITCH = COLUMNS + 8;        // of a row of results in shared memory: banks differ
   static constexpr int RESULT_BYTES = ROWS * PITCH * 4;
 };
 
 template <class T>
 using Small = Tile<T, 64, 64, 2>;
-// Twice the columns would double a thread's accumulators: too many for two workers an SM, which hide each other's waits.
+// Twice the columns would double a thread's accumulators: too many for two workers an SM, which hide each other's
+// waits.
 template <class T>
 using Large = Tile<T, 128, 64, 4>;
 
@@ -104,45 +105,50 @@ DEVICE void split(float v, uint32_t& high, uint32_t& low) {
   low = v == float_of(high) ? 0u : to_tf32(v - float_of(high));  // also of an infinite v
 }
 
-// acc += A B over the first `substeps` of a stage.
+// acc += A B at substep `k` of a stage.
 template <class S, class A, class B>
-DEVICE void multiply_stage(Accumulators<S>& acc, const A& a, const B& b, int substeps, bool tf32) {
+DEVICE void multiply_substep(Accumulators<S>& acc, const A& a, const B& b, const Place<S>& place, int k, bool tf32) {
   using T = typename S::Value;
-  const Place<S> place;
   if constexpr (sizeof(T) == 2) {
-    for (int k = 0; k < kSubsteps; ++k) {
-      if (k >= substeps) break;
-      uint32_t fa[S::M][4], fb[S::N / 2][4];
-      UNROLL for (int m = 0; m < S::M; ++m) a.fragment16(fa[m], place, m, k);
-      UNROLL for (int n = 0; n < S::N / 2; ++n) b.fragments16(fb[n], place.column + n * 16, k, place.lane);
-      UNROLL for (int m = 0; m < S::M; ++m) UNROLL for (int n = 0; n < S::N; ++n)
-          mma(acc.value[m][n], fa[m], fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1], T{});
-    }
+    uint32_t fa[S::M][4], fb[S::N / 2][4];
+    UNROLL for (int m = 0; m < S::M; ++m) a.fragment16(fa[m], place, m, k);
+    UNROLL for (int n = 0; n < S::N / 2; ++n) b.fragments16(fb[n], place.column + n * 16, k, place.lane);
+    UNROLL for (int m = 0; m < S::M; ++m) UNROLL for (int n = 0; n < S::N; ++n)
+        mma(acc.value[m][n], fa[m], fb[n / 2][n % 2 * 2], fb[n / 2][n % 2 * 2 + 1], T{});
   } else {
-    // float32 as tf32, or as the sum of two tf32 (three products; what the fourth would add is below float32's rounding)
+    // float32 as tf32, or as the sum of two tf32 (three products; what the fourth would add is below float32's
+    // rounding)
     const int g = place.lane / 4, t = place.lane % 4;
-    for (int k = 0; k < kSubsteps; ++k) {
-      if (k >= substeps) break;
-      UNROLL for (int m = 0; m < S::M; ++m) {
-        uint32_t high[4], low[4];
-        UNROLL for (int i = 0; i < 4; ++i)
-            split(a.value(place, m, i % 2, k * 8 + t + i / 2 * 4), high[i], low[i]);
-        UNROLL for (int n = 0; n < S::N; ++n) {
-          uint32_t b_high[2], b_low[2];
-          UNROLL for (int i = 0; i < 2; ++i)
-              split(b.value(place.column + n * 8 + g, k * 8 + t + i * 4), b_high[i], b_low[i]);
-          if (!tf32) {
-            mma_tf32(acc.value[m][n], low, b_high[0], b_high[1]);
-            mma_tf32(acc.value[m][n], high, b_low[0], b_low[1]);
-          }
-          mma_tf32(acc.value[m][n], high, b_high[0], b_high[1]);
+    uint32_t b_high[S::N][2], b_low[S::N][2];
+    UNROLL for (int n = 0; n < S::N; ++n) UNROLL for (int i = 0; i < 2; ++i)
+        split(b.value(place.column + n * 8 + g, k * 8 + t + i * 4), b_high[n][i], b_low[n][i]);
+    UNROLL for (int m = 0; m < S::M; ++m) {
+      uint32_t high[4], low[4];
+      UNROLL for (int i = 0; i < 4; ++i) split(a.value(place, m, i % 2, k * 8 + t + i / 2 * 4), high[i], low[i]);
+      UNROLL for (int n = 0; n < S::N; ++n) {
+        if (!tf32) {
+          mma_tf32(acc.value[m][n], low, b_high[n][0], b_high[n][1]);
+          mma_tf32(acc.value[m][n], high, b_low[n][0], b_low[n][1]);
         }
+        mma_tf32(acc.value[m][n], high, b_high[n][0], b_high[n][1]);
       }
     }
   }
 }
 
-// The steps of a product through the stages of shared memory: copies run `stages - 1` steps ahead of the multiplication.
+// acc += A B over the first `substeps` of a stage.
+template <class S, class A, class B>
+DEVICE void multiply_stage(Accumulators<S>& acc, const A& a, const B& b, int substeps, bool tf32) {
+  const Place<S> place;
+  if (sizeof(typename S::Value) == 2 && substeps == kSubsteps) {
+    UNROLL for (int k = 0; k < kSubsteps; ++k) multiply_substep(acc, a, b, place, k, tf32);
+  } else {
+    ROLLED for (int k = 0; k < substeps; ++k) multiply_substep(acc, a, b, place, k, tf32);
+  }
+}
+
+// The steps of a product through the stages of shared memory: copies run `stages - 1` steps ahead of the
+// multiplication.
 //
 // Loader: load(stage) issues the copies of its next step, finish(stage) computes what this thread copied,
 // substeps() tells how deep the step is that is multiplied next; a(stage), b(stage) are the operands.

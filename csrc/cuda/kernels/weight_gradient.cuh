@@ -29,23 +29,20 @@ struct WeightGradientLoader {
     const Geometry& g = w.geometry;
     {
       const int chunk = thread_index() % kDyChunks, channel = row + chunk * kChunk<T>;
-      const int count = least(kChunk<T>, w.dy.channels - channel);
       UNROLL for (int i = 0; i < kDyEach; ++i) {
         const int r = thread_index() / kDyChunks + i * (kThreads / kDyChunks);
-        const bool in = pixel + r < end && count > 0;
+        const bool in = pixel + r < end && channel < w.dy.channels;
         const int64_t from = in ? (pixel + r) * w.dy.channels + channel : 0;
         char* to = stage + chunk_offset(r, chunk, kDyChunks);
-        load_chunk(to, static_cast<const T*>(w.dy.x) + from, in ? count : 0, w.dy.wide);
-        if (w.dy.y != nullptr)
-          load_chunk(to + S::STAGE, static_cast<const T*>(w.dy.y) + from, in ? count : 0, w.dy.wide);
+        cp_async_16(to, static_cast<const T*>(w.dy.x) + from, in);
+        if (w.dy.y != nullptr) cp_async_16(to + S::STAGE, static_cast<const T*>(w.dy.y) + from, in);
       }
     }
     const int chunk = thread_index() % kChunks, channel = column + chunk * kChunk<T>;
-    const int count = least(kChunk<T>, w.source.channels - channel);
     uint32_t bits = 0;
     UNROLL for (int i = 0; i < kEach; ++i) {
       const int r = thread_index() / kChunks + i * (kThreads / kChunks);
-      bool in = pixel + r < end && count > 0;
+      bool in = pixel + r < end && channel < w.source.channels;
       int64_t from = 0;
       if (in) {
         const int p = static_cast<int>(pixel) + r, image = divide(p, w.per_image);
@@ -56,11 +53,10 @@ struct WeightGradientLoader {
         in = static_cast<unsigned>(y) < static_cast<unsigned>(w.source_height) &&
              static_cast<unsigned>(x) < static_cast<unsigned>(w.source_width);
         if (in)
-          from = ((static_cast<int64_t>(image) * w.source_height + y) * w.source_width + x) * w.source.channels + channel;
+          from =
+              ((static_cast<int64_t>(image) * w.source_height + y) * w.source_width + x) * w.source.channels + channel;
       }
-      load_chunk(
-          stage + S::A_BYTES + chunk_offset(r, chunk, kChunks), static_cast<const T*>(w.source.x) + from,
-          in ? count : 0, w.source.wide);
+      cp_async_16(stage + S::A_BYTES + chunk_offset(r, chunk, kChunks), static_cast<const T*>(w.source.x) + from, in);
       bits |= (in ? 1u : 0u) << i;
     }
     inside = inside << 4 | bits;
@@ -73,21 +69,23 @@ struct WeightGradientLoader {
     --ahead;
     if (computed(w.dy)) {
       const int chunk = thread_index() % kDyChunks, channel = row + chunk * kChunk<T>;
-      const int count = least(kChunk<T>, w.dy.channels - channel);
-      UNROLL for (int i = 0; i < kDyEach; ++i) {
-        const int r = thread_index() / kDyChunks + i * (kThreads / kDyChunks);
-        char* at = stage + chunk_offset(r, chunk, kDyChunks);
-        if (multiplying + r < end && count > 0) compute_chunk<T>(w.dy, at, at + S::STAGE, channel, count);
-      }
+      const auto at = [&](int i) { return thread_index() / kDyChunks + i * (kThreads / kDyChunks); };
+      if (channel < w.dy.channels)
+        compute_chunks<T, kDyEach>(
+            w.dy, channel, S::STAGE, [&](int i) { return stage + chunk_offset(at(i), chunk, kDyChunks); },
+            [&](int i) { return multiplying + at(i) < end; });
     }
     if (computed(w.source)) {
       const int chunk = thread_index() % kChunks, channel = column + chunk * kChunk<T>;
       const uint32_t bits = inside >> (4 * ahead);
-      UNROLL for (int i = 0; i < kEach; ++i) {
-        char* at = stage + S::A_BYTES + chunk_offset(thread_index() / kChunks + i * (kThreads / kChunks), chunk, kChunks);
-        if (bits >> i & 1u)
-          compute_chunk<T>(w.source, at, at, channel, least(kChunk<T>, w.source.channels - channel));
-      }
+      if (channel < w.source.channels)
+        compute_chunks<T, kEach>(
+            w.source, channel, 0,
+            [&](int i) {
+              return stage + S::A_BYTES +
+                     chunk_offset(thread_index() / kChunks + i * (kThreads / kChunks), chunk, kChunks);
+            },
+            [&](int i) { return (bits >> i & 1u) != 0; });
     }
     multiplying += kDepth<T>;
   }
@@ -123,8 +121,8 @@ NOINLINE_DEVICE void weight_gradient() {
     const int row = tile / column_blocks / taps * S::ROWS;
     const int64_t begin = split * split_pixels;
     const int64_t end = begin + split_pixels < pixels ? begin + split_pixels : pixels;
-    WeightGradientLoader<S> loader{
-        w, row, column, {tap / w.geometry.kernel[1], tap % w.geometry.kernel[1]}, begin, end, begin};
+    WeightGradientLoader<S> loader{w,     row, column, {tap / w.geometry.kernel[1], tap % w.geometry.kernel[1]},
+                                   begin, end, begin};
     Accumulators<S> acc;
     acc.clear();
     const int steps = end > begin ? static_cast<int>((end - begin + kDepth<T> - 1) / kDepth<T>) : 0;
@@ -137,8 +135,9 @@ NOINLINE_DEVICE void weight_gradient() {
       const int c = column + thread_index() % S::COLUMNS;
       for (int r = thread_index() / S::COLUMNS; r < S::ROWS; r += kThreads / S::COLUMNS)
         if (row + r < w.dy.channels && c < w.source.channels)
-          visit((static_cast<int64_t>(row + r) * taps + tap) * w.source.channels + c,
-                results[r * S::PITCH + thread_index() % S::COLUMNS]);
+          visit(
+              (static_cast<int64_t>(row + r) * taps + tap) * w.source.channels + c,
+              results[r * S::PITCH + thread_index() % S::COLUMNS]);
     };
     T* const out = static_cast<T*>(w.dweight);
     if (w.splits == 1) {
