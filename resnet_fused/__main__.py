@@ -96,15 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser(
         "tune",
         help="measure on this GPU how each block runs fastest, for backend 'auto' to follow",
-        description="Time a model's blocks in every way the Triton kernels can run them, against PyTorch, and keep "
-        "the result for this device.",
+        description="Time a model's blocks in every way the native and the Triton kernels can run them, against "
+        "PyTorch, and keep the result for this device.",
     )
     _add_model(tune)
     tune.add_argument("--batch", type=int, default=32, help="pictures at once (default: %(default)s)")
     tune.add_argument("--size", type=int, default=224, help="of the square input (default: %(default)s)")
     tune.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of model and input (default: %(default)s)")
     tune.add_argument("--train", action="store_true", help="training mode (default: evaluation)")
-    tune.add_argument("--tiles", action="store_true", help="also search tile sizes, which takes minutes")
+    tune.add_argument("--tiles", action="store_true", help="also search tile sizes of Triton's, which takes minutes")
     tune.set_defaults(run=_tune)
     return parser
 
@@ -179,9 +179,8 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    reason = resnet_fused.backends()["triton"]
-    if reason is not None:
-        raise BackendError(f"there is nothing to tune: {reason}")
+    if not torch.cuda.is_available():
+        raise BackendError("there is nothing to tune: torch sees no GPU, and only on one is there a choice")
     dtype = DTYPES[arguments.dtype] or torch.float32
     model = named_models.build(arguments.model).to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device="cuda", dtype=dtype)

@@ -1,7 +1,8 @@
 """Which backend runs a block, and why the others do not.
 
-A backend asked for by name runs or raises `BackendError` with its reason; "auto" takes the first that can, in the
-order below, and otherwise plain PyTorch. `explain` shows the reasons that `auto` met.
+A backend asked for by name runs or raises `BackendError` with its reason; "auto" takes the first that can and does not
+decline, in the order below, and otherwise plain PyTorch. On a GPU all decline but the one that `tune` has measured to
+be the fastest, and faster than PyTorch. `explain` shows the reasons that `auto` met.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import logging
 from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from resnet_fused.backends import native, triton
 from resnet_fused.errors import BackendError
+from resnet_fused.how import Way
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
@@ -33,6 +36,9 @@ class Backend(Protocol):
 
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         """Why "auto" should pass over it although it could run this block, or None."""
+
+    def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
+        """The ways to run this block among which `tune` may choose; none where there is no choice."""
 
     def forward(self, spec: BlockSpec, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """(out, convolution outputs to save, batch statistics)."""
@@ -82,7 +88,7 @@ def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusa
         reason = refusal or _reason(candidate, x, params, spec) or candidate.declines(x, params, spec)
         if reason is None:
             return candidate
-        _log_once(candidate.name, reason)
+        _log(candidate.name, reason)
     return None
 
 
@@ -103,18 +109,23 @@ def select_pool(backend: str, x: Tensor) -> Backend | None:
     if backend == "triton":
         reason: str | None = "Triton has no pooling kernel"
     else:
-        elsewhere = None if x.device.type == "cpu" else f"the native backend runs on CPU tensors, x is on {x.device}"
+        elsewhere = None if x.device.type == "cpu" else f"the native backend pools CPU tensors, x is on {x.device}"
         reason = chosen.unavailable() or elsewhere
     if reason is None:
         return chosen
     if backend != "auto":
         raise BackendError(f"backend {backend!r} cannot run max_pool2d: {reason}. Accepted here: 'auto', 'eager'")
-    _log_once(chosen.name, reason)
+    _log(chosen.name, reason)
     return None
 
 
 def _reason(backend: Backend, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
     return backend.unavailable() or backend.unsupported(x, params, spec)
+
+
+def _log(name: str, reason: str) -> None:
+    if not torch.compiler.is_compiling():  # where a message would end the graph
+        _log_once(name, reason)
 
 
 @cache

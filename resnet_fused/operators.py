@@ -11,6 +11,7 @@ batch_stats:  [2, C] (mean, biased variance), float32 (float64 for float64), for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,11 @@ def build_info() -> dict[str, str]:
     """What the extension was built with and which instruction set it picked; raises BackendError without it."""
     _require()
     return dict(_C.build_info())
+
+
+def binary() -> Path | None:
+    """The extension's file, or None."""
+    return None if _C is None else Path(_C.__file__)
 
 
 def residual_block_forward(

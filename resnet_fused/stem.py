@@ -31,7 +31,8 @@ class FusedStem(FusedModule):
         backend = self._fused_settings.backend
         x = functional.residual_block(x, *described, backend=backend)
         if pool_reason(self.maxpool) is None:
-            return functional.max_pool2d(x, 3, 2, 1, backend="auto" if backend == "triton" else backend)
+            # a backend asked for by name may have no pooling for this device
+            return functional.max_pool2d(x, 3, 2, 1, backend="eager" if backend == "eager" else "auto")
         return self.maxpool(x)
 
 

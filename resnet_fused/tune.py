@@ -6,25 +6,23 @@ statistic, parameter or gradient of the model changes. Contestants take turns in
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import dispatch, functional
+from resnet_fused import dispatch, functional, measured, triton_kernels  # type: ignore[attr-defined, unused-ignore]
+from resnet_fused.backends import native
 from resnet_fused.errors import BackendError, NotFusable
 from resnet_fused.fused_block import FusedModule
+from resnet_fused.how import Way, launch_mode, library_convolutions
+from resnet_fused.measured import BackendName, Decision
 from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
 from resnet_fused.tables import table
-from resnet_fused.triton_kernels import why_not  # type: ignore[attr-defined, unused-ignore]
-
-if TYPE_CHECKING:
-    from resnet_fused.triton_kernels.measured import Decision
 
 Run = Callable[[], object]
 Timer = Callable[[Sequence[Run]], list[float]]  # seconds of each, measured in turns
@@ -38,6 +36,7 @@ class Measured:
     name: str
     shape: tuple[int, ...]
     workload: str
+    backend: str
     mode: str
     library: str
     speedup: float
@@ -47,30 +46,36 @@ class Tuning(list[Measured]):
     """One row for each kind of block; ``str()`` gives the table."""
 
     def __str__(self) -> str:
-        header = ("block", "input", "workload", "launch", "library convolutions", "PyTorch's time / ours")
-        rows = [(m.name, "x".join(map(str, m.shape)), m.workload, m.mode, m.library, f"{m.speedup:.2f}") for m in self]
+        header = ("block", "input", "workload", "backend", "launch", "library convolutions", "PyTorch's time / ours")
+        rows = [
+            (m.name, "x".join(map(str, m.shape)), m.workload, m.backend, m.mode, m.library, f"{m.speedup:.2f}")
+            for m in self
+        ]
         return table("Measured here", header, rows)
+
+
+class Contestant(NamedTuple):
+    backend: BackendName
+    way: Way
 
 
 def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | None = None) -> Tuning:
     """Measure each kind of fused block of `model` on inputs as `model(x)` gives them, and keep the result on disk.
 
-    From then on backend "auto" takes the Triton kernels where they were faster than PyTorch at that shape and dtype,
-    in the way that was fastest: in one launch or phase by phase, and with which convolutions left to the library. Call
-    it as the model will be used: in training or in evaluation mode, x and weights in their dtype and memory format,
-    and within ``torch.autocast`` if the model will run there. The results are in
+    From then on backend "auto" takes, at that shape and dtype, the kernels that were the fastest, if they were faster
+    than PyTorch: the native or the Triton ones, in one launch or phase by phase, and with the convolutions left to the
+    library that were. Call it as the model will be used: in training or in evaluation mode, x and weights in their
+    dtype and memory format, and within ``torch.autocast`` if the model will run there. The results are in
     ``$XDG_CACHE_HOME/resnet_fused/tuning.json``; other devices, versions and shapes do not see them.
 
-    tiles: also search the tile sizes of every phase, which takes minutes, most of them compiling.
+    tiles: also search the tile sizes of every phase of Triton's, which takes minutes, most of them compiling.
     timer: how to time calls; for tests.
 
-    Raises BackendError where Triton kernels cannot run.
+    Raises BackendError where neither backend can run, or x is on no GPU.
     """
-    reason = why_not(x.device.type)
+    reason = nothing_to_tune(x.device)
     if reason is not None:
         raise BackendError(f"there is nothing to tune: {reason}")
-    from resnet_fused.triton_kernels import measured
-
     timer = timer or time_on_gpu
     result, decisions = Tuning(), {}
     for name, module, block_input in block_inputs(model, x):
@@ -78,19 +83,38 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
             params, spec = module.fused_describe()
         except NotFusable:
             continue
-        if dispatch.BACKENDS["triton"].unsupported(block_input, params, spec) is not None:
+        key = measured.key(spec, block_input, [p.weight for p in params.convs])
+        field = contestants(block_input, params, spec)
+        if key in decisions or not field:
             continue
-        shape, widths = tuple(block_input.shape), tuple(p.weight.shape[0] for p in params.convs)
-        key = measured.block_key(spec.batch_stats, tuple(spec.encode()[0]), shape, str(block_input.dtype), widths)
-        if key in decisions:
-            continue
-        if tiles:
+        if tiles and any(backend == "triton" for backend, _ in field):
             measured.record({}, fastest_tiles(block_input, params, spec, timer))
-        decision = decisions[key] = fastest_way(block_input, params, spec, timer)
+        decision = decisions[key] = fastest_way(block_input, params, spec, field, timer)
         workload = "train" if spec.batch_stats else "infer"
-        result.append(Measured(name, shape, workload, decision.mode, decision.library, decision.speedup))
+        shape = tuple(block_input.shape)
+        result.append(
+            Measured(name, shape, workload, decision.backend, decision.mode, decision.library, decision.speedup)
+        )
     measured.record(decisions, {})
     return result
+
+
+def nothing_to_tune(device: torch.device) -> str | None:
+    """Why no backend has a choice on this device, or None."""
+    why_not = {"native": native.why_not_on_gpu(device), "triton": triton_kernels.why_not(device.type)}
+    if device.type == "cpu":
+        why_not["native"] = "on CPU tensors there is one way to run a block"
+    return None if None in why_not.values() else "; ".join(f"{name}: {why}" for name, why in why_not.items())
+
+
+def contestants(x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Contestant]:
+    """Every way of every backend that can run this block."""
+    return [
+        Contestant(cast("BackendName", name), way)
+        for name, backend in dispatch.BACKENDS.items()
+        if (backend.unavailable() or backend.unsupported(x, params, spec)) is None
+        for way in backend.ways(x, params, spec)
+    ]
 
 
 @torch.no_grad()
@@ -118,17 +142,13 @@ def block_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, FusedModule, Te
     return seen
 
 
-def fastest_way(x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer) -> Decision:
-    """One launch or several, and which convolutions are the library's: every combination against PyTorch."""
-    from resnet_fused.triton_kernels import measured
-    from resnet_fused.triton_kernels.policies import launch_mode, library_convolutions
+def fastest_way(
+    x: Tensor, params: BlockParams, spec: BlockSpec, contestants: Sequence[Contestant], timer: Timer
+) -> Decision:
+    """The contestant that runs the block fastest, and its time against PyTorch's."""
 
-    ways: list[tuple[measured.Mode, measured.Library]] = list(
-        itertools.product(("single", "phased"), ("none", "spatial", "all"))
-    )
-
-    def forced(mode: measured.Mode, library: measured.Library) -> Run:
-        run = once(x, params, spec, "triton")
+    def forced(contestant: Contestant) -> Run:
+        run, (mode, library) = once(x, params, spec, contestant.backend), contestant.way
 
         def within() -> None:
             with launch_mode(mode), library_convolutions(library):
@@ -136,19 +156,23 @@ def fastest_way(x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer) -
 
         return within
 
-    *ours, eager = timer([*(forced(*way) for way in ways), once(x, params, spec, "eager")])
-    best = min(range(len(ways)), key=ours.__getitem__)
-    return measured.Decision(*ways[best], speedup=eager / ours[best])
+    *ours, eager = timer([*map(forced, contestants), once(x, params, spec, "eager")])
+    best: dict[str, tuple[float, Way]] = {}
+    for seconds, (backend, way) in zip(ours, contestants, strict=True):
+        if backend not in best or seconds < best[backend][0]:
+            best[backend] = seconds, way
+    speedups = {backend: eager / seconds for backend, (seconds, _) in best.items()}
+    fastest = cast("BackendName", max(speedups, key=speedups.__getitem__))
+    return Decision(fastest, *best[fastest][1], speedups.pop(fastest), speedups)
 
 
 def fastest_tiles(
     x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer
 ) -> dict[tuple[Any, ...], dict[str, int]]:
-    """For each phase of the block, run phase by phase, the fastest tile, one phase after the other."""
+    """For each phase of the block by Triton, run phase by phase, the fastest tile, one phase after the other."""
     from triton.runtime.errors import OutOfResources
 
     from resnet_fused.triton_kernels import tuning
-    from resnet_fused.triton_kernels.policies import launch_mode, library_convolutions
 
     chosen: dict[tuple[Any, ...], dict[str, int]] = {}
     run = once(x, params, spec, "triton")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,15 +13,20 @@ from blocks import block, run
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import dispatch, triton_kernels
+from resnet_fused import dispatch, how, measured, operators, triton_kernels
+from resnet_fused.backends import native
 from resnet_fused.errors import BackendError
+from resnet_fused.measured import Decision
 from resnet_fused.models.resnet import BasicBlock
+from resnet_fused.params import BlockParams
 from resnet_fused.tune import Run
 
 if triton_kernels.why_not("cpu") is not None:
     pytest.skip("these tests need Triton's interpreter", allow_module_level=True)
 
-from resnet_fused.triton_kernels import measured, policies, tuning
+import triton
+
+from resnet_fused.triton_kernels import policies, tuning
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,18 @@ def one_block(train: bool = True) -> nn.Module:
     return model.train(train)
 
 
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if x were on a GPU that has either backend's kernels: native's, which the CPU's stand for, have ways, too."""
+    monkeypatch.setattr(native, "why_not_on_gpu", lambda device: None)
+    kernels = dispatch.BACKENDS["native"]
+    monkeypatch.setattr(type(kernels), "ways", lambda self, x, params, spec: how.ways(weights(params)))
+
+
+def weights(params: BlockParams) -> list[Tensor]:
+    return [p.weight for p in params.convs]
+
+
 def declined(x: Tensor, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """Why "auto" would not take the Triton kernels, if they were not interpreted."""
     with monkeypatch.context() as patch:
@@ -44,18 +62,25 @@ def declined(x: Tensor, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> st
         return dispatch.BACKENDS["triton"].declines(x, *model[0].fused_describe())
 
 
+def block_key(model: nn.Module, x: Tensor) -> measured.Key:
+    params, spec = model[0].fused_describe()
+    return measured.key(spec, x, weights(params))
+
+
 X = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
 
 
 class Clock:
-    """Runs each contestant once and gives them the times it was told: ours, then PyTorch's."""
+    """Runs the fastest contestant and PyTorch once and gives the times it was told: ours, the others', PyTorch's."""
 
     def __init__(self, fastest: int, ours: float, eager: float) -> None:
         self.fastest, self.ours, self.eager = fastest, ours, eager
+        self.contestants = 0
 
     def __call__(self, runs: Sequence[Run]) -> list[float]:
         runs[self.fastest]()
         runs[-1]()
+        self.contestants = len(runs) - 1
         return [self.ours if i == self.fastest else 10.0 for i in range(len(runs) - 1)] + [self.eager]
 
 
@@ -64,16 +89,50 @@ def test_auto_follows_what_was_measured(train: bool, monkeypatch: pytest.MonkeyP
     model = one_block(train)
     assert "tune" in (declined(X, model, monkeypatch) or "")
 
-    result = resnet_fused.tune(model, X, timer=Clock(fastest=4, ours=0.5, eager=1.0))
+    result = resnet_fused.tune(model, X, timer=Clock(fastest=3, ours=0.5, eager=1.0))
     (row,) = result
-    assert (row.mode, row.library, row.speedup) == ("phased", "spatial", 2.0)
+    assert (row.backend, row.mode, row.library, row.speedup) == ("triton", "phased", "spatial", 2.0)
     assert row.workload == ("train" if train else "infer") and row.shape == tuple(X.shape)
-    assert "phased" in str(result)
+    assert "triton" in str(result) and "phased" in str(result)
     assert declined(X, model, monkeypatch) is None
     assert declined(X[:1], model, monkeypatch) is not None, "another shape was not measured"
     params, spec = model[0].fused_describe()
-    policy = policies.choose(spec, X, [p.weight for p in params.convs])
+    policy = policies.choose(spec, X, weights(params))
     assert (policy.mode, policy.library) == ("phased", frozenset({0, 1}))
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("train", [True, False])
+def test_the_fastest_of_both_backends(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in two modes, each with the library's convolutions or without: all of this block's are spatial."""
+    model = one_block(train)
+    clock = Clock(fastest=1, ours=0.5, eager=1.0)
+    (row,) = resnet_fused.tune(model, X, timer=clock)
+    assert clock.contestants == 8
+    assert (row.backend, row.mode, row.library, row.speedup) == ("native", "single", "spatial", 2.0)
+    found = measured.decision(block_key(model, X))
+    assert found == Decision("native", "single", "spatial", 2.0, {"triton": 0.1})
+    assert declined(X, model, monkeypatch) == (
+        "measured at 0.10, native at 2.00 times PyTorch's speed for inputs (2, 6, 5, 4)"
+    )
+    params, spec = model[0].fused_describe()
+    assert policies.choose(spec, X, weights(params)).library == frozenset(), "the decision is the other backend's"
+
+
+@pytest.mark.usefixtures("both")
+def test_one_backend_without_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = one_block()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_kernels, "why_not", lambda device_type=None: "Triton is not installed")
+        clock = Clock(fastest=2, ours=0.5, eager=1.0)
+        (row,) = resnet_fused.tune(model, X, tiles=True, timer=clock)
+        assert (row.backend, clock.contestants) == ("native", 4)
+    assert (
+        declined(X, model, monkeypatch) == "not measured for inputs (2, 6, 5, 4), native at 2.00 times PyTorch's speed"
+    )
+    monkeypatch.setattr(type(dispatch.BACKENDS["native"]), "unsupported", lambda *_: "built without CUDA kernels")
+    (row,) = resnet_fused.tune(model, X, timer=clock)
+    assert (row.backend, clock.contestants) == ("triton", 4)
 
 
 def test_auto_leaves_what_is_slower_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,8 +158,73 @@ def test_the_cache_survives_the_process_and_other_machines_do_not_see_it(cache: 
     assert list(everything) == [measured.machine()]
     cache.write_text(json.dumps({"another machine": everything[measured.machine()]}))
     measured.forget()
-    _, spec = model[0].fused_describe()
-    assert measured.decision(True, tuple(spec.encode()[0]), tuple(X.shape), str(X.dtype), (6, 6)) is None
+    assert measured.decision(block_key(model, X)) is None
+
+
+def test_a_machine_is_its_device_versions_and_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def other() -> str:
+        measured.machine.cache_clear()
+        return measured.machine()
+
+    names = [other()]
+    assert torch.__version__ in names[0]
+    for target, name, value in (
+        (operators, "binary", lambda: Path(__file__)),
+        (operators, "binary", lambda: None),
+        (triton, "__version__", "0.0"),
+        (triton_kernels, "__file__", str(tmp_path / "__init__.py")),
+        (torch.cuda, "is_available", lambda: True),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+        monkeypatch.setattr(target, name, value)
+        names.append(other())
+    monkeypatch.setitem(sys.modules, "triton", None)
+    names.append(other())
+    assert len(set(names)) == len(names)
+    measured.machine.cache_clear()
+
+
+def test_precision_of_float32_is_part_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = one_block()
+    key = block_key(model, X)
+    measured.record({key: Decision("triton", "single", "none", 2.0)}, {})
+    monkeypatch.setattr(how, "precision", lambda: "tf32")
+    assert measured.decision(key) is None
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"mode": "single", "library": "none", "speedup": 2.0},  # before there were two backends
+        {"backend": "native", "mode": "single", "library": "none", "speedup": 2.0, "others": {}, "later": 1},
+        {"backend": "cutlass", "mode": "single", "library": "none", "speedup": 2.0, "others": {}},
+        {"backend": "native", "mode": "single", "library": "none", "speedup": "fast", "others": {}},
+        {"backend": "native", "mode": "single", "library": "none", "speedup": 2.0, "others": {"triton": None}},
+        "phased",
+        None,
+    ],
+)
+def test_a_decision_of_another_form_counts_as_none(found: object, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = one_block()
+    resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=0.5, eager=1.0))
+    everything = json.loads(cache.read_text())
+    blocks = everything[measured.machine()]["blocks"]
+    blocks.update(dict.fromkeys(blocks, found))
+    cache.write_text(json.dumps(everything))
+    measured.forget()
+    assert measured.decision(block_key(model, X)) is None
+    assert "not measured" in (declined(X, model, monkeypatch) or "")
+
+
+@pytest.mark.parametrize("section", [[], "", {"blocks": 3}, {"tiles": []}])
+def test_a_section_of_another_form_counts_as_empty(section: object, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps({measured.machine(): section}))
+    measured.forget()
+    model = one_block()
+    assert measured.decision(block_key(model, X)) is None
+    resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=0.5, eager=1.0))
+    assert measured.decision(block_key(model, X)) is not None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
@@ -116,7 +240,7 @@ def test_a_broken_cache_counts_as_empty(content: str, cache: Path) -> None:
 def test_tiles_on_trial_compute_the_same() -> None:
     case = block(1, "identity", channels=6, size=(9, 8))
     x, params, spec = case.build(torch.float32, torch.channels_last)
-    with policies.launch_mode("phased"), policies.library_convolutions("none"):
+    with how.launch_mode("phased"), how.library_convolutions("none"):
         with tuning.asked() as keys:
             expected = run(x, params, spec, "triton", case.upstream(torch.float32))
         assert {key[0] for key in keys} == {"convolution", "pointwise", "weight_gradient"}
@@ -148,7 +272,9 @@ def test_explain_with_an_input(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("no_interpreter")
 def test_nothing_to_tune_is_an_error() -> None:
-    with pytest.raises(BackendError, match="nothing to tune"):
+    with pytest.raises(
+        BackendError, match="nothing to tune: native: on CPU tensors .*; triton: .* run on CUDA tensors"
+    ):
         resnet_fused.tune(one_block(), X)
 
 

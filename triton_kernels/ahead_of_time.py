@@ -25,11 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from resnet_fused.how import Mode
 from resnet_fused.tables import table
 
 from . import occupancy, program, resnet50
 from .chips import BY_ARCH, Chip
-from .launch import Launch, Mode
+from .launch import Launch
 from .residual_block import Policy
 
 DOT = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}

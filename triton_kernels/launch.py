@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from resnet_fused.how import Mode
 
 from . import chips, occupancy, program
 from .chained import ChainedConfig
@@ -24,7 +26,6 @@ from .reductions import Tables
 from .tuning import Tile
 from .weight_gradient import WeightGradientConfig
 
-Mode = Literal["single", "phased"]
 Config = ConvolutionConfig | PointwiseConfig | WeightGradientConfig | ChainedConfig | None
 KINDS = {
     ConvolutionConfig: program.CONVOLUTION,

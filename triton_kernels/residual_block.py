@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.how import Mode, precision
 from resnet_fused.operators import TensorList, output_format, saved_convs
 from resnet_fused.spec import BlockSpec, IntPair, StageSpec
 
@@ -21,7 +22,7 @@ from .chained import WIDEST, Chained, ChainedConfig
 from .chips import Chip
 from .convolution import Convolution, ConvolutionConfig
 from .epilogue import BY_NORM, BY_OUT, UNMASKED, Epilogue, EpilogueConfig
-from .launch import INTERPRETED, Mode, Program, Submit, table_phase
+from .launch import INTERPRETED, Program, Submit, table_phase
 from .operands import GRADIENT, GRADIENT_ROWS, NORM_ROWS, NORMALIZE, RAW, Operand, Scale
 from .pointwise import Pointwise, PointwiseConfig
 from .reductions import NONE, STATISTICS, SUMS, Norm, Reduction, Tables, VectorGradients
@@ -324,11 +325,6 @@ class Block:
 def _strides(t: Tensor) -> tuple[int, int, int, int]:
     k, c, r, s = t.stride()
     return k, c, r, s
-
-
-def precision() -> str:
-    """Of float32 products, as torch.backends.cuda.matmul says."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def upcasts(dtype: torch.dtype) -> bool:

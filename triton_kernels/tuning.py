@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from . import measured
+from resnet_fused import measured
+
 from .chips import Chip
 
 

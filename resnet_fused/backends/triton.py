@@ -12,8 +12,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from resnet_fused import operators, triton_kernels, validation  # type: ignore[attr-defined, unused-ignore]
+from resnet_fused import (
+    how,
+    measured,
+    operators,
+    triton_kernels,  # type: ignore[attr-defined, unused-ignore]
+    validation,
+)
 from resnet_fused.backends import folding
+from resnet_fused.how import Way
 from resnet_fused.operators import TensorList
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec
@@ -42,13 +49,10 @@ class TritonBackend:
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if triton_kernels.interpreted():
             return "Triton's interpreter is for tests"
-        shape, widths = tuple(x.shape), tuple(p.weight.shape[0] for p in params.convs)
-        speedup = _measured_speedup(spec.batch_stats, tuple(spec.encode()[0]), shape, str(x.dtype), widths)
-        if speedup is None:
-            return f"not measured on this GPU for inputs {shape}; resnet_fused.tune(model, x) measures"
-        if speedup < 1:
-            return f"measured at {speedup:.2f} times PyTorch's speed for inputs {shape}"
-        return None
+        return measured.declines("triton", measured.lookup(spec, x, [p.weight for p in params.convs]))
+
+    def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
+        return how.ways([p.weight for p in params.convs])
 
     def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return operators.residual_block_forward(spec, tensors, "triton")
@@ -70,16 +74,6 @@ class TritonBackend:
         return operators.residual_block_infer(
             x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "triton"
         )
-
-
-@torch.compiler.assume_constant_result  # a graph keeps what was true when it was traced
-def _measured_speedup(
-    train: bool, ints: tuple[int, ...], shape: tuple[int, ...], dtype: str, widths: tuple[int, ...]
-) -> float | None:
-    from resnet_fused.triton_kernels import measured
-
-    found = measured.decision(train, ints, shape, dtype, widths)
-    return None if found is None else found.speedup
 
 
 # --- the operators' kernels ------------------------------------------------------------------------------------------

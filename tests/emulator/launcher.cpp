@@ -1,5 +1,5 @@
-// A launcher (csrc/cuda/launch.h) that runs the kernels of csrc/cuda on this machine's CPU, thread by thread. ctypes loads
-// it, `install_emulator` of resnet_fused._C takes it.
+// A launcher (csrc/cuda/launch.h) that runs the kernels of csrc/cuda on this machine's CPU, thread by thread. ctypes
+// loads it, `install_emulator` of resnet_fused._C takes it.
 #include "launch.h"
 
 #include <cstring>
@@ -53,7 +53,10 @@ const char* launch(int, Scalar type, const Program* program, int workers, int sh
   try {
     emulator::run(
         workers, kThreads, static_cast<size_t>(shared), setting.seed++,
-        type == Scalar::f32 ? body<float> : type == Scalar::bf16 ? body<bf16> : body<f16>, program);
+        type == Scalar::f32    ? body<float>
+        : type == Scalar::bf16 ? body<bf16>
+                               : body<f16>,
+        program);
   } catch (const std::exception& failure) {
     error = failure.what();
     return error.c_str();

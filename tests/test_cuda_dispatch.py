@@ -1,0 +1,285 @@
+"""What the native backend says of CUDA tensors and tells its kernels, on fake tensors: no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blocks import Case, block
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from resnet_fused import autograd, dispatch, explain, functional, fuse, how, measured, operators, triton_kernels
+from resnet_fused.backends import folding, native
+from resnet_fused.errors import BackendError
+from resnet_fused.measured import Decision
+from resnet_fused.models.resnet import BasicBlock
+from resnet_fused.params import BlockParams, map_tensors
+from resnet_fused.spec import BlockSpec
+
+if operators.load_error() is not None:
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+Block = tuple[Tensor, BlockParams, BlockSpec]
+BACKEND = dispatch.BACKENDS["native"]
+CASE = block(3, "projection", channels=16, width=8, out_channels=32, size=(9, 8))
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing measured, nothing remembered of the device, and no interpreter."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    measured.forget()
+    native._known.cache_clear()
+    with FakeTensorMode():
+        yield
+    measured.forget()
+    native._known.cache_clear()
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int] = (9, 0),
+    archs: str = "80, 90 + PTX",
+    cuda: str = "13.0",
+) -> None:
+    """A GPU, and an extension built for it."""
+    info = operators.build_info() | {"cuda": cuda, "cuda architectures": archs}
+    monkeypatch.setattr(operators, "build_info", lambda: info)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    measured.machine.cache_clear()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    pretend(monkeypatch)
+    yield
+    measured.machine.cache_clear()
+
+
+def on(device: str, case: Case = CASE, dtype: torch.dtype = torch.bfloat16) -> Block:
+    spec = case.spec
+    convs = zip(spec.convs, case.sources, case.widths, case.kernels, strict=True)
+    made = [torch.empty(k, c // stage.groups, *kernel, dtype=dtype, device=device) for stage, c, k, kernel in convs]
+    with torch._subclasses.fake_tensor.unset_fake_temporarily():
+        _, params, _ = replace(case, size=(5, 5), batch=2).build(dtype)
+    params = map_tensors(params, lambda _, t: torch.empty(t.shape, dtype=t.dtype, device=device))
+    assert [w.shape for w in made] == [p.weight.shape for p in params.convs]
+    return torch.empty(case.batch, case.channels, *case.size, dtype=dtype, device=device), params, spec
+
+
+def weights(params: BlockParams) -> list[Tensor]:
+    return [p.weight for p in params.convs]
+
+
+# --- why not ---------------------------------------------------------------------------------------------------------
+
+
+def test_built_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cuda="no")
+    reason = BACKEND.unsupported(*on("cuda"))
+    assert "without CUDA kernels" in (reason or "") and "pip install --no-build-isolation -e ." in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "expected"),
+    [
+        ((9, 0), "80, 90 + PTX", None),
+        ((8, 9), "80 + PTX", None),
+        ((8, 0), "86 + PTX", r"built for the architectures 86 \+ PTX, this GPU is sm_80.*RESNET_FUSED_ARCHS=80"),
+        ((9, 0), "80", "built for the architectures 80, this GPU is sm_90"),
+        ((12, 0), "80, 90 + PTX", None),
+        ((10, 3), "80, 100 + PTX", None),
+        ((10, 0), "80, 120 + PTX", "this GPU is sm_100"),
+        ((7, 5), "80 + PTX", "need sm_80 or newer, this GPU is sm_75"),
+    ],
+)
+def test_architectures(
+    capability: tuple[int, int], archs: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability, archs)
+    reason = BACKEND.unsupported(*on("cuda"))
+    assert reason is None if expected is None else pytest.approx(reason) and __import__("re").search(expected, reason)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"size": (16383, 2)}, None),
+        ({"size": (2, 16384)}, "up to 16383 rows and columns with their padding"),
+        ({"size": (4096, 4096)}, None),  # 2^24 pixels of 32 channels
+        ({"size": (4096, 4097)}, "2\\^29 values an image"),
+        ({"size": (1024, 1024), "batch": 1024}, None),
+        ({"size": (1024, 1024), "batch": 1025}, "2\\^30 pixels a batch"),
+    ],
+    ids=str,
+)
+def test_sizes(change: dict[str, Any], expected: str | None) -> None:
+    reason = BACKEND.unsupported(*on("cuda", replace(CASE, **change)))
+    if expected is None:
+        assert reason is None
+    else:
+        assert reason is not None
+        with pytest.raises(BackendError, match=expected):
+            dispatch.select("native", *on("cuda", replace(CASE, **change)))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_padding_counts() -> None:
+    assert BACKEND.unsupported(*on("cuda", block(1, "none", kernel=3, size=(2, 16381)))) is None
+    assert "rows and columns" in (BACKEND.unsupported(*on("cuda", block(1, "none", kernel=3, size=(2, 16382)))) or "")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_dtypes_and_devices() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert BACKEND.unsupported(*on("cuda", dtype=dtype)) is None
+    assert "float64" in (BACKEND.unsupported(*on("cuda", dtype=torch.float64)) or "")
+    assert "x is on meta" in (BACKEND.unsupported(*on("meta")) or "")
+    assert BACKEND.unsupported(*on("cpu", dtype=torch.float64)) is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_pooling_is_for_cpu_tensors() -> None:
+    with pytest.raises(BackendError, match="pools CPU tensors, x is on cuda"):
+        functional.max_pool2d(torch.empty(1, 4, 8, 8, device="cuda"), 3, 2, 1, backend="native")
+
+
+# --- what auto takes -------------------------------------------------------------------------------------------------
+
+
+def decide(given: Block, decision: Decision) -> None:
+    x, params, spec = given
+    measured.record({measured.key(spec, x, weights(params)): decision}, {})
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_leaves_the_gpu_to_pytorch_until_measured() -> None:
+    assert dispatch.select("auto", *on("cuda")) is None
+    reasons = dispatch.reasons("auto", *on("cuda"))
+    assert all("resnet_fused.tune(model, x) measures" in (reason or "") for reason in reasons.values())
+    assert dispatch.select("native", *on("cuda")) is BACKEND
+    assert dispatch.select("auto", *on("cpu")) is BACKEND, "on a CPU nothing is measured"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_auto_takes_the_fastest() -> None:
+    given = on("cuda")
+    decide(given, Decision("native", "phased", "spatial", 1.5, {"triton": 1.25}))
+    assert dispatch.reasons("auto", *given) == {
+        "native": None,
+        "triton": "measured at 1.25, native at 1.50 times PyTorch's speed for inputs (2, 16, 9, 8)",
+    }
+    assert dispatch.select("auto", *given) is BACKEND
+    decide(given, Decision("triton", "phased", "spatial", 1.5, {"native": 1.25}))
+    assert dispatch.select("auto", *given) is dispatch.BACKENDS["triton"]
+    assert "measured at 1.25, triton at 1.50" in (BACKEND.declines(*given) or "")
+    decide(given, Decision("native", "phased", "spatial", 0.75, {"triton": 0.5}))
+    assert dispatch.select("auto", *given) is None
+    assert BACKEND.declines(*given) == "measured at 0.75 times PyTorch's speed for inputs (2, 16, 9, 8)"
+    other = on("cuda", replace(CASE, batch=3))
+    assert "not measured on this GPU for inputs (3, 16, 9, 8)" in (BACKEND.declines(*other) or "")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_explain_names_the_reasons() -> None:
+    with torch.device("cuda"):
+        model = fuse(torch.nn.Sequential(BasicBlock(8, 8)))
+    (row,) = explain(model)
+    assert row.backend == "eager"
+    assert row.reason.startswith("native: not measured on this GPU; resnet_fused.tune(model, x) measures; triton: ")
+
+
+# --- what the kernels are told ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How each operator was asked to run; none does."""
+    seen: dict[str, int] = {}
+
+    def stub(name: str) -> Callable[..., Any]:
+        def note(*arguments: Any, how: int) -> Any:
+            seen[name] = how
+            x = next(a for a in (*arguments, *arguments[1:2][0]) if isinstance(a, Tensor))
+            return {"forward": (x, [], []), "backward": [], "infer": x}[name]
+
+        return note
+
+    for name in ("forward", "backward", "infer"):
+        monkeypatch.setattr(operators, f"residual_block_{name}", stub(name))
+    empty = folding.FoldedBlock([], [], None, None, False)
+    monkeypatch.setattr(folding, "folded", lambda params, x, spec: replace(empty, weights=weights(params)))
+    return seen
+
+
+def call(given: Block) -> None:
+    x, params, spec = given
+    tensors = autograd.flatten(params, x)
+    BACKEND.forward(spec, tensors)
+    BACKEND.backward(spec, x, None, [], [], tensors, [])
+    BACKEND.infer(x, params, spec)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_every_direction_is_told_the_same(told: dict[str, int]) -> None:
+    def assert_told(device: str, expected: int) -> None:
+        told.clear()
+        call(on(device))
+        assert told == dict.fromkeys(("forward", "backward", "infer"), expected)
+
+    assert_told("cuda", 0)
+    decide(on("cuda"), Decision("triton", "phased", "all", 1.5))
+    assert_told("cuda", 0)
+    decide(on("cuda"), Decision("native", "phased", "all", 1.5))
+    assert_told("cuda", 2 | 3 << 2)
+    with how.launch_mode("single"):
+        assert_told("cuda", 1 | 3 << 2)
+        with how.library_convolutions("none"):
+            assert_told("cuda", 1 | 1 << 2)
+            assert_told("cpu", 0)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, int]) -> None:
+    """`torch.compile` traces the choice without a break, with and without measurements."""
+    x, params, spec = given = on("cuda")
+
+    def run(x: Tensor) -> Tensor | None:
+        chosen = dispatch.select("auto", x, params, spec)
+        if chosen is None:
+            return None
+        return chosen.forward(spec, autograd.flatten(params, x))[0]
+
+    def compiled() -> Tensor | None:
+        torch.compiler.reset()
+        return torch.compile(run, backend="eager", fullgraph=True, dynamic=dynamic)(x)
+
+    assert compiled() is None
+    decide(given, Decision("native", "phased", "none", 1.5))
+    assert compiled() is not None
+    assert told == {"forward": 2 | 1 << 2}
+
+
+def test_triton_is_asked_without_a_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    pretend(monkeypatch, cuda="no")
+    x, params, spec = given = on("cuda")
+    decide(given, Decision("triton", "phased", "none", 1.5))
+    assert triton_kernels.why_not("cuda") is None
+
+    def run(x: Tensor) -> bool:
+        return dispatch.select("auto", x, params, spec) is dispatch.BACKENDS["triton"]
+
+    torch.compiler.reset()
+    assert torch.compile(run, backend="eager", fullgraph=True)(x)
