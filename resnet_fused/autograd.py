@@ -2,6 +2,7 @@
 
 Saved for a block: x, each stage's convolution output (with memory="low" not the last stage's nor the projection's),
 and `out`, which is the next block's x anyway, for the mask of the final activation. Batch statistics are [2, C].
+Saved for a batch norm with activation and residual: x, and a bit a value for the activation's mask.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from resnet_fused import operators
+from resnet_fused import norm_operators, operators, sync_batch_norm
 from resnet_fused.params import BlockParams, Scale
 from resnet_fused.spec import BlockSpec
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from resnet_fused.dispatch import Backend
 
 
@@ -95,6 +98,86 @@ class MaxPool2d(torch.autograd.Function):
         with torch.no_grad():
             dx = operators.max_pool2d_backward(dout, positions, *ctx.size, *ctx.window)
         return *_refuse_second_derivative("max_pool2d", [dx], [dout]), None, None, None
+
+
+class BatchNormAct(torch.autograd.Function):
+    """act(batch_norm(x) + residual); ``apply(x, residual, weight, bias, mean, var, count, eps, relu, group)`` -> out.
+
+    count: the values per channel behind mean and var, which belong to the batch (of the group's processes, if one is
+           given); None where they are constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: int | None,
+        eps: float,
+        relu: bool,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        if x.numel() == 0:  # one process of a group may have nothing to do but to take part in the others' sums
+            out, mask = torch.empty_like(x), None
+        else:
+            out, bits = norm_operators.normalize_act(x, mean, var, weight, bias, residual, eps, relu, save_mask=relu)
+            mask = bits if relu else None
+        # frozen and without parameters to train, backward is dz * scale
+        reads_x = count is not None or any(t is not None and t.requires_grad for t in (weight, bias))
+        ctx.save_for_backward(x if reads_x else None, mask, weight, bias, mean, var)
+        ctx.count, ctx.eps, ctx.group = count, eps, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, weight, bias, mean, var = ctx.saved_tensors
+        with torch.no_grad():
+            grads = BatchNormAct._gradients(ctx, dout, dout if x is None else x, mask, weight, bias, mean, var)
+        grads = _refuse_second_derivative("batch_norm_act", grads, [dout, x, weight])
+        return *grads, None, None, None, None, None, None
+
+    @staticmethod
+    def _gradients(
+        ctx: Any,
+        dout: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+    ) -> list[Tensor | None]:
+        """Of x, residual, weight, bias. Those of weight and bias are this process's own, as in nn.SyncBatchNorm."""
+        needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        through_statistics = needs_x and ctx.count is not None
+        empty = x.numel() == 0
+        dx = d_weight = d_bias = sums = None
+        if needs_weight or needs_bias or through_statistics:
+            if empty:
+                sums = x.new_zeros((2, x.shape[1]), dtype=torch.float64)
+            else:
+                sums = norm_operators.normalize_act_backward_reduce(dout, mask, x, mean)
+            if needs_weight and weight is not None:
+                d_weight = (sums[1] * (var.double() + ctx.eps).rsqrt()).to(weight.dtype)
+            if needs_bias and bias is not None:
+                d_bias = sums[0].to(bias.dtype)
+            if through_statistics and ctx.group is not None:
+                sums = sync_batch_norm.add_up(sums, ctx.group)
+        dz: Tensor | None = dout
+        masks = needs_residual and mask is not None
+        if empty:
+            dx = torch.empty_like(x)
+        elif needs_x or masks:
+            count = float(ctx.count) if through_statistics else 0.0
+            dx, masked = norm_operators.normalize_act_backward_apply(
+                dout, mask, x, mean, var, weight, sums if through_statistics else None, count, ctx.eps, save_dz=masks
+            )
+            dz = masked if masks else dout
+        return [dx if needs_x else None, dz if needs_residual else None, d_weight, d_bias]
 
 
 def _refuse_second_derivative(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from resnet_fused import batch_norm
 from resnet_fused.errors import NotFusable
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec
@@ -140,18 +141,16 @@ def _norm(name: str, norm: nn.Module | None, device: str) -> tuple[dict[str, Any
 
 def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
     """As ``nn.BatchNorm2d.forward`` decides from `training`, `track_running_stats` and the presence of buffers."""
-    mean, var = norm.running_mean, norm.running_var
-    tracked = norm.training and norm.track_running_stats
-    read = not norm.training or tracked
+    state = batch_norm.read(norm)
     fields: dict[str, Any] = {
-        "norm_weight": norm.weight,
-        "norm_bias": norm.bias,
-        "running_mean": mean if read else None,
-        "running_var": var if read else None,
-        "num_batches_tracked": norm.num_batches_tracked if tracked else None,
-        "momentum": norm.momentum,
+        "norm_weight": state.weight,
+        "norm_bias": state.bias,
+        "running_mean": state.running_mean,
+        "running_var": state.running_var,
+        "num_batches_tracked": state.num_batches_tracked,
+        "momentum": state.momentum,
     }
-    return fields, norm.training or (mean is None and var is None), norm.eps
+    return fields, state.batch_stats, state.eps
 
 
 def _activation(name: str, act: nn.Module | None) -> Activation:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from resnet_fused import norm_operators
 from resnet_fused.backends import native, triton
 from resnet_fused.errors import BackendError
 from resnet_fused.how import Way
@@ -102,19 +103,32 @@ def reasons(asked: str, x: Tensor, params: BlockParams, spec: BlockSpec) -> dict
 
 def select_pool(backend: str, x: Tensor) -> Backend | None:
     """As `select`, for `max_pool2d`, which only the native CPU backend has."""
-    check_name(backend)
-    chosen = BACKENDS["native"]
-    if backend == "eager" or x.numel() == 0:
+    if x.numel() == 0:
+        check_name(backend)
         return None
-    if backend == "triton":
-        reason: str | None = "Triton has no pooling kernel"
-    else:
-        elsewhere = None if x.device.type == "cpu" else f"the native backend pools CPU tensors, x is on {x.device}"
-        reason = chosen.unavailable() or elsewhere
+    elsewhere = None if x.device.type == "cpu" else f"the native backend pools CPU tensors, x is on {x.device}"
+    return _select_native("max_pool2d", backend, elsewhere, "Triton has no pooling kernel")
+
+
+def select_norm(backend: str, x: Tensor, refusal: str | None = None) -> Backend | None:
+    """As `select`, for `batch_norm_act`, which the native backend has: for CPU tensors, and where built for others."""
+    device = x.device
+    if refusal is None and BACKENDS["native"].unavailable() is None and not norm_operators.has_kernels(device.type):
+        refusal = f"this build has no kernels of batch_norm_act for {device.type}, x is on {device}"
+    return _select_native("batch_norm_act", backend, refusal, "Triton has no kernels of a batch norm on its own")
+
+
+def _select_native(operator: str, backend: str, refusal: str | None, triton_refusal: str) -> Backend | None:
+    """The native backend or None for plain PyTorch, for an operator that no other backend has."""
+    check_name(backend)
+    if backend == "eager":
+        return None
+    chosen = BACKENDS["native"]
+    reason = triton_refusal if backend == "triton" else chosen.unavailable() or refusal
     if reason is None:
         return chosen
     if backend != "auto":
-        raise BackendError(f"backend {backend!r} cannot run max_pool2d: {reason}. Accepted here: 'auto', 'eager'")
+        raise BackendError(f"backend {backend!r} cannot run {operator}: {reason}. Accepted here: 'auto', 'eager'")
     _log(chosen.name, reason)
     return None
 

@@ -1,6 +1,7 @@
 """Fused blocks as functions of tensors: the public operations beneath the modules.
 
-Data path: functional -> autograd -> operators -> kernels. Modules are unknown here.
+Data path: functional -> autograd -> operators -> kernels. Modules are unknown here, but for the batch norm whose
+statistics `batch_norm_act` updates.
 """
 
 from __future__ import annotations
@@ -8,11 +9,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from resnet_fused import autograd, dispatch, reference, running_stats, validation
+from resnet_fused import (
+    autograd,
+    batch_norm,
+    dispatch,
+    norm_operators,
+    reference,
+    running_stats,
+    sync_batch_norm,
+    validation,
+)
+from resnet_fused.batch_norm import BatchNorm
+from resnet_fused.block import require_no_hooks
+from resnet_fused.errors import NotFusable
 from resnet_fused.params import BlockParams, StageParams
-from resnet_fused.spec import BlockSpec, Memory, StageSpec
+from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec
 
 
 def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: str = "auto") -> Tensor:
@@ -69,7 +82,82 @@ def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int, *, backen
     return autograd.MaxPool2d.apply(x, kernel_size, stride, padding)
 
 
+def batch_norm_act(
+    x: Tensor,
+    bn: nn.Module,
+    *,
+    residual: Tensor | None = None,
+    act: Activation = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """``act(bn(x) + residual)`` in one pass after the statistics; backward keeps x and one bit an output.
+
+    x:        [N, C, H, W], any dtype of `residual_block` and any memory format; channels_last is the fast one.
+    bn:       an nn.BatchNorm2d or nn.SyncBatchNorm. What its own forward would do with `training`, `momentum`, `eps`,
+              `track_running_stats` and its buffers is done, the buffers being written after everything succeeded. Its
+              tensors have x's dtype or, for an x of 16 bits, float32. In training, with torch.distributed initialised,
+              SyncBatchNorm takes its statistics over its process group (on CPU tensors too); a process may come with
+              an empty batch.
+    residual: x's shape, or None.
+    act:      "relu" or "identity".
+    backend:  "auto", or a name from `resnet_fused.backends()`. A residual of another dtype than x's, and a bn with
+              hooks, run in plain PyTorch.
+
+    Returns x's shape, dtype and memory format. Gradients for x, residual and bn's weight and bias (SyncBatchNorm: each
+    process's own share, as DistributedDataParallel expects).
+
+    Raises ValueError (shapes, devices, one value per channel in training, unknown act or backend), TypeError (dtypes,
+    another class of bn), BackendError (a backend asked for by name cannot run it). Second derivatives raise
+    RuntimeError.
+    """
+    norm = batch_norm.read(bn)
+    validation.check_batch_norm_act(x, norm, residual, act)
+    alone_and_empty = x.numel() == 0 and norm.group is None  # PyTorch's behaviour to keep
+    if alone_and_empty or dispatch.select_norm(backend, x, _norm_refusal(x, bn, residual)) is None:
+        return reference.batch_norm_act(x, bn, residual, act)
+    with torch.no_grad():
+        mean, var, count = _statistics(x, norm)
+    tensors = (x, residual, norm.weight, norm.bias)
+    relu = act == "relu"
+    if autograd.needs_grad(tensors):
+        out = autograd.BatchNormAct.apply(*tensors, mean, var, count, norm.eps, relu, norm.group)
+    elif x.numel() == 0:
+        out = torch.empty_like(x)
+    else:
+        out, _ = norm_operators.normalize_act(
+            x, mean, var, norm.weight, norm.bias, residual, norm.eps, relu, save_mask=False
+        )
+    if count is not None:
+        running_stats.update_one(norm, mean, var, count)
+        running_stats.count_one(norm)
+    return out
+
+
 _MIXES = "under autocast x is wider than the convolutions and reaches the block's norm or skip path as it is"
+
+
+def _norm_refusal(x: Tensor, bn: nn.Module, residual: Tensor | None) -> str | None:
+    """Why only PyTorch's own operations compute this call, or None."""
+    if residual is not None and residual.dtype != x.dtype:
+        return f"x is {x.dtype}, residual is {residual.dtype}, and their sum has the wider dtype"
+    try:
+        require_no_hooks("bn", bn)
+    except NotFusable as reason:
+        return str(reason)
+    return None
+
+
+def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]:
+    """Mean and variance to normalise with, and the values per channel behind them, None for the running ones."""
+    if norm.batch_stats:
+        count = x.numel() // x.shape[1]
+        stats = norm_operators.batch_statistics(x) if count else x.new_zeros((2, x.shape[1]))  # zeros that do not count
+        if norm.group is not None:
+            stats, count = sync_batch_norm.merge_statistics(stats, count, norm.group)
+        mean, var = stats
+        return mean, var, count
+    assert norm.running_mean is not None and norm.running_var is not None  # by validation
+    return norm.running_mean, norm.running_var, None
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

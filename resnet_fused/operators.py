@@ -46,7 +46,7 @@ def load_error() -> str | None:
 
 def build_info() -> dict[str, str]:
     """What the extension was built with and which instruction set it picked; raises BackendError without it."""
-    _require()
+    require()
     return dict(_C.build_info())
 
 
@@ -59,7 +59,7 @@ def residual_block_forward(
     spec: BlockSpec, tensors: TensorList, kernels: Kernels = "default", how: int = 0
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, conv_outputs, batch_stats). how: see `BlockSpec.encode`."""
-    _require()
+    require()
     return _overload("residual_block_forward", kernels)(*_lists(tensors), *spec.encode(how))
 
 
@@ -75,7 +75,7 @@ def residual_block_backward(
     how: int = 0,
 ) -> list[Tensor | None]:
     """The gradient of every entry of `tensors`, None where `needs` is false (running statistics never need one)."""
-    _require()
+    require()
     needs = list(needs)
     grads = iter(
         _overload("residual_block_backward", kernels)(
@@ -99,7 +99,7 @@ def residual_block_infer(
 
     pre: scale and shift [C] of the normalisation that precedes the first convolution, in pre-activation order.
     """
-    _require()
+    require()
     ints, _ = spec.encode(how)
     a, b = pre if pre is not None else (None, None)
     operator = _overload("residual_block_infer", kernels)
@@ -108,14 +108,14 @@ def residual_block_infer(
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """(maxima, their positions within the window as uint8)."""
-    _require()
+    require()
     return torch.ops.resnet_fused.max_pool2d(x, kernel_size, stride, padding)
 
 
 def max_pool2d_backward(
     dout: Tensor, positions: Tensor, height: int, width: int, kernel_size: int, stride: int, padding: int
 ) -> Tensor:
-    _require()
+    require()
     return torch.ops.resnet_fused.max_pool2d_backward(dout, positions, height, width, kernel_size, stride, padding)
 
 
@@ -137,7 +137,8 @@ def saved_convs(spec: BlockSpec, branch_scaled: bool, skip_scaled: bool) -> list
     return saved
 
 
-def _require() -> None:
+def require() -> None:
+    """Raises BackendError without the extension."""
     if _load_error is not None:
         raise BackendError(_load_error)
 

@@ -1,4 +1,4 @@
-"""The block's formula in plain PyTorch: the oracle of tests, `verify` and benches, and the `eager` backend.
+"""The formulas in plain PyTorch: the oracle of tests, `verify` and benches, and the `eager` backend.
 
 Short on purpose; every other implementation is held against this one.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.running_stats import update_factor
-from resnet_fused.spec import BlockSpec, StageSpec
+from resnet_fused.spec import Activation, BlockSpec, StageSpec
 
 
 def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
@@ -39,6 +39,14 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
     if spec.projection is not None and params.projection is not None:
         skip = _norm(spec.projection, params.projection, _conv(spec.projection, params.projection, x))
     return _act(stage, _join(u, skip, params, spec))
+
+
+def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activation) -> Tensor:
+    """act(bn(x) + residual); the module updates its own statistics."""
+    z = bn(x)
+    if residual is not None:
+        z = z + residual
+    return torch.relu(z) if act == "relu" else z
 
 
 def _conv(stage: StageSpec, tensors: StageParams, x: Tensor) -> Tensor:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
 
-def update_factor(tensors: StageParams) -> float:
+class Running(Protocol):
+    """The running statistics of one batch norm: those of a `StageParams`, or of a `batch_norm.BatchNorm`."""
+
+    @property
+    def running_mean(self) -> Tensor | None: ...
+    @property
+    def running_var(self) -> Tensor | None: ...
+    @property
+    def num_batches_tracked(self) -> Tensor | None: ...
+    @property
+    def momentum(self) -> float | None: ...
+
+
+def update_factor(tensors: Running) -> float:
     """The weight of the new batch: `momentum`, or 1/k in the k-th batch for the cumulative average (None)."""
     if tensors.momentum is not None:
         return tensors.momentum
@@ -29,19 +43,34 @@ def update(params: BlockParams, spec: BlockSpec, batch_stats: Sequence[Tensor], 
     """
     tracked = [t for s, t in zip(spec.convs, params.convs, strict=True) if s.norm and s.batch_stats]
     for tensors, (mean, var), count in zip(tracked, batch_stats, counts, strict=True):
-        factor = update_factor(tensors)
-        if tensors.running_mean is not None:
-            _blend(tensors.running_mean, mean, factor)
-        if tensors.running_var is not None:
-            _blend(tensors.running_var, var * (count / (count - 1)), factor)
+        update_one(tensors, mean, var, count)
+
+
+@torch.no_grad()
+def update_one(tensors: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """Blend one norm's batch statistics [C] into its running ones, in place; arguments as `update`."""
+    if tensors.running_mean is None and tensors.running_var is None:
+        return
+    factor = update_factor(tensors)
+    if tensors.running_mean is not None:
+        _blend(tensors.running_mean, mean, factor)
+    if tensors.running_var is not None:
+        _blend(tensors.running_var, var * (count / (count - 1)), factor)
 
 
 @torch.no_grad()
 def count_batch(params: BlockParams, spec: BlockSpec) -> None:
     """Increment `num_batches_tracked` of every stage that used the batch's statistics."""
     for stage, tensors in zip(spec.convs, params.convs, strict=True):
-        if stage.norm and stage.batch_stats and tensors.num_batches_tracked is not None:
-            tensors.num_batches_tracked.add_(1)
+        if stage.norm and stage.batch_stats:
+            count_one(tensors)
+
+
+@torch.no_grad()
+def count_one(tensors: Running) -> None:
+    """Increment `num_batches_tracked`, where there is one."""
+    if tensors.num_batches_tracked is not None:
+        tensors.num_batches_tracked.add_(1)
 
 
 def _blend(running: Tensor, batch: Tensor, factor: float) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, bfloat16, float16, float32, float64
 
+from resnet_fused.batch_norm import BatchNorm
 from resnet_fused.params import BlockParams, StageParams
-from resnet_fused.spec import BlockSpec, IntPair, StageSpec
+from resnet_fused.spec import ACTIVATIONS, BlockSpec, IntPair, StageSpec
 
 DTYPES = (float32, float64, bfloat16, float16)
 Shape = tuple[int, int, int]  # channels, height, width
@@ -67,6 +68,32 @@ def check_pool(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
         raise ValueError(f"a {kernel_size}x{kernel_size} window does not fit the input {tuple(x.shape)}")
 
 
+def check_batch_norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: str) -> None:
+    """Raises ValueError or TypeError for what `batch_norm_act` does not take."""
+    check_input(x)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}")
+    if x.shape[1] != norm.channels:
+        raise ValueError(f"x {tuple(x.shape)} has {x.shape[1]} channels, bn takes {norm.channels}")
+    if residual is not None:
+        if not isinstance(residual, Tensor):
+            raise TypeError(f"residual must be a tensor or None, got {type(residual).__name__}")
+        if residual.shape != x.shape:
+            raise ValueError(f"residual is {tuple(residual.shape)}, x is {tuple(x.shape)}; they must be of one shape")
+        if residual.dtype not in DTYPES:
+            raise TypeError(f"residual is {residual.dtype}; accepted: {', '.join(map(str, DTYPES))}")
+        if residual.device != x.device:
+            raise ValueError(f"x is on {x.device} but residual is on {residual.device}; move one of them")
+    if not 0 <= norm.eps < float("inf") or (norm.batch_stats and norm.eps == 0):
+        raise ValueError(f"bn.eps is {norm.eps!r}; accepted: a finite number >= 0, in training > 0")
+    if norm.batch_stats and norm.group is None and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(_one_value("bn", list(x.shape)))
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError("bn has only one of running_mean and running_var; accepted: both or neither")
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        _check_vector(f"bn.{part}", getattr(norm, part), norm.channels, x)
+
+
 def check_input(x: Tensor) -> None:
     """Raises TypeError or ValueError for an x that no block takes, whatever its parameters."""
     if not isinstance(x, Tensor):
@@ -111,25 +138,33 @@ def _check_norm(name: str, x: Tensor, shape: Shape, stage: StageSpec, tensors: S
         return
     channels, height, width = shape
     if stage.batch_stats and x.shape[0] * height * width == 1:
-        raise ValueError(
-            f"{name}: expected more than 1 value per channel when training, got input size "
-            f"{[x.shape[0], channels, height, width]}; use a larger batch or picture, or eval()"
-        )
+        raise ValueError(_one_value(name, [x.shape[0], channels, height, width]))
     if not stage.batch_stats and (tensors.running_mean is None or tensors.running_var is None):
         raise ValueError(f"{name} normalises with running statistics (batch_stats=False) but has none")
-    accepted = (x.dtype, float32) if x.dtype in (bfloat16, float16) else (x.dtype,)
     for part in ("norm_weight", "norm_bias", "running_mean", "running_var"):
-        tensor = getattr(tensors, part)
-        if tensor is None:
-            continue
-        if tensor.shape != (channels,):
-            raise ValueError(f"{name}.{part} must be [{channels}], got {list(tensor.shape)}")
-        if tensor.dtype not in accepted:
-            raise TypeError(
-                f"{name}.{part} is {tensor.dtype} for an input of {x.dtype}; accepted: {', '.join(map(str, accepted))}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"x is on {x.device} but {name}.{part} is on {tensor.device}; move one of them")
+        _check_vector(f"{name}.{part}", getattr(tensors, part), channels, x)
+
+
+def _check_vector(name: str, tensor: Tensor | None, channels: int, x: Tensor) -> None:
+    """One of a norm's tensors."""
+    if tensor is None:
+        return
+    accepted = (x.dtype, float32) if x.dtype in (bfloat16, float16) else (x.dtype,)
+    if tensor.shape != (channels,):
+        raise ValueError(f"{name} must be [{channels}], got {list(tensor.shape)}")
+    if tensor.dtype not in accepted:
+        raise TypeError(
+            f"{name} is {tensor.dtype} for an input of {x.dtype}; accepted: {', '.join(map(str, accepted))}"
+        )
+    if tensor.device != x.device:
+        raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}; move one of them")
+
+
+def _one_value(name: str, size: list[int]) -> str:
+    return (
+        f"{name}: expected more than 1 value per channel when training, got input size {size}; use a larger batch or "
+        "picture, or eval()"
+    )
 
 
 def _check_scale(name: str, scale: float | Tensor, channels: int, x: Tensor) -> None:

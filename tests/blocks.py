@@ -10,6 +10,7 @@ from typing import Literal
 
 import hypothesis.strategies as st
 import torch
+from equivalence import Results
 from hypothesis import HealthCheck, assume, settings
 from torch import Tensor
 
@@ -22,7 +23,6 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
 ScaleKind = Literal["one", "float", "0-d", "[1]", "[C]", "[C,1,1]"]
-Results = dict[str, Tensor | None]
 
 family = settings(
     max_examples=200,

@@ -2,7 +2,7 @@
 
 `exact` is an fp64 run, `eager` PyTorch's own run in the dtype under test. The error is the largest absolute
 difference relative to the largest exact value. The floor of a few ulp is for the cases in which eager happens to be
-exact, or nearly so.
+exact, or nearly so. `assert_runs_as_accurate` holds whole runs against each other, with what ReLU's kinks may do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FLOOR_ULPS = 4
+Results = dict[str, Tensor | None]
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -41,3 +42,39 @@ def assert_as_accurate(
     error, eager_error = relative_error(got, exact), relative_error(eager, exact)
     allowed = max(factor * eager_error, FLOOR_ULPS * torch.finfo(eager.dtype).eps)
     assert error <= allowed, f"{name}: error {error:.3g} against fp64, eager's is {eager_error:.3g}"  # false for NaN
+
+
+def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, relu: bool) -> None:
+    """`assert_as_accurate` for every result of "got", with the largest error of three as eager's.
+
+    results: `pooled` runs in `dtype`: "got", "exact" (fp64) and PyTorch's own: "eager" in the given memory format,
+             "other" in the other one, and "flipped", which counts for gradients if there is a `relu`: what masks that
+             rounding may flip do to the exact run (`resnet_fused.kinks`).
+    """
+    got, eager, exact = results["got"], results["eager"], results["exact"]
+    assert got.keys() == eager.keys() == exact.keys()
+    for name, value in exact.items():
+        if value is None or not value.is_floating_point():
+            assert_as_accurate(name, got[name], eager[name], value)
+            continue
+        by_flips = relu and name.startswith("grad")
+        # in 16 bits masks flip in either run and the largest error is chance, their mean square is not
+        error = root_mean_square_error if by_flips and dtype.itemsize == 2 else relative_error
+        peers = [results[kind][name] for kind in ("eager", "other", "flipped")[: 2 + by_flips]]
+        worst = max((t for t in peers if t is not None), key=lambda t: error(t, value))
+        ours = got[name]
+        assert ours is not None and ours.shape == value.shape, name
+        assert eager[name] is not None and ours.dtype == eager[name].dtype, name  # type: ignore[union-attr]
+        allowed = max(2 * error(worst, value), FLOOR_ULPS * torch.finfo(ours.dtype).eps)
+        reached = error(ours, value)
+        assert reached <= allowed, f"{name}: error {reached:.3g} against fp64, eager's is {error(worst, value):.3g}"
+
+
+def pooled(runs: list[Results]) -> Results:
+    """Each result stacked over the runs."""
+    return {name: None if t is None else torch.stack([r[name] for r in runs]) for name, t in runs[0].items()}  # type: ignore[misc]
+
+
+def root_mean_square_error(value: Tensor, exact: Tensor) -> float:
+    """Relative to the root mean square of `exact`."""
+    return float((value.double() - exact).norm() / exact.norm().clamp_min(1e-30))

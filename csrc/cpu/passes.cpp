@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 
 namespace resnet_fused::cpu {
 namespace {
@@ -44,6 +45,35 @@ T* at_offset(T* p, int64_t offset) {
   return p ? p + offset : nullptr;
 }
 
+const uint8_t* bytes(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<uint8_t>() : nullptr; }
+int64_t bytes_of(int64_t channels) { return (channels + 7) / 8; }
+
+// dz chunk by chunk: rows of dout, or what a bit mask leaves of them, in the dz that is kept or in memory that is not.
+template <class S>
+class DzChunk {
+ public:
+  using T = element_t<S>;
+
+  DzChunk(const at::Tensor& dout, const BitMask& mask, int64_t channels)
+      : dout_(data<S>(dout)), bits_(bytes(mask.bits)), dz_(mutable_data<S>(mask.dz)), channels_(channels) {}
+
+  const T* operator()(int64_t row, int64_t rows) {
+    const int64_t offset = row * channels_;
+    if (!bits_) return dout_ + offset;
+    if (!dz_) scratch_ = std::make_unique_for_overwrite<T[]>(rows * channels_);
+    T* target = dz_ ? dz_ + offset : scratch_.get();
+    row_kernels<T>().where_bits(dout_ + offset, bits_ + row * bytes_of(channels_), rows, channels_, target);
+    return target;
+  }
+
+ private:
+  const T* dout_;
+  const uint8_t* bits_;
+  T* dz_;
+  int64_t channels_;
+  std::unique_ptr<T[]> scratch_;
+};
+
 // out[c] = sum over chunks of partial[chunk][k][c], in chunk order
 template <class Sum>
 std::vector<double> merge_sums(const std::vector<Sum>& partial, const Chunks& chunks, int64_t kinds, int64_t k) {
@@ -57,6 +87,13 @@ std::vector<double> merge_sums(const std::vector<Sum>& partial, const Chunks& ch
 }
 
 }  // namespace
+
+template <class A>
+std::vector<A> to_vector(const at::Tensor& t) {
+  const auto flat = t.to(at::kCPU, c10::CppTypeToScalarType<A>::value).reshape(-1).contiguous();
+  const A* p = flat.template const_data_ptr<A>();
+  return {p, p + flat.numel()};
+}
 
 template <class S>
 at::Tensor batch_statistics(const at::Tensor& y) {
@@ -99,7 +136,8 @@ at::Tensor batch_statistics(const at::Tensor& y) {
 
 template <class S>
 at::Tensor normalize(
-    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual) {
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual,
+    const at::Tensor& bits) {
   using A = acc_t<S>;
   auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Chunks chunks(y);
@@ -108,11 +146,12 @@ at::Tensor normalize(
       residual.norm ? residual.norm->affine() : Affine<A>{nullptr, residual.scale.data(), nullptr};
   const auto *source = data<S>(y), *skip = data<S>(residual.skip);
   auto* target = mutable_data<S>(out);
+  uint8_t* passing = bits.defined() ? bits.mutable_data_ptr<uint8_t>() : nullptr;
   chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
-    const int64_t offset = row * chunks.channels;
+    const int64_t channels = chunks.channels, offset = row * channels;
     kernels.normalize(
-        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, relu, target + offset}, rows,
-        chunks.channels);
+        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, relu, target + offset}, rows, channels);
+    if (passing) kernels.passing_bits(target + offset, rows, channels, passing + row * bytes_of(channels));
   });
   return out;
 }
@@ -124,13 +163,14 @@ Sums backward_reduce(const ReduceInput& in, const NormVectors<acc_t<S>>& norm, c
   const int64_t channels = chunks.channels, kinds = norm2 ? 3 : 2;
   std::vector<Sum> partial(chunks.count * kinds * channels);
   const auto& kernels = row_kernels<element_t<S>>();
-  const auto *dout = data<S>(in.dout), *out = data<S>(in.out), *y = data<S>(in.y), *y2 = data<S>(in.y2);
+  const auto *out = data<S>(in.out), *y = data<S>(in.y), *y2 = data<S>(in.y2);
   auto *dz = mutable_data<S>(in.dz), *p = mutable_data<S>(in.p);
   chunks.parallel([&](int64_t i, int64_t row, int64_t rows) {
     const int64_t offset = row * channels;
     Sum* sums = partial.data() + i * kinds * channels;
+    DzChunk<S> dz_rows(in.dout, in.bits, channels);
     kernels.backward_reduce(
-        {dout + offset, in.mask, at_offset(out, offset), y + offset, norm.affine(), in.mask == Mask::affine,
+        {dz_rows(row, rows), in.mask, at_offset(out, offset), y + offset, norm.affine(), in.mask == Mask::affine,
          at_offset(y2, offset), norm2 ? norm2->center.data() : nullptr, at_offset(dz, offset), at_offset(p, offset),
          sums, sums + channels, norm2 ? sums + 2 * channels : nullptr},
         rows, channels);
@@ -143,15 +183,16 @@ Sums backward_reduce(const ReduceInput& in, const NormVectors<acc_t<S>>& norm, c
 template <class S>
 void backward_apply(
     const at::Tensor& dz, Mask mask, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
-    const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx) {
+    const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx, const BitMask& bits) {
   const Chunks chunks(dz);
   const auto& kernels = row_kernels<element_t<S>>();
-  const auto *source = data<S>(dz), *y_data = data<S>(y), *add_data = data<S>(add);
+  const auto *y_data = data<S>(y), *add_data = data<S>(add);
   auto* target = mutable_data<S>(dx);
   chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
     const int64_t offset = row * chunks.channels;
+    DzChunk<S> dz_rows(dz, bits, chunks.channels);
     kernels.backward_apply(
-        {source + offset, mask, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(),
+        {dz_rows(row, rows), mask, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(),
          k.k.data(), at_offset(add_data, offset), k.k_add.data(), target + offset},
         rows, chunks.channels);
   });
@@ -173,15 +214,17 @@ bool all_finite(const at::Tensor& x) {
   template bool all_finite<S>(const at::Tensor&);                                                                   \
   template at::Tensor batch_statistics<S>(const at::Tensor&);                                                       \
   template at::Tensor normalize<S>(                                                                                 \
-      const at::Tensor&, const NormVectors<acc_t<S>>&, bool, const ResidualInput<acc_t<S>>&);                       \
+      const at::Tensor&, const NormVectors<acc_t<S>>&, bool, const ResidualInput<acc_t<S>>&, const at::Tensor&);    \
   template Sums backward_reduce<S>(const ReduceInput&, const NormVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*); \
   template void backward_apply<S>(                                                                                  \
       const at::Tensor&, Mask, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,      \
-      const at::Tensor&, const at::Tensor&);
+      const at::Tensor&, const at::Tensor&, const BitMask&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(c10::BFloat16)
 INSTANTIATE(c10::Half)
 #undef INSTANTIATE
+template std::vector<float> to_vector<float>(const at::Tensor&);
+template std::vector<double> to_vector<double>(const at::Tensor&);
 
 }  // namespace resnet_fused::cpu

@@ -52,6 +52,12 @@ struct Sums {
   std::vector<double> dz, dz_y, dz_y2;
 };
 
+// A saved mask: dz = dout where the bit is set, else 0.
+struct BitMask {
+  at::Tensor bits = {};  // uint8 [rows, ceil(C / 8)], bit c % 8 of byte c / 8; undefined: dz is dout
+  at::Tensor dz = {};    // written where defined, for which there must be bits
+};
+
 struct ReduceInput {
   at::Tensor dout;
   Mask mask;
@@ -60,6 +66,7 @@ struct ReduceInput {
   at::Tensor y2 = {};  // the projection's, or undefined
   at::Tensor dz = {};  // written for Mask::output
   at::Tensor p = {};   // written where defined
+  BitMask bits = {};   // on top of Mask::none
 };
 
 // dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
@@ -70,14 +77,19 @@ struct ApplyVectors {
   explicit ApplyVectors(int64_t channels) : k_dz(channels, A(1)), k_y(channels, A(0)), k(channels, A(0)) {}
 };
 
+// The values of a tensor of any type, in arithmetic type.
+template <class A>
+std::vector<A> to_vector(const at::Tensor& t);
+
 // [2, C]: mean and biased variance, in arithmetic type.
 template <class S>
 at::Tensor batch_statistics(const at::Tensor& y);
 
-// act(norm(y) [+ residual]) as a new tensor.
+// act(norm(y) [+ residual]) as a new tensor. bits, uint8 [rows, ceil(C / 8)], are set where it is not <= 0.
 template <class S>
 at::Tensor normalize(
-    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual = {});
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual = {},
+    const at::Tensor& bits = {});
 
 // The sums behind a normalisation's gradients; norm2 is the projection's.
 template <class S>
@@ -85,10 +97,11 @@ Sums backward_reduce(
     const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2 = nullptr);
 
 // Writes dx, which may be dz itself. y serves the mask and the y term, and may be undefined without them, as may add.
+// With bits, which go with Mask::none, the first argument is dout.
 template <class S>
 void backward_apply(
     const at::Tensor& dz, Mask mask, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
-    const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx);
+    const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx, const BitMask& bits = {});
 
 // Whether no element is infinite or NaN.
 template <class S>

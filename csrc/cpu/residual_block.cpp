@@ -21,13 +21,6 @@ at::MemoryFormat result_format(const at::Tensor& x, const at::Tensor& first_weig
   return last ? kLayout : at::MemoryFormat::Contiguous;
 }
 
-template <class A>
-std::vector<A> to_vector(const at::Tensor& t) {
-  const auto flat = t.to(at::kCPU, c10::CppTypeToScalarType<A>::value).reshape(-1).contiguous();
-  const A* p = flat.template const_data_ptr<A>();
-  return {p, p + flat.numel()};
-}
-
 // A scale as one value a channel; absent: 1.
 template <class A>
 std::vector<A> scale_vector(const std::optional<at::Tensor>& scale, int64_t channels) {

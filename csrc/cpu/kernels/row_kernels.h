@@ -76,6 +76,11 @@ struct RowKernels {
   void (*normalize)(const NormalizeArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_reduce)(const BackwardReduceArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_apply)(const BackwardApplyArgs<T>&, int64_t rows, int64_t channels);
+  // A bit a value: bit c % 8 of byte c / 8 in rows of ceil(C / 8) bytes, zero beyond C.
+  // bits := out is not <= 0, which is where ReLU passes the gradient
+  void (*passing_bits)(const T* out, int64_t rows, int64_t channels, uint8_t* bits);
+  // dz := dout where the bit is set, else 0
+  void (*where_bits)(const T* dout, const uint8_t* bits, int64_t rows, int64_t channels, T* dz);
   // whether no element is infinite or NaN
   bool (*all_finite)(const T* x, int64_t count);
   // best and position := x and `at` wherever x is greater than best, or NaN, or everywhere if `first`

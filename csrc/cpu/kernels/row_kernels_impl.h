@@ -235,6 +235,82 @@ static void backward_apply(const BackwardApplyArgs<T>& args, int64_t rows, int64
                             : apply_masked<T, Mask::none>(args, rows, channels);
 }
 
+// --- one bit a value
+// ---------------------------------------------------------------------------------------------------
+
+// Eight bits travel as the eight bytes of a word, each 0 or 1, which loops over values read and write (little-endian).
+static inline uint64_t spread(uint8_t bits) {
+  const uint64_t own = bits * 0x0101010101010101u & 0x8040201008040201u;  // byte j holds bit j, in its place
+  return (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+}
+static inline uint8_t gather(uint64_t bytes) { return static_cast<uint8_t>(bytes * 0x0102040810204080u >> 56); }
+
+constexpr int64_t kBitTile = 512;
+
+// As many bits as `count`, the rest of the last byte zero.
+template <class T>
+static void pack_passing(const T* __restrict out, int64_t count, uint8_t* __restrict bits) {
+  uint64_t words[kBitTile / 8];
+  uint8_t* one = reinterpret_cast<uint8_t*>(words);
+  for (int64_t done = 0; done < count; done += kBitTile) {
+    const int64_t n = count - done < kBitTile ? count - done : kBitTile, whole = (n + 7) / 8;
+    words[whole - 1] = 0;
+    for (int64_t k = 0; k < n; ++k) one[k] = load(out[done + k]) <= 0 ? 0 : 1;
+    for (int64_t k = 0; k < whole; ++k) bits[done / 8 + k] = gather(words[k]);
+  }
+}
+
+// On bit patterns, so that a loop serves every type of one size; GCC 12 fails on selections of 16-bit structs.
+template <class Word>
+static void unpack_where(
+    const Word* __restrict dout, const uint8_t* __restrict bits, int64_t count, Word* __restrict dz) {
+  uint64_t words[kBitTile / 8];
+  const uint8_t* one = reinterpret_cast<const uint8_t*>(words);
+  for (int64_t done = 0; done < count; done += kBitTile) {
+    const int64_t n = count - done < kBitTile ? count - done : kBitTile;
+    for (int64_t k = 0; k < (n + 7) / 8; ++k) words[k] = spread(bits[done / 8 + k]);
+    for (int64_t k = 0; k < n; ++k) dz[done + k] = dout[done + k] & (Word(0) - one[k]);
+  }
+}
+
+template <int size>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  typedef uint16_t __attribute__((may_alias)) type;
+};
+template <>
+struct WordOf<4> {
+  typedef uint32_t __attribute__((may_alias)) type;
+};
+template <>
+struct WordOf<8> {
+  typedef uint64_t __attribute__((may_alias)) type;
+};
+
+// Where bytes hold whole pixels, all rows are one long row.
+static inline void join_rows(int64_t& rows, int64_t& channels) {
+  if (channels % 8 != 0) return;
+  channels *= rows;
+  rows = 1;
+}
+
+template <class T>
+static void passing_bits(const T* out, int64_t rows, int64_t channels, uint8_t* bits) {
+  join_rows(rows, channels);
+  for (int64_t r = 0; r < rows; ++r) pack_passing(out + r * channels, channels, bits + r * ((channels + 7) / 8));
+}
+
+template <class T>
+static void where_bits(const T* dout, const uint8_t* bits, int64_t rows, int64_t channels, T* dz) {
+  using Word = typename WordOf<sizeof(T)>::type;
+  join_rows(rows, channels);
+  for (int64_t r = 0; r < rows; ++r)
+    unpack_where(
+        reinterpret_cast<const Word*>(dout + r * channels), bits + r * ((channels + 7) / 8), channels,
+        reinterpret_cast<Word*>(dz + r * channels));
+}
+
 // --- finiteness ------------------------------------------------------------------------------------------------------
 
 // The bits of an infinity without its sign; of what is not finite, none are smaller.
@@ -303,9 +379,9 @@ static void store_bytes(const arith_t<T>* values, int64_t channels, uint8_t* out
 }
 
 template <class T>
-static constexpr RowKernels<T> table = {statistics<T>,     normalize<T>,  backward_reduce<T>,
-                                        backward_apply<T>, all_finite<T>, running_max<T>,
-                                        add_where<T>,      store<T>,      store_bytes<T>};
+static constexpr RowKernels<T> table = {statistics<T>,   normalize<T>,  backward_reduce<T>, backward_apply<T>,
+                                        passing_bits<T>, where_bits<T>, all_finite<T>,      running_max<T>,
+                                        add_where<T>,    store<T>,      store_bytes<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }
