@@ -109,51 +109,17 @@ void check_normalize_act_backward_apply(
 
 namespace {
 
-at::Tensor batch_statistics(const at::Tensor& x) {
-  check_batch_statistics(x);
-  return cpu::batch_statistics(x);
-}
-
-std::tuple<at::Tensor, at::Tensor> normalize_act(
-    const at::Tensor& x, const at::Tensor& mean, const at::Tensor& var, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& residual, double eps, bool relu,
-    bool save_mask) {
-  check_normalize_act(x, mean, var, weight, bias, residual, eps, relu, save_mask);
-  return cpu::normalize_act(x, {mean, var, weight, bias, eps}, residual, relu, save_mask);
-}
-
-at::Tensor normalize_act_backward_reduce(
-    const at::Tensor& dout, const std::optional<at::Tensor>& mask, const at::Tensor& x, const at::Tensor& mean) {
-  check_normalize_act_backward_reduce(dout, mask, x, mean);
-  return cpu::normalize_act_backward_reduce(dout, mask, x, mean);
-}
-
-std::tuple<at::Tensor, at::Tensor> normalize_act_backward_apply(
-    const at::Tensor& dout, const std::optional<at::Tensor>& mask, const at::Tensor& x, const at::Tensor& mean,
-    const at::Tensor& var, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& sums, double count,
-    double eps, bool save_dz) {
-  check_normalize_act_backward_apply(dout, mask, x, mean, var, weight, sums, count, eps);
-  return cpu::normalize_act_backward_apply(dout, mask, x, {mean, var, weight, {}, eps}, sums, count, save_dz);
-}
+struct CpuKernels {
+  static constexpr auto batch_statistics = &cpu::batch_statistics;
+  static constexpr auto normalize_act = &cpu::normalize_act;
+  static constexpr auto normalize_act_backward_reduce = &cpu::normalize_act_backward_reduce;
+  static constexpr auto normalize_act_backward_apply = &cpu::normalize_act_backward_apply;
+};
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
-  m.def("batch_statistics(Tensor x) -> Tensor");
-  m.def(
-      "normalize_act(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-      "bool relu, bool save_mask) -> (Tensor out, Tensor mask)");
-  m.def("normalize_act_backward_reduce(Tensor dout, Tensor? mask, Tensor x, Tensor mean) -> Tensor");
-  m.def(
-      "normalize_act_backward_apply(Tensor dout, Tensor? mask, Tensor x, Tensor mean, Tensor var, Tensor? weight, "
-      "Tensor? sums, float count, float eps, bool save_dz) -> (Tensor dx, Tensor dz)");
-}
+TORCH_LIBRARY_FRAGMENT(resnet_fused, m) { define_batch_norm_act(m, ""); }
 
-TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
-  m.impl("batch_statistics", &batch_statistics);
-  m.impl("normalize_act", &normalize_act);
-  m.impl("normalize_act_backward_reduce", &normalize_act_backward_reduce);
-  m.impl("normalize_act_backward_apply", &normalize_act_backward_apply);
-}
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { implement_batch_norm_act<CpuKernels>(m, ""); }
 
 }  // namespace resnet_fused

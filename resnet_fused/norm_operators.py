@@ -9,11 +9,14 @@ The operators are functional: nothing is written in place, no output aliases an 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from resnet_fused.operators import load_error, require
+from resnet_fused.operators import build_info, load_error, require
 
 
 def has_kernels(device_type: str) -> bool:
@@ -74,23 +77,30 @@ def normalize_act_backward_apply(
 
 
 def _register_fakes() -> None:
+    def register(name: str) -> Callable[[Callable[..., Any]], None]:
+        def both(fake: Callable[..., Any]) -> None:
+            for overload in ("", ".cuda"):
+                torch.library.register_fake(f"resnet_fused::{name}{overload}", fake)
+
+        return both
+
     def like(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
 
-    @torch.library.register_fake("resnet_fused::batch_statistics")
+    @register("batch_statistics")
     def _(x):  # type: ignore[no-untyped-def]
         return x.new_empty((2, x.shape[1]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    @torch.library.register_fake("resnet_fused::normalize_act")
+    @register("normalize_act")
     def _(x, mean, var, weight, bias, residual, eps, relu, save_mask):  # type: ignore[no-untyped-def]
         n, c, h, w = x.shape
         return like(x), x.new_empty((n * h * w, (c + 7) // 8) if save_mask else (0,), dtype=torch.uint8)
 
-    @torch.library.register_fake("resnet_fused::normalize_act_backward_reduce")
+    @register("normalize_act_backward_reduce")
     def _(dout, mask, x, mean):  # type: ignore[no-untyped-def]
         return x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
-    @torch.library.register_fake("resnet_fused::normalize_act_backward_apply")
+    @register("normalize_act_backward_apply")
     def _(dout, mask, x, mean, var, weight, sums, count, eps, save_dz):  # type: ignore[no-untyped-def]
         return like(x), like(x) if save_dz else x.new_empty(0)
 
@@ -99,7 +109,4 @@ _KERNELS: dict[str, bool] = {}
 if load_error() is None:
     _register_fakes()
     # asked once, not at every call, and as a constant that a traced graph may depend on
-    _KERNELS = {
-        device: torch._C._dispatch_has_kernel_for_dispatch_key("resnet_fused::batch_statistics", device.upper())
-        for device in ("cpu", "cuda")
-    }
+    _KERNELS = {"cpu": True, "cuda": build_info()["cuda"] != "no"}

@@ -5,7 +5,6 @@
 
 #include <cmath>
 
-#include "../batch_norm_act.h"
 #include "passes.h"
 
 namespace resnet_fused::cpu {

@@ -4,18 +4,9 @@
 // format; masks are laid out as ../batch_norm_act.h says.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <tuple>
+#include "../batch_norm_act.h"
 
 namespace resnet_fused::cpu {
-
-struct BatchNorm {
-  at::Tensor mean, var;
-  std::optional<at::Tensor> weight, bias;
-  double eps;
-};
 
 // [2, C]: mean and biased variance.
 at::Tensor batch_statistics(const at::Tensor& x);

@@ -6,7 +6,6 @@ namespace resnet_fused::cuda {
 namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // NHWC memory that begins at a multiple of 16 bytes, which a slice may not do.
 at::Tensor in_memory(const at::Tensor& t) {
@@ -44,6 +43,22 @@ bool left_to_library(const at::Tensor& weight, const Stage& stage, Launch launch
   }
 }
 
+// Rows and columns of a picture are counted in 14 bits, pixels and the values that a tile's images span in 31.
+void check_size(int64_t batch, int64_t channels, Size in, Size out, const Stage& stage) {
+  const int64_t pixels = std::max(in[0] * in[1], out[0] * out[1]);
+  const int64_t fewest = std::min(out[0] * out[1], ceil_div(in[0], stage.stride[0]) * ceil_div(in[1], stage.stride[1]));
+  for (int d = 0; d < 2; ++d)
+    TORCH_CHECK_VALUE(
+        in[d] + 2 * stage.padding[d] < 1 << 14,
+        "resnet_fused's CUDA kernels take pictures of up to 16383 rows and columns with their padding, got ", in[d],
+        " and twice ", stage.padding[d], "; use another backend");
+  TORCH_CHECK_VALUE(
+      (128 / fewest + 2) * pixels * channels < int64_t{1} << 31 && batch * pixels <= 1 << 30,
+      "resnet_fused's CUDA kernels count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 values an image, "
+      "got ",
+      batch, " images of ", channels, "x", in[0], "x", in[1], "; use smaller batches or another backend");
+}
+
 }  // namespace
 
 Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
@@ -65,18 +80,7 @@ Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
     for (int d = 0; d < 2; ++d)
       out[d] = (in[d] + 2 * stage.padding[d] - stage.dilation[d] * (w.size(2 + d) - 1) - 1) / stage.stride[d] + 1;
     sizes.push_back(out);
-    // rows and columns of a picture are counted in 14 bits, an image's values and all pixels in 31
-    for (int d = 0; d < 2; ++d)
-      TORCH_CHECK_VALUE(
-          in[d] + 2 * stage.padding[d] < (1 << 14),
-          "resnet_fused's CUDA kernels take pictures of up to 16383 rows and ",
-          "columns with their padding, convolution ", i, " has ", in[d], " + 2 * ", stage.padding[d]);
-    const int64_t channels = std::max(w.size(0), w.size(1) * stage.groups);
-    TORCH_CHECK_VALUE(
-        std::max(in[0] * in[1], out[0] * out[1]) * channels <= 1 << 29 &&
-            x.size(0) * std::max(in[0] * in[1], out[0] * out[1]) <= 1 << 30,
-        "resnet_fused's CUDA kernels count tiles in 32 bits: up to 2^29 values an image and 2^30 pixels a batch, ",
-        "convolution ", i, " has ", channels, " channels of ", in[0], "x", in[1], " in a batch of ", x.size(0));
+    check_size(x.size(0), std::max(w.size(0), w.size(1) * stage.groups), in, out, stage);
   }
 }
 
@@ -105,14 +109,7 @@ at::Tensor Block::activation(int64_t channels, Size size) const {
 at::Tensor Block::filled_later(at::IntArrayRef shape, at::ScalarType type) const {
   return at::empty(shape, x.options().dtype(type), at::MemoryFormat::Contiguous);
 }
-float* Block::new_table(int64_t channels) {
-  return plan.keep(filled_later({kTableRows, channels}, at::kFloat)).mutable_data_ptr<float>();
-}
 
-Vector Block::vector(const std::optional<at::Tensor>& t) {
-  if (!t) return {};
-  return {plan.keep(t->contiguous()).const_data_ptr(), scalar_of(*t), 1};
-}
 Vector Block::scale(const std::optional<at::Tensor>& t) {
   Vector v = vector(t);
   v.stride = t && t->numel() > 1 ? 1 : 0;
@@ -143,14 +140,6 @@ float* Block::table(int64_t norm) {
   return tables_[norm].mutable_data_ptr<float>();
 }
 
-Operand Block::operand(const at::Tensor& u) {
-  Operand o;
-  o.x = plan.keep(u).const_data_ptr();
-  o.channels = static_cast<int>(u.size(1));
-  o.wide = u.size(1) % 8 == 0 && aligned(o.x);
-  return o;
-}
-
 Input Block::source(int64_t conv) {
   Input in{operand(input(conv)), input(conv), input_size(conv)};
   const int64_t n = input_norm(conv);
@@ -163,40 +152,13 @@ Input Block::source(int64_t conv) {
   return in;
 }
 
-bool only_stores(const Epilogue& e) {
-  return e.residual == nullptr && !e.relu && e.mask == Mask::none && e.reduce == Reduce::none &&
-         e.factor.data == nullptr && e.norm.mean.data == nullptr && e.dx == nullptr && e.bits == nullptr;
-}
-
 // --- phases ----------------------------------------------------------------------------------------------------------
 
 void Block::write_tables(const std::vector<int64_t>& norms) {
   for (const int64_t n : norms) write_table(n, norm(n));
 }
 
-void Block::write_table(int64_t norm, const Norm& of) {
-  Phase phase;
-  phase.kind = Kind::table;
-  phase.table = Table();
-  phase.table.norm = of;
-  phase.table.table = table(norm);
-  phase.table.channels = static_cast<int>(norm_channels(norm));
-  plan.add(phase, ceil_div(phase.table.channels, kThreads));
-}
-
-void Block::complete(Epilogue& e, const at::Tensor& out, int64_t channels, int64_t pixels, int64_t blocks) {
-  e.channels = static_cast<int>(channels);
-  if (out.defined()) e.out = plan.keep(out).mutable_data_ptr();
-  e.wide = channels % 8 == 0;
-  for (const void* p : {static_cast<const void*>(e.out), e.residual, e.y, e.s, static_cast<const void*>(e.dx)})
-    e.wide = e.wide && aligned(p);
-  if (e.mask == Mask::by_out) e.wide = e.wide && aligned(e.mask_by);
-  if (e.reduce == Reduce::none) return;
-  const int64_t lanes = std::max<int64_t>(1, plan.most_workers() / std::min<int64_t>(blocks, plan.most_workers()));
-  e.reduction.partials = plan.keep(filled_later({lanes, 3, channels}, at::kDouble)).mutable_data_ptr<double>();
-  e.reduction.tickets = plan.tickets(blocks);
-  e.reduction.rows = static_cast<double>(pixels);
-}
+void Block::write_table(int64_t norm, const Norm& of) { add_table(plan, of, table(norm), norm_channels(norm)); }
 
 Geometry Block::geometry(int64_t conv) const {
   const Stage& stage = spec.convs[conv];
@@ -260,7 +222,8 @@ void Block::convolution_phase(
   c.transposed = transposed;
   c.tf32 = spec.how.tf32;
   const int64_t blocks = ceil_div(channels, 64);
-  complete(epilogue, result, channels, pixels(size), blocks);
+  epilogue.out = plan.keep(result).mutable_data_ptr();
+  complete(plan, epilogue, channels, pixels(size), blocks);
   c.epilogue = epilogue;
   choose_stages(plan, phase, c.stages);
   plan.add(phase, blocks * c.class_tiles * c.classes[0] * c.classes[1]);
@@ -356,7 +319,7 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
   const int64_t splits = std::min(plan.most_workers() / tiles, pixels(sizes[conv]) / (8 * depth));
   g.splits = static_cast<int>(std::max<int64_t>(1, splits));
   if (g.splits > 1) {
-    g.partials = plan.keep(filled_later({g.splits, w.numel()}, at::kFloat)).mutable_data_ptr<float>();
+    g.partials = plan.scratch<float>(g.splits * w.numel());
     g.tickets = plan.tickets(tiles);
   }
   choose_stages(plan, phase, g.stages);
@@ -364,19 +327,8 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
   return dw;
 }
 
-void Block::pass(const Input& input, Epilogue epilogue) {
-  Phase phase;
-  phase.kind = Kind::pointwise;
-  phase.pointwise = Pointwise();
-  Pointwise& p = phase.pointwise;
-  p.source = input.operand;
-  p.pixels = pixels(input.size);
-  const int64_t packs = ceil_div(input.operand.channels, 8);
-  while (p.packs_log2 < 4 && (1 << p.packs_log2) < packs) ++p.packs_log2;
-  const int64_t blocks = ceil_div(packs, 1 << p.packs_log2);
-  complete(epilogue, {}, input.operand.channels, p.pixels, blocks);
-  p.epilogue = epilogue;
-  plan.add(phase, blocks * ceil_div(p.pixels, 2 * (kThreads >> p.packs_log2)));
+void Block::pass(const Input& input, const Epilogue& epilogue) {
+  add_pass(plan, input.operand, pixels(input.size), epilogue);
 }
 
 Input Block::materialize(const Input& input) {

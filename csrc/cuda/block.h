@@ -7,6 +7,7 @@
 
 #include "../block_spec.h"
 #include "../block_tensors.h"
+#include "pass.h"
 #include "plan.h"
 
 namespace resnet_fused::cuda {
@@ -57,18 +58,16 @@ class Block {
 
   at::Tensor activation(int64_t channels, Size size) const;
   at::Tensor filled_later(at::IntArrayRef shape, at::ScalarType type) const;
-  float* new_table(int64_t channels);
+  float* new_table(int64_t channels) { return plan.scratch<float>(kTableRows * channels); }
 
-  Vector vector(const std::optional<at::Tensor>& t);
+  Vector vector(const std::optional<at::Tensor>& t) { return vector_of(plan, t); }
   Vector scale(const std::optional<at::Tensor>& t);
   Norm norm(int64_t stage);
   float* table(int64_t norm);
 
-  Operand operand(const at::Tensor& u);
+  Operand operand(const at::Tensor& u) { return operand_of(plan, u); }
   Input input_of(const at::Tensor& u) { return {operand(u), u, {u.size(2), u.size(3)}}; }
   Product product(int64_t conv, const Input& source, bool transposed);
-  // Completes an epilogue that writes `out` (may be undefined) over [pixels, channels].
-  void complete(Epilogue& e, const at::Tensor& out, int64_t channels, int64_t pixels, int64_t blocks);
   // P of a convolution, as its prologue makes it from what is stored.
   Input source(int64_t conv);
 
@@ -82,7 +81,7 @@ class Block {
   at::Tensor data_gradient(int64_t conv, const Input& dy, Epilogue epilogue);
   at::Tensor weight_gradient(int64_t conv, const Input& dy);
   // A pass over `input`, whose results the epilogue stores.
-  void pass(const Input& input, Epilogue epilogue);
+  void pass(const Input& input, const Epilogue& epilogue);
   // The operand as a tensor of its own.
   Input materialize(const Input& input);
 
@@ -95,8 +94,5 @@ class Block {
   std::vector<at::Tensor> tables_;
   int64_t norm_channels(int64_t norm) const;
 };
-
-// Whether nothing but storing is left to an epilogue.
-bool only_stores(const Epilogue& e);
 
 }  // namespace resnet_fused::cuda

@@ -64,8 +64,10 @@ const char* resident_workers(int device, Scalar type, int shared, int* workers) 
   const Kernel k = kernel(type);
   const Current current(device);
   if (current.status != cudaSuccess) return explain(k.name, current.status);
-  cudaError_t status = cudaFuncSetAttribute(k.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-  int each = 0, processors = 0;
+  // All that a worker may have, for good: another thread's launch may need more than this one.
+  int most = 0, each = 0, processors = 0;
+  cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(k.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (status == cudaSuccess) status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, k.entry, kThreads, shared);
   if (status == cudaSuccess) status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   *workers = each * processors;
@@ -77,18 +79,11 @@ const char* launch(
   const Kernel k = kernel(type);
   const Current current(device);
   if (current.status != cudaSuccess) return explain(k.name, current.status);
-  // a smaller launch must not lower what a larger one, in another thread, has just asked for
-  cudaError_t status = cudaSuccess;
-  cudaFuncAttributes attributes{};
-  status = cudaFuncGetAttributes(&attributes, k.entry);
-  if (status == cudaSuccess && attributes.maxDynamicSharedSizeBytes < shared)
-    status = cudaFuncSetAttribute(k.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   void* arguments[] = {const_cast<Program*>(program)};
   const dim3 grid(static_cast<unsigned>(workers)), block(kThreads);
-  if (status == cudaSuccess)
-    status = cooperative ? cudaLaunchCooperativeKernel(
-                               k.entry, grid, block, arguments, shared, static_cast<cudaStream_t>(stream))
-                         : cudaLaunchKernel(k.entry, grid, block, arguments, shared, static_cast<cudaStream_t>(stream));
+  const auto start = cooperative ? cudaLaunchCooperativeKernel : cudaLaunchKernel;
+  const cudaError_t status =
+      start(k.entry, grid, block, arguments, static_cast<size_t>(shared), static_cast<cudaStream_t>(stream));
   return explain(
       std::string(k.name) + " (" + phases(*program) + ") on " + std::to_string(workers) + " workers with " +
           std::to_string(shared) + " bytes of shared memory",

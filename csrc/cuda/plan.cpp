@@ -7,6 +7,7 @@
 #include <atomic>
 #include <map>
 #include <mutex>
+#include <tuple>
 
 namespace resnet_fused::cuda {
 namespace {
@@ -59,6 +60,21 @@ Device describe(const Launcher& launcher, int index) {
     found = known.emplace(index, device).first;
   }
   return found->second;
+}
+
+int resident_workers(const Launcher& launcher, int device, Scalar type, int shared) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Scalar, int>, int> known;
+  int workers = 0;
+  if (&launcher == emulator.load()) {
+    check(launcher.resident_workers(device, type, shared, &workers));
+    return workers;
+  }
+  const std::lock_guard lock(mutex);
+  const auto found = known.find({device, type, shared});
+  if (found != known.end()) return found->second;
+  check(launcher.resident_workers(device, type, shared, &workers));
+  return known[{device, type, shared}] = workers;
 }
 
 }  // namespace
@@ -123,6 +139,10 @@ int32_t* Plan::tickets(int64_t count) {
   return workspace_.mutable_data_ptr<int32_t>() + 2 * kHeader + used_ - count;
 }
 
+void* Plan::allocate(int64_t bytes) {
+  return keep(at::empty({bytes}, like_.options().dtype(at::kByte), at::MemoryFormat::Contiguous)).mutable_data_ptr();
+}
+
 void Plan::add(Phase phase, int64_t items) {
   phase.barrier = barrier_ && !phases_.empty();
   barrier_ = false;
@@ -147,8 +167,7 @@ void Plan::launch() {
   TORCH_CHECK(
       shared <= device_.shared_worker, "resnet_fused: a phase needs ", shared, " bytes of shared memory, device ",
       index_, " has ", device_.shared_worker);
-  int resident = 0;
-  check(launcher_->resident_workers(index_, type_, shared, &resident));
+  const int resident = resident_workers(*launcher_, index_, type_, shared);
   const int64_t items = *std::max_element(items_.begin(), items_.end());
   const auto workers = static_cast<int>(std::min<int64_t>({resident, most_workers(), std::max<int64_t>(items, 1)}));
   TORCH_CHECK(workers > 0, "resnet_fused: no worker with ", shared, " bytes of shared memory fits device ", index_);

@@ -33,6 +33,11 @@ class Plan {
   const void* zero();
   // `count` counters at zero, which whoever uses them leaves at zero.
   int32_t* tickets(int64_t count);
+  // Memory for `count` values, which lives until its phases have been launched.
+  template <class V>
+  V* scratch(int64_t count) {
+    return static_cast<V*>(allocate(count * static_cast<int64_t>(sizeof(V))));
+  }
   // The tensor lives until its phases have been launched.
   at::Tensor keep(at::Tensor t) {
     kept_.push_back(t);
@@ -48,6 +53,7 @@ class Plan {
 
  private:
   at::Tensor workspace();
+  void* allocate(int64_t bytes);
 
   const Launcher* launcher_;
   Device device_;

@@ -408,7 +408,8 @@ std::optional<at::Tensor> chain(Block& block, const Epilogue& epilogue, const st
     c.epilogue.residual = nullptr;
     c.epilogue.second_bias = block.vector(block.tensors.biases[s]);
   }
-  block.complete(c.epilogue, out, block.width(last), 0, 1);
+  c.epilogue.out = out.mutable_data_ptr();
+  complete(block.plan, c.epilogue, block.width(last), 0, 1);
   block.plan.add(phase, items);
   return out;
 }

@@ -170,13 +170,14 @@ struct Pointwise {
   Epilogue epilogue;
 };
 
-// The table of a norm whose statistics are known before the launch, or of a gradient whose sums are.
+// The table of a norm whose statistics are known before the launch, or of the gradient that goes through it.
 struct Table {
   Norm norm;
   float* table = nullptr;
-  const double* sums = nullptr;  // [2, channels]: the table is a gradient's
+  const double* sums = nullptr;  // [2, channels], where the gradient goes through the statistics, too
   double rows = 0;               // values a channel behind the sums
   int32_t channels = 0;
+  bool gradient = false;
 };
 
 // Evaluation: a whole block for one tile of result pixels, everything between its convolutions on the chip.

@@ -225,10 +225,12 @@ NOINLINE_DEVICE void write_table() {
   const Table& t = current_phase().table;
   for (int c = worker_index() * kThreads + thread_index(); c < t.channels; c += worker_count() * kThreads) {
     const Affine a = affine(t.norm, c);
-    if (t.sums == nullptr)
-      store_norm_table(t.table, c, t.channels, a);
+    const bool batch = t.sums != nullptr;
+    if (t.gradient)
+      store_gradient_table(
+          t.table, c, t.channels, a, 1.0, batch ? t.sums[c] : 0.0, batch ? t.sums[t.channels + c] : 0.0, t.rows, batch);
     else
-      store_gradient_table(t.table, c, t.channels, a, 1.0, t.sums[c], t.sums[t.channels + c], t.rows, true);
+      store_norm_table(t.table, c, t.channels, a);
   }
 }
 
