@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,13 +29,16 @@ COUNTER = re.compile(r"(ATOM|RED)[GS]?\.(E\.)?ADD(\.64|\.[SU]32|\.STRONG|\.GPU)*
 
 @dataclass
 class Code:
-    """The instructions of a kernel by name; where its matrix products and accesses to local memory are, and its loops.
+    """The instructions of a kernel by name; where its matrix products, its copies and loads of 16 bytes and its accesses to
+    local memory are, and its loops.
 
     Addresses are in bytes; a loop is from the target of a branch backwards to the branch.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
     products: list[int] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)
+    loads: list[int] = field(default_factory=list)
     local: list[int] = field(default_factory=list)
     loops: list[tuple[int, int]] = field(default_factory=list)
 
@@ -43,6 +46,10 @@ class Code:
         self.instructions[name] += 1
         if name.startswith("HMMA"):
             self.products.append(address)
+        elif name.startswith("LDGSTS"):
+            self.copies.append(address)
+        elif name.startswith("LDG") and ".128" in name:
+            self.loads.append(address)
         elif name.startswith(("LDL", "STL")):
             self.local.append(address)
         elif name.startswith("BRA") and (target := TARGET.search(operands)) and int(target[1], 16) < address:
@@ -76,10 +83,26 @@ class Kernel:
 
     @property
     def spills_in_products(self) -> int:
-        """Accesses to local memory in the innermost loops that multiply: spills that cost at every step."""
-        loops = {(a, z) for a, z in self.code.loops if any(a <= product <= z for product in self.code.products)}
+        """Accesses to local memory in the innermost loops that multiply."""
+        return self._spills(self.code.products)
+
+    @property
+    def spills_in_steps(self) -> int:
+        """Most of them in one of the innermost loops that copy operands and multiply: a step of a product."""
+        return self._spills(self.code.products, self.code.copies)
+
+    @property
+    def spills_in_passes(self) -> int:
+        """Most of them in one of the innermost loops that load 16 bytes a thread, and do not multiply."""
+        return self._spills(self.code.loads, but=self.code.products)
+
+    def _spills(self, *holds: list[int], but: Sequence[int] = ()) -> int:
+        def within(loop: tuple[int, int], addresses: Sequence[int]) -> int:
+            return sum(loop[0] <= address <= loop[1] for address in addresses)
+
+        loops = {loop for loop in self.code.loops if all(within(loop, each) for each in holds)}
         inner = [(a, z) for a, z in loops if not any(a <= b and y <= z for b, y in loops - {(a, z)})]
-        return sum(a <= address <= z for a, z in inner for address in self.code.local)
+        return max((within(loop, self.code.local) for loop in inner if not within(loop, but)), default=0)
 
 
 def find_cuobjdump() -> Path | None:
@@ -151,12 +174,12 @@ def _lines(cuobjdump: Path, what: str, binary: Path) -> Iterator[str]:
 
 def markdown(kernels: Iterable[Kernel]) -> str:
     rows = [
-        "| kernel | sm | registers | stack | shared | instructions | HMMA | LDSM | LDGSTS | LDL, STL | in HMMA loops |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | sm | registers | stack | shared | instructions | HMMA | LDSM | LDGSTS | LDL, STL | in products | in steps | in passes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in kernels:
         counts = (k.code.instructions.total(), k.count("HMMA"), k.count("LDSM"), k.count("LDGSTS"))
-        local = (k.count("LDL", "STL"), k.spills_in_products)
+        local = (k.count("LDL", "STL"), k.spills_in_products, k.spills_in_steps, k.spills_in_passes)
         cells = (f"`{short(k.name)}`", k.arch, k.registers, k.stack + k.local, k.shared, *counts, *local)
         rows.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(rows)

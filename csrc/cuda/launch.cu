@@ -81,9 +81,10 @@ const char* launch(
   if (current.status != cudaSuccess) return explain(k.name, current.status);
   void* arguments[] = {const_cast<Program*>(program)};
   const dim3 grid(static_cast<unsigned>(workers)), block(kThreads);
-  const auto start = cooperative ? cudaLaunchCooperativeKernel : cudaLaunchKernel;
-  const cudaError_t status =
-      start(k.entry, grid, block, arguments, static_cast<size_t>(shared), static_cast<cudaStream_t>(stream));
+  const auto bytes = static_cast<size_t>(shared);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const cudaError_t status = cooperative ? cudaLaunchCooperativeKernel(k.entry, grid, block, arguments, bytes, on)
+                                         : cudaLaunchKernel(k.entry, grid, block, arguments, bytes, on);
   return explain(
       std::string(k.name) + " (" + phases(*program) + ") on " + std::to_string(workers) + " workers with " +
           std::to_string(shared) + " bytes of shared memory",
