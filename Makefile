@@ -49,24 +49,43 @@ bench: $(READY)
 	$(RUN) -m pytest benches/blocks.py
 	$(RUN) benches/model.py
 
-# Compiling kernels takes most of the tests' time, so they run in parts side by side; what counts launches or needs most
-# of the memory follows alone. A kernel that hangs must not hold up the rest.
+# Compiling Triton's kernels takes most of the tests' time, so they run in parts side by side; what counts launches or
+# needs most of the memory follows alone, then small blocks of the native kernels under compute-sanitizer, where there is
+# one. A kernel that hangs must not hold up the rest.
 OUT ?= benches/results
 GPU_MINUTES ?= 5
 GPU_RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" timeout
 GPU_PYTHON := $(or $(PYTHON),python3)
 GPU_TESTS := $(GPU_PYTHON) -m pytest tests/test_gpu.py -m gpu -rf --no-header -k
 GPU_ALONE := one_launch or int32
-GPU_FAMILY = $(foreach mode,single phased,$(foreach kind,ieee tf32 fp16 bf16,"family_in_$(1) and $(mode) and $(kind)"))
-GPU_PARTS := $(call GPU_FAMILY,training) $(foreach size,56x56 28x28 14x14 7x7,"resnet50 and $(size)") \
-  "not family and not resnet50 and not $(GPU_ALONE:or=and not)" $(call GPU_FAMILY,evaluation)
+GPU_REST := not family and not resnet50 and not $(GPU_ALONE:or=and not)
+GPU_FAMILY = $(foreach mode,single phased,$(foreach kind,ieee tf32 fp16 bf16,\
+  "triton and family_in_$(1) and $(mode) and $(kind)"))
+GPU_NATIVE := "native and family_in_training" "native and family_in_evaluation" \
+  $(foreach mode,single phased,"native and resnet50 and $(mode)") "native and $(GPU_REST)"
+GPU_PARTS := $(call GPU_FAMILY,training) $(foreach size,56x56 28x28 14x14 7x7,"triton and resnet50 and $(size)") \
+  "triton and $(GPU_REST)" $(GPU_NATIVE) $(call GPU_FAMILY,evaluation)
+GPU_SANITIZER := compute-sanitizer --kernel-regex kns=run_phases --error-exitcode 1 --tool
+GPU_HAS_NATIVE := $(GPU_PYTHON) -c 'from resnet_fused import operators; exit(operators.build_info()["cuda"] == "no")'
+
+# for the GPUs at hand alone, unless told otherwise
+GPU_ARCHS = RESNET_FUSED_ARCHS="$${RESNET_FUSED_ARCHS-$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+  | tr -d . | sort -u | paste -sd,)}"
 
 gpu:
-	$(GPU_PYTHON) setup.py -q build_ext --inplace
+	$(GPU_ARCHS) $(GPU_PYTHON) setup.py -q build_ext --inplace
 	test -e resnet_fused/triton_kernels || ln -s ../triton_kernels resnet_fused/triton_kernels
 	failed=0; \
 	printf '%s\n' $(GPU_PARTS) | $(GPU_RUN) 300 xargs -d '\n' -P "$$(nproc)" -I{} $(GPU_TESTS) {} || failed=1; \
 	$(GPU_RUN) 200 $(GPU_TESTS) "$(GPU_ALONE)" || failed=1; \
+	if ! command -v compute-sanitizer > /dev/null; then \
+	  echo "compute-sanitizer is not on PATH: memcheck, racecheck and synccheck are left out"; \
+	elif ! $(GPU_RUN) 60 $(GPU_HAS_NATIVE); then \
+	  echo "the extension was built without CUDA kernels: compute-sanitizer has none to check"; \
+	else for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU_RUN) 150 $(GPU_SANITIZER) $$tool $(GPU_TESTS) "native and sanitizer" \
+	  || { echo "compute-sanitizer $$tool failed"; failed=1; }; \
+	done; fi; \
 	$(GPU_RUN) $$(($(GPU_MINUTES) * 60 + 120)) $(GPU_PYTHON) benches/gpu.py --minutes $(GPU_MINUTES) --out $(OUT) \
 	|| failed=1; \
 	exit $$failed

@@ -103,7 +103,8 @@ def nvcc_command(nvcc: Nvcc, archs: Sequence[int]) -> list[str]:
     """Machine code for each architecture, and PTX of the newest for those that come after it."""
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     newest = max(archs)
-    return [nvcc.path, *NVCC_FLAGS, *code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    told = f'-DRESNET_FUSED_ARCHITECTURES="{", ".join(map(str, archs))} + PTX"'
+    return [nvcc.path, *NVCC_FLAGS, told, *code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def compile_cuda(nvcc: Nvcc, archs: Sequence[int], sources: Sequence[Path], folder: Path) -> list[str]:
@@ -146,11 +147,6 @@ class BuildWithCuda(BuildExtension):
             extension.extra_objects += compile_cuda(nvcc, archs, sources, Path("build", "cuda"))
             extension.library_dirs += nvcc.library_dirs
             extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
-            release = found(r"(\d+\.\d+)", nvcc.version)
-            extension.define_macros += [
-                ("RESNET_FUSED_CUDA", f'"{release}"'),
-                ("RESNET_FUSED_CUDA_ARCHITECTURES", f'"{", ".join(map(str, archs))} + PTX"'),
-            ]
         else:
             print(f"the kernels of csrc/cuda are left out: no nvcc {OLDEST} or newer, or {ARCHS}=none")
         super().build_extensions()

@@ -1,4 +1,4 @@
-"""ResNet-50 on a GPU: each kind of block and the whole network, every way to run them, in turns.
+"""ResNet-50 on a GPU: each kind of block, the whole network and passes alone, every way to run them, in turns.
 
     python benches/gpu.py --minutes 5
     python benches/gpu.py --dry-run  # the same paths on the CPU, in Triton's interpreter: tiny, says nothing of speed
@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import adapters, functional, fuse, models, named_models, triton_kernels, tune
+from resnet_fused import adapters, functional, fuse, how, models, named_models, triton_kernels, tune
+from resnet_fused.backends import native
 from resnet_fused.block import BlockModules, StageModules, describe
 from resnet_fused.info import extension, machine
 from resnet_fused.spec import BlockSpec, StageSpec
@@ -44,12 +45,23 @@ from resnet_fused.triton_kernels import chips, policies, resnet50
 PEER = "eager"
 BENCHMARKED = "eager, cudnn.benchmark"
 FUSED = {
-    "triton single": ("single", "none"),
-    "triton phased": ("phased", "none"),
-    "triton hybrid": ("phased", "spatial"),
+    f"{backend} {name}": (backend, *way)
+    for backend in ("native", "triton")
+    for name, way in {
+        "single": ("single", "none"),
+        "phased": ("phased", "none"),
+        "hybrid": ("phased", "spatial"),
+    }.items()
 }
-COMPILED = {"torch.compile": None, "torch.compile, max-autotune": "max-autotune"}
-NETWORKS = ("fused auto", "fused triton")
+GRAPH = ", CUDA graph"
+COMPILED = {
+    "torch.compile": None,
+    f"torch.compile{GRAPH}": "reduce-overhead",
+    "torch.compile, max-autotune": "max-autotune",
+}
+NETWORKS = {"fused auto": "auto", "fused native": "native", "fused triton": "triton"}
+GRAPHED = ("fused auto", f"fused auto{GRAPH}", "torch.compile", f"torch.compile{GRAPH}")
+PASS = "batch_norm_act"
 DIRECTIONS = {"forward": ("forward",), "training": ("forward", "backward"), "evaluation": ("infer",)}
 FLUSHED = 256 << 20  # bytes: more than any L2
 LAST = torch.channels_last
@@ -60,16 +72,61 @@ NETWORK = "resnet50"
 
 
 @dataclass(frozen=True)
+class PassShape:
+    channels: int
+    size: tuple[int, int]
+    residual: bool
+
+    def __str__(self) -> str:
+        return f"bn{' + residual' if self.residual else ''} + ReLU, {self.channels}x{self.size[0]}x{self.size[1]}"
+
+    def bytes(self, direction: str, batch: int) -> float:
+        """What the fused passes must move: 16-bit activations, and a mask of one bit a value that training keeps.
+
+        Statistics read x; normalising reads x and the residual and writes the output. Backward reads dout, x and the
+        mask for its sums, and again to write the gradients of x and of the residual.
+        """
+        values = batch * self.channels * self.size[0] * self.size[1]
+        evaluation, forward, backward = 2 + self.residual, 3 + self.residual, 5 + self.residual
+        if direction == "evaluation":
+            return 2 * values * evaluation
+        both = direction == "training"
+        return values * (2 * (forward + both * backward) + (1 + 2 * both) / 8)
+
+
+@dataclass(frozen=True)
 class Setting:
+    """backends: those that can run here."""
+
     device: str
     dry: bool
     batches: tuple[int, ...]
     image: int
+    backends: tuple[str, ...] = ("native", "triton")
 
     @property
     def main_batch(self) -> int:
         """Comes first, and has its launches counted, which hardly depend on the batch."""
         return 32 if 32 in self.batches else self.batches[0]
+
+    @property
+    def small_batches(self) -> tuple[int, ...]:
+        """Where launches take most of an evaluation's time."""
+        return self.batches if self.dry else (1, 8)
+
+    def fused(self) -> list[str]:
+        return [name for name, (backend, *_) in FUSED.items() if backend in self.backends]
+
+    def networks(self) -> list[str]:
+        return [name for name, backend in NETWORKS.items() if backend in ("auto", *self.backends)]
+
+    def passes(self) -> dict[str, PassShape]:
+        """The two kinds of normalisation that a ResNet has, on its largest activations; none without their kernels."""
+        if "native" not in self.backends:
+            return {}
+        sizes = [(16, 4)] if self.dry else [(64, 56), (256, 56), (1024, 14)]
+        each = [PassShape(c, (size, size), residual) for c, size in sizes for residual in (False, True)]
+        return {str(shape): shape for shape in each}
 
     def shapes(self) -> dict[str, resnet50.BlockShape]:
         if not self.dry:
@@ -91,7 +148,7 @@ class Figures:
     samples: list[Sample] = field(default_factory=list)
     peak_bytes: int | None = None
     kernels: int | None = None
-    triton_launches: int | None = None
+    own_launches: int | None = None
 
 
 # --- one timing ------------------------------------------------------------------------------------------------------
@@ -167,11 +224,11 @@ class BlockWork:
         if contestant not in FUSED:
             return self.module
         params, spec = describe(self.parts, "default")
-        mode, library = FUSED[contestant]
+        backend, mode, library = FUSED[contestant]
 
         def fused(x: Tensor) -> Tensor:
             with _forced(mode, library):
-                return functional.residual_block(x, params, spec, backend="triton")
+                return functional.residual_block(x, params, spec, backend=backend)
 
         return fused
 
@@ -179,7 +236,9 @@ class BlockWork:
 class NetworkWork:
     """ResNet-50 under bfloat16 autocast, float32 weights. Training: forward and backward of the cross entropy."""
 
-    def __init__(self, batch: int, setting: Setting) -> None:
+    def __init__(self, batch: int, setting: Setting, tuned: set[tuple[int, str]]) -> None:
+        """tuned: batches and directions for which somebody has called `tune` already."""
+        self.batch, self.tuned = batch, tuned
         torch.manual_seed(0)
         model = _tiny_network() if setting.dry else models.resnet50(fused=False)
         self.model = model.to(setting.device, memory_format=LAST)  # type: ignore[call-overload]
@@ -191,10 +250,12 @@ class NetworkWork:
 
     def step(self, contestant: str, direction: str) -> Step:
         model = copy.deepcopy(self.model).train(direction != "evaluation")
-        if contestant in NETWORKS:
-            fuse(model, backend="triton" if contestant == "fused triton" else "auto")
-        if contestant == "fused auto" and not self.dry:  # which follows what was measured, and nothing else
-            with torch.autocast(self.x.device.type, DTYPE):
+        backend = NETWORKS.get(contestant.removesuffix(GRAPH))
+        if backend is not None:
+            fuse(model, backend=backend)
+        if backend == "auto" and not self.dry and (self.batch, direction) not in self.tuned:
+            self.tuned.add((self.batch, direction))
+            with torch.autocast(self.x.device.type, DTYPE):  # auto follows what was measured, and nothing else
                 tune(model, self.x)
         run = _compiled(model, contestant, self.dry) if contestant in COMPILED else model
 
@@ -206,7 +267,65 @@ class NetworkWork:
             model.zero_grad(set_to_none=True)
             loss().backward()
 
-        return train if direction == "training" else torch.no_grad()(loss)
+        if direction == "training":
+            return train
+        evaluate = torch.no_grad()(loss)
+        return _captured(evaluate) if backend and contestant.endswith(GRAPH) and not self.dry else evaluate
+
+
+class PassWork:
+    """act(bn(x) + residual) in bfloat16, channels_last, the norm in float32."""
+
+    def __init__(self, shape: PassShape, batch: int, setting: Setting) -> None:
+        torch.manual_seed(0)
+        self.bn = nn.BatchNorm2d(shape.channels, device=setting.device)
+
+        def activation() -> Tensor:
+            t = torch.randn(batch, shape.channels, *shape.size, device=setting.device)
+            return t.to(DTYPE).contiguous(memory_format=LAST)
+
+        self.x, self.dout, self.dry = activation().requires_grad_(), activation(), setting.dry
+        self.residual = activation().requires_grad_() if shape.residual else None
+
+    def step(self, contestant: str, direction: str) -> Step:
+        self.bn.train(direction != "evaluation")
+        x, bn, residual = self.x, self.bn, self.residual
+
+        def plain() -> Tensor:
+            y = bn(x)
+            return F.relu(y if residual is None else y + residual)
+
+        def fused() -> Tensor:
+            return functional.batch_norm_act(x, bn, residual=residual, backend="native")
+
+        call = fused if contestant == PASS else plain
+        if contestant in COMPILED:
+            call = _compiled(plain, contestant, self.dry)
+        if direction == "evaluation":
+            return torch.no_grad()(call)
+        if direction == "forward":
+            return call
+        leaves = [t for t in (x, residual, *bn.parameters()) if t is not None]
+        return lambda: torch.autograd.grad(call(), leaves, self.dout)
+
+
+def _captured(step: Step) -> Step:
+    """The step as a CUDA graph; its results stay where they were captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def _modules(shape: resnet50.BlockShape) -> tuple[nn.Module, BlockModules]:
@@ -232,7 +351,7 @@ def _tiny_network() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def _compiled(module: nn.Module, contestant: str, dry: bool) -> Any:
+def _compiled(module: nn.Module | Step, contestant: str, dry: bool) -> Any:
     if dry:
         return torch.compile(module, dynamic=False, backend="aot_eager")  # a dry run compiles no C++
     return torch.compile(module, dynamic=False, mode=COMPILED[contestant])
@@ -242,9 +361,9 @@ def _compiled(module: nn.Module, contestant: str, dry: bool) -> Any:
 def _forced(mode: str | None, library: str | None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if mode is not None:
-            stack.enter_context(policies.launch_mode(mode))  # type: ignore[arg-type]
+            stack.enter_context(how.launch_mode(mode))  # type: ignore[arg-type]
         if library is not None:
-            stack.enter_context(policies.library_convolutions(library))  # type: ignore[arg-type]
+            stack.enter_context(how.library_convolutions(library))  # type: ignore[arg-type]
         yield
 
 
@@ -258,7 +377,8 @@ class Desk:
         if setting.dry:
             torch.set_num_threads(1)
         self.setting, self.clock = setting, Clock(setting.device)
-        self.work: tuple[Key, BlockWork | NetworkWork] | None = None
+        self.work: tuple[Key, BlockWork | NetworkWork | PassWork] | None = None
+        self.tuned: set[tuple[int, str]] = set()
         self.steps: dict[str, Step] = {}
 
     def __call__(self, method: str, *args: Any) -> Any:
@@ -267,10 +387,16 @@ class Desk:
     def open(self, key: Key, contestant: str, direction: str) -> None:
         if self.work is None or self.work[0] != key:
             self.close()
-            name, batch = key
-            made = NetworkWork(batch, self.setting) if name == NETWORK else None
-            self.work = (key, made or BlockWork(self.setting.shapes()[name], batch, self.setting))
+            self.work = key, self._made(*key)
         self.steps[contestant] = self.work[1].step(contestant, direction)
+
+    def _made(self, name: str, batch: int) -> BlockWork | NetworkWork | PassWork:
+        if name == NETWORK:
+            return NetworkWork(batch, self.setting, self.tuned)
+        passes = self.setting.passes()
+        if name in passes:
+            return PassWork(passes[name], batch, self.setting)
+        return BlockWork(self.setting.shapes()[name], batch, self.setting)
 
     def warm(self, contestant: str) -> None:
         """Compiles, searches and allocates what the first calls do."""
@@ -293,7 +419,7 @@ class Desk:
         return torch.cuda.max_memory_allocated() - before
 
     def launches(self, contestant: str) -> tuple[int, int]:
-        """(kernels, launches of the Triton kernel)"""
+        """(kernels, launches of our own)"""
         activity = torch.profiler.ProfilerActivity.CUDA if self.clock.cuda else torch.profiler.ProfilerActivity.CPU
         with torch.profiler.profile(activities=[activity]) as profile:
             self.steps[contestant]()
@@ -397,7 +523,7 @@ class Bench:
     def run(self, key: Key, direction: str, contestants: Sequence[str], tier: str) -> None:
         """One group: these contestants in turns with eager."""
         title = f"{key[0]}, batch {key[1]}, {direction}"
-        kind = (tier, key[0] == NETWORK)
+        kind = (tier, key[0] == NETWORK, key[0] in self.setting.passes())
         if not self.budget.affords(kind):
             self.dropped.append(f"{title}: {', '.join(contestants)}")
             return
@@ -418,7 +544,7 @@ class Bench:
                 if key[0] == NETWORK and (peak := self._guarded(what, desk, "peak", name)):
                     figures[name].peak_bytes = peak[0]
                 if key[1] == self.setting.main_batch and (seen := self._guarded(what, desk, "launches", name)):
-                    figures[name].kernels, figures[name].triton_launches = seen[0]
+                    figures[name].kernels, figures[name].own_launches = seen[0]
         names, rounds, turn, start = list(figures), 1, 0, time.monotonic()
         while turn < rounds and names:
             first = turn % len(names)
@@ -458,7 +584,7 @@ def _text(error: BaseException) -> str:
 def precompile(setting: Setting, seconds: float) -> dict[str, float]:
     """Fills Triton's cache on all cores, from meta tensors; what is left over compiles when it is first called."""
     start = time.monotonic()
-    ways = [*FUSED.values(), (None, None)]
+    ways = [*(way for backend, *way in FUSED.values() if backend == "triton"), (None, None)]
     batches = sorted(setting.batches, key=lambda batch: batch != setting.main_batch)
     jobs = list(product(batches, ways, setting.shapes().values(), resnet50.DIRECTIONS))
     context = multiprocessing.get_context("spawn")
@@ -482,7 +608,7 @@ def _compile(
     weights = [t for t in flat[::6] if t is not None]
     assert x is not None
     with _forced(mode, library):
-        policy = replace(policies.choose(shape.spec, x, weights, direction), submit=launches.append)
+        policy = replace(policies.choose(shape.spec, x, weights), submit=launches.append)
     resnet50.plan(shape, direction, batch, DTYPE, policy)
     for launch in launches:
         ahead_of_time.compile_launch(launch, policy.chip)
@@ -546,6 +672,11 @@ def summarize(group: dict[str, Any], costs: Callable[[str, int, str], dict[str, 
             figures["images_per_second"] = group["batch"] / figures["call_seconds"][1]
             continue
         cost = costs(group["block"], group["batch"], group["direction"])
+        if "pass_bytes" in cost:
+            if name == PASS:
+                figures["gbytes"] = cost["pass_bytes"] / seconds / 1e9
+                figures["of_copy"] = cost["pass_bytes"] / seconds / cost["bandwidth"]
+            continue
         if not cost:
             continue
         figures["tflops"] = cost["flops"] / seconds / 1e12
@@ -559,13 +690,18 @@ def summarize(group: dict[str, Any], costs: Callable[[str, int, str], dict[str, 
 def counted_costs(
     setting: Setting, chip: chips.Chip, measured: chips.Chip
 ) -> Callable[[str, int, str], dict[str, float]]:
-    """Flops, bytes and floors of a block; empty without the cost model."""
+    """Flops, bytes and floors of a block, empty without the cost model; bytes of a pass, and a copy's bandwidth."""
     try:
         from resnet_fused.triton_kernels import cost_model
     except ImportError:
-        return lambda name, batch, direction: {}
+        cost_model = None  # type: ignore[assignment]
+    passes = setting.passes()
 
     def costs(name: str, batch: int, direction: str) -> dict[str, float]:
+        if name in passes:
+            return {"pass_bytes": passes[name].bytes(direction, batch), "bandwidth": measured.bandwidth}
+        if cost_model is None:
+            return {}
         shape = setting.shapes()[name]
         fused = [p for d in DIRECTIONS[direction] for p in cost_model.fused(shape, d, batch, DTYPE, chip)]
         eager = [p for d in DIRECTIONS[direction] for p in cost_model.eager(shape, d, batch, DTYPE)]
@@ -593,6 +729,7 @@ def markdown(record: dict[str, Any]) -> str:
         "Ratios: eager's time over the contestant's in the same round, median (20th to 80th percentile); eager stands",
         "once for each set of contestants that took turns. GB/s counts the bytes that its own phases or operations",
         "must move; the floors are the fused phases', by data sheet and by the rates reached above.",
+        *(f"Left out: {reason}" for reason in record.get("left_out", [])),
     ]
     for title, texts in (("Failed", record["errors"]), ("Dropped for lack of time", record["dropped"])):
         if texts:
@@ -605,14 +742,42 @@ def markdown(record: dict[str, Any]) -> str:
         for name, f in g["contestants"].items()
     ]
     lines += ["", "## ResNet-50, bfloat16 autocast", "", *_table(header, rows)]
-    blocks = [g for g in record["groups"] if g["block"] != NETWORK]
+    passes = [g for g in record["groups"] if any("of_copy" in f for f in g["contestants"].values())]
+    header = ["pass", "batch", "", "contestant", "device us", "device ratio", "call ratio", "GB/s", "% of the copy's"]
+    rows = [
+        [g["block"], str(g["batch"]), g["direction"], name, *_pass_row(f)]
+        for g in passes
+        for name, f in g["contestants"].items()
+    ]
+    lines += ["", "## Passes between convolutions, bfloat16 channels_last", "", *_table(header, rows)]
+    blocks = [g for g in record["groups"] if g["block"] != NETWORK and g not in passes]
+    lines += ["", "## The best of ours and torch.compile", "", *_table(BEST, _best_rows(blocks))]
     columns = ["block", "contestant", "device us", "device ratio", "call us", "call ratio", "TFLOP/s", "GB/s"]
-    columns += ["% of floor", "% of measured floor", "kernels", "of Triton's"]
+    columns += ["% of floor", "% of measured floor", "kernels", "our launches"]
     for batch, direction in dict.fromkeys((g["batch"], g["direction"]) for g in blocks):
         same = [g for g in blocks if (g["batch"], g["direction"]) == (batch, direction)]
         rows = [[g["block"], name, *_block_row(f)] for g in same for name, f in g["contestants"].items()]
         lines += ["", f"## Blocks, {direction}, batch {batch}, bfloat16 channels_last", "", *_table(columns, rows)]
     return "\n".join(lines) + "\n"
+
+
+BEST = ["block", "batch", "", "best of ours", "device ratio", "torch.compile's", "call ratio", "torch.compile's"]
+
+
+def _best_rows(blocks: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """For each block, batch and direction: our fastest on the device and torch.compile, each against its eager."""
+    rows = []
+    for where in dict.fromkeys((g["block"], g["batch"], g["direction"]) for g in blocks):
+        found: dict[str, Any] = {}
+        for g in blocks:
+            if (g["block"], g["batch"], g["direction"]) == where:
+                found |= {name: f for name, f in g["contestants"].items() if "device_ratio" in f}
+        ours = [name for name in found if name in FUSED]
+        if ours and "torch.compile" in found:
+            best = max(ours, key=lambda name: found[name]["device_ratio"][1])
+            pairs = [found[name][f"{kind}_ratio"] for kind in ("device", "call") for name in (best, "torch.compile")]
+            rows.append([where[0], str(where[1]), where[2], best, *map(_spread, pairs)])
+    return rows
 
 
 def _network_row(f: dict[str, Any]) -> list[str]:
@@ -622,6 +787,12 @@ def _network_row(f: dict[str, Any]) -> list[str]:
     return [speed, *ratios, peak, _number(f["kernels"], "d")]
 
 
+def _pass_row(f: dict[str, Any]) -> list[str]:
+    ratios = [_spread(f.get(f"{kind}_ratio")) for kind in ("device", "call")]
+    share = _number(f.get("of_copy"), ".0%").rstrip("%")
+    return [f"{f['device_seconds'][1] * 1e6:.1f}", *ratios, _number(f.get("gbytes"), ".0f"), share]
+
+
 def _block_row(f: dict[str, Any]) -> list[str]:
     cells = []
     for kind in ("device", "call"):
@@ -629,7 +800,7 @@ def _block_row(f: dict[str, Any]) -> list[str]:
         cells += [f"{f[f'{kind}_seconds'][1] * 1e6:.1f}" if ratio else "", _spread(ratio)]
     cells += [_number(f.get("tflops"), ".1f"), _number(f.get("gbytes"), ".0f")]
     cells += [_number(f.get(name), ".0%").rstrip("%") for name in ("of_floor", "of_measured_floor")]
-    return [*cells, _number(f["kernels"], "d"), _number(f["triton_launches"], "d")]
+    return [*cells, _number(f["kernels"], "d"), _number(f["own_launches"], "d")]
 
 
 def _spread(ratio: tuple[float, float, float] | None) -> str:
@@ -651,15 +822,22 @@ def main() -> int:
     args = _arguments()
     if args.dry_run and not triton_kernels.interpreted():  # Triton looks at this when it is imported
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "1"})
-    if not args.dry_run and (reason := triton_kernels.why_not("cuda")):
-        print(f"{reason}; --dry-run needs no GPU", file=sys.stderr)
+    left_out = {} if args.dry_run else _left_out()
+    if len(left_out) == 2:
+        print(f"{'; '.join(left_out.values())}; --dry-run needs no GPU", file=sys.stderr)
         return 2
+    for reason in left_out.values():
+        print(f"left out: {reason}", file=sys.stderr)
     out = args.out or (Path(tempfile.mkdtemp()) if args.dry_run else Path(__file__).parent / "results")
     out.mkdir(parents=True, exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # what is tuned here stays here
     budget = Budget(args.minutes)
-    setting = Setting("cpu", True, (2,), 6) if args.dry_run else Setting("cuda", False, tuple(args.batches), 224)
-    compiled = {"seconds": 0.0} if args.dry_run else precompile(setting, 60 * args.minutes / 3)
+    backends = tuple(name for name in ("native", "triton") if name not in left_out)
+    setting = (
+        Setting("cpu", True, (2,), 6) if args.dry_run else Setting("cuda", False, tuple(args.batches), 224, backends)
+    )
+    compiles = "triton" in backends and not args.dry_run
+    compiled = precompile(setting, 60 * args.minutes / 3) if compiles else {"seconds": 0.0}
     local, remote = Desk(setting), Remote(setting)
     chip = chips.INTERPRETER if args.dry_run else chips.of_device(0)
     measured = measured_chip(chip, local.clock, setting.device, args.dry_run)
@@ -668,16 +846,16 @@ def main() -> int:
         "machine": described(setting.device),
         "extension": extension(),
         "minutes": args.minutes,
+        "left_out": list(left_out.values()),
         "precompiled": compiled,
         "measured": {"bandwidth": measured.bandwidth, "half_peak": measured.half_peak},
     }
     slug = re.sub(r"[^a-z0-9]+", "-", record["machine"]["device"].lower()).strip("-")
     costs = counted_costs(setting, chip, measured)
-    for tier, contestants in _tiers(args.max_autotune):
-        for key, directions in _keys(setting, tier):
-            for direction in directions:
-                bench.run(key, direction, contestants[key[0] == NETWORK], tier)
-            _write(out / slug, record, bench, costs)
+    for tier, key, directions, contestants in _plan(setting, args.max_autotune):
+        for direction in directions:
+            bench.run(key, direction, contestants, tier)
+        _write(out / slug, record, bench, costs)
     remote.stop()
     if not args.dry_run:
         print(markdown(record))
@@ -685,17 +863,26 @@ def main() -> int:
     return 1 if bench.errors else 0
 
 
-def _tiers(autotune: bool) -> Iterator[tuple[str, tuple[list[str], list[str]]]]:
-    """(name, contestants of blocks and of the network), the quickest to prepare first: the last are dropped first."""
-    yield "launches", ([BENCHMARKED, *FUSED], [BENCHMARKED, *NETWORKS])
-    for name in list(COMPILED)[: 1 + autotune]:
-        yield name, ([name], [name])
+def _left_out() -> dict[str, str]:
+    """The backends that cannot run here, and why."""
+    reasons = {"native": native.why_not_on_gpu(torch.device("cuda")), "triton": triton_kernels.why_not("cuda")}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _keys(setting: Setting, tier: str) -> Iterator[tuple[Key, tuple[str, ...]]]:
+def _plan(setting: Setting, autotune: bool) -> Iterator[tuple[str, Key, tuple[str, ...], list[str]]]:
+    """(tier, key, directions, contestants), the quickest to prepare first: the last are dropped first."""
     batches = sorted(setting.batches, key=lambda batch: batch != setting.main_batch)
-    yield from (((NETWORK, batch), ("training", "evaluation")) for batch in batches)
-    yield from (((name, batch), tuple(DIRECTIONS)) for batch in batches for name in setting.shapes())
+    both = ("training", "evaluation")
+
+    def tier(name: str, network: list[str], block: list[str]) -> Iterator[tuple[str, Key, tuple[str, ...], list[str]]]:
+        yield from ((name, (NETWORK, batch), both, network) for batch in batches)
+        yield from ((name, (shape, batch), tuple(DIRECTIONS), block) for batch in batches for shape in setting.shapes())
+
+    yield from tier("launches", [BENCHMARKED, *setting.networks()], [BENCHMARKED, *setting.fused()])
+    yield from (("passes", (name, setting.main_batch), tuple(DIRECTIONS), [PASS]) for name in setting.passes())
+    yield from (("graphs", (NETWORK, batch), ("evaluation",), list(GRAPHED)) for batch in setting.small_batches)
+    for name in ("torch.compile", *(["torch.compile, max-autotune"] if autotune else [])):
+        yield from tier(name, ["fused auto", name], [name])
 
 
 def _write(

@@ -96,6 +96,9 @@ void check_backward(
   const auto& x = block.x;
   const at::IntArrayRef shape = shapes[spec.stages - 1];
   TORCH_CHECK_VALUE(dout.sizes() == shape, "dout must be ", shape, ", got ", dout.sizes());
+  TORCH_CHECK_VALUE(
+      dout.device() == x.device() && (!out || out->device() == x.device()), "x is on ", x.device(), ", dout on ",
+      dout.device(), "; dout and out must be there, too");
   TORCH_CHECK_TYPE(dout.scalar_type() == x.scalar_type(), "dout is ", dout.scalar_type(), ", x is ", x.scalar_type());
   const bool masked = spec.last().relu && !spec.pre_activation && spec.skip != Skip::none;
   TORCH_CHECK_VALUE(
@@ -109,15 +112,18 @@ void check_backward(
     if (spec.saves(static_cast<int64_t>(i), block.branch_scale.has_value(), block.skip_scale.has_value())) {
       TORCH_CHECK_VALUE(
           saved < conv_outputs.size() && conv_outputs[saved].sizes() == at::IntArrayRef(shapes[i]) &&
-              conv_outputs[saved].is_contiguous(at::MemoryFormat::ChannelsLast),
+              conv_outputs[saved].is_contiguous(at::MemoryFormat::ChannelsLast) &&
+              conv_outputs[saved].scalar_type() == x.scalar_type() && conv_outputs[saved].device() == x.device(),
           "the output of convolution ", i, " must be saved as forward returned it");
       ++saved;
     }
     if (spec.convs[i].norm == Norm::batch) {
       const int64_t channels = spec.pre_activation ? block.weights[i].size(1) * spec.convs[i].groups : shapes[i][1];
       TORCH_CHECK_VALUE(
-          stats < batch_stats.size() && batch_stats[stats].sizes() == at::IntArrayRef({2, channels}),
-          "the batch statistics of convolution ", i, " must be [2, ", channels, "]");
+          stats < batch_stats.size() && batch_stats[stats].sizes() == at::IntArrayRef({2, channels}) &&
+              batch_stats[stats].scalar_type() == (x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) &&
+              batch_stats[stats].device() == x.device(),
+          "the batch statistics of convolution ", i, " must be [2, ", channels, "] as forward returned them");
       ++stats;
     }
   }

@@ -12,7 +12,7 @@
 namespace {
 
 std::map<std::string, std::string> build_info() {
-  return {
+  std::map<std::string, std::string> info{
       {"version", RESNET_FUSED_VERSION},
       {"compiler", __VERSION__},
       {"c++", std::to_string(__cplusplus / 100 % 100)},
@@ -25,13 +25,13 @@ std::map<std::string, std::string> build_info() {
        "no"
 #endif
       },
-#ifdef RESNET_FUSED_CUDA
-      {"cuda", RESNET_FUSED_CUDA},
-      {"cuda architectures", RESNET_FUSED_CUDA_ARCHITECTURES},
-#else
       {"cuda", "no"},
-#endif
   };
+  if (&resnet_fused::cuda::cuda_version != nullptr) {
+    info["cuda"] = resnet_fused::cuda::cuda_version();
+    info["cuda architectures"] = resnet_fused::cuda::architectures();
+  }
+  return info;
 }
 
 }  // namespace

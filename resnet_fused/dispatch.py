@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from resnet_fused import norm_operators
 from resnet_fused.backends import native, triton
 from resnet_fused.errors import BackendError
 from resnet_fused.how import Way
@@ -111,10 +110,8 @@ def select_pool(backend: str, x: Tensor) -> Backend | None:
 
 
 def select_norm(backend: str, x: Tensor, refusal: str | None = None) -> Backend | None:
-    """As `select`, for `batch_norm_act`, which the native backend has: for CPU tensors, and where built for others."""
-    device = x.device
-    if refusal is None and BACKENDS["native"].unavailable() is None and not norm_operators.has_kernels(device.type):
-        refusal = f"this build has no kernels of batch_norm_act for {device.type}, x is on {device}"
+    """As `select`, for `batch_norm_act`, which the native backend has for CPU and CUDA tensors."""
+    refusal = refusal or native.refuses(x)
     return _select_native("batch_norm_act", backend, refusal, "Triton has no kernels of a batch norm on its own")
 
 

@@ -14,8 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fused.spec import BlockSpec
-
 Mode = Literal["single", "phased"]  # one launch between two convolutions of the library's, or one for each phase
 Library = Literal["none", "spatial", "all"]  # which convolutions are the vendor library's: spatial have several taps
 
@@ -96,8 +94,3 @@ def ways(weights: Sequence[Tensor], always: frozenset[int] = frozenset()) -> lis
     left = {"none": always, "spatial": always | spatial(weights), "all": frozenset(range(len(weights)))}
     libraries = [lib for i, lib in enumerate(LIBRARIES) if left[lib] not in [left[b] for b in LIBRARIES[:i]]]
     return [Way(mode, library) for mode in MODES for library in libraries]
-
-
-def grouped(spec: BlockSpec) -> frozenset[int]:
-    """The convolutions with groups."""
-    return frozenset(i for i, stage in enumerate(spec.convs) if stage.groups > 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Sequence
@@ -46,9 +47,13 @@ class Decision:
 
 def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Key:
     """What a decision is found by. weights: of the block's convolutions."""
-    # Through range, a size that is symbolic under torch.compile becomes a number, on which the graph then depends.
-    shape = tuple([len(range(size)) for size in x.shape])
-    return spec.batch_stats, tuple(spec.encode()[0]), shape, str(x.dtype), tuple([w.shape[0] for w in weights])
+    return (
+        spec.batch_stats,
+        _numbers(spec.encode()[0]),
+        _numbers(x.shape),
+        str(x.dtype),
+        _numbers([w.shape[0] for w in weights]),
+    )
 
 
 def lookup(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Key | None:
@@ -132,6 +137,11 @@ def machine() -> str:
             f"extension {'none' if binary is None else _digest(binary.read_bytes())}",
         ]
     )
+
+
+def _numbers(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Under torch.compile a size may be symbolic; its index is a number, on which the graph then depends."""
+    return tuple([operator.index(size) for size in sizes])
 
 
 def _digest(content: bytes) -> str:

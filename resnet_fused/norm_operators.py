@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from resnet_fused.operators import build_info, load_error, require
-
-
-def has_kernels(device_type: str) -> bool:
-    """Whether this build computes these operators on such devices."""
-    return _KERNELS.get(device_type, False)
+from resnet_fused.operators import load_error, require
 
 
 def batch_statistics(x: Tensor) -> Tensor:
@@ -105,8 +100,5 @@ def _register_fakes() -> None:
         return like(x), like(x) if save_dz else x.new_empty(0)
 
 
-_KERNELS: dict[str, bool] = {}
 if load_error() is None:
     _register_fakes()
-    # asked once, not at every call, and as a constant that a traced graph may depend on
-    _KERNELS = {"cpu": True, "cuda": build_info()["cuda"] != "no"}

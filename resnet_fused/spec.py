@@ -76,12 +76,9 @@ class StageSpec:
 
     def output_size(self, size: IntPair, kernel: IntPair) -> IntPair:
         """(H, W) of the convolution's output for an input of `size` and a kernel of `kernel`."""
-
-        def length(axis: int) -> int:
-            stride, padding, dilation = (pair[axis] for pair in self.geometry)
-            return (size[axis] + 2 * padding - dilation * (kernel[axis] - 1) - 1) // stride + 1
-
-        return length(0), length(1)
+        (sh, sw), (ph, pw), (dh, dw) = self.geometry
+        height = (size[0] + 2 * ph - dh * (kernel[0] - 1) - 1) // sh + 1
+        return height, (size[1] + 2 * pw - dw * (kernel[1] - 1) - 1) // sw + 1
 
     @property
     def geometry(self) -> tuple[IntPair, IntPair, IntPair]:

@@ -102,8 +102,6 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
 def nothing_to_tune(device: torch.device) -> str | None:
     """Why no backend has a choice on this device, or None."""
     why_not = {"native": native.why_not_on_gpu(device), "triton": triton_kernels.why_not(device.type)}
-    if device.type == "cpu":
-        why_not["native"] = "on CPU tensors there is one way to run a block"
     return None if None in why_not.values() else "; ".join(f"{name}: {why}" for name, why in why_not.items())
 
 

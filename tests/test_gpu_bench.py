@@ -42,10 +42,10 @@ def test_dry_run_times_every_contestant(bench: ModuleType, tmp_path: Path) -> No
     _, record, table = dry_run(tmp_path, "--minutes", "5", "--max-autotune")
     assert record["errors"] == [] and record["dropped"] == []
     seen = {(g["block"] == bench.NETWORK, g["direction"], name) for g in record["groups"] for name in g["contestants"]}
-    both = {bench.PEER, bench.BENCHMARKED, *bench.COMPILED}
-    blocks = {(False, direction, name) for direction in bench.DIRECTIONS for name in both | set(bench.FUSED)}
+    both = {bench.PEER, bench.BENCHMARKED, "torch.compile", "torch.compile, max-autotune"}
+    blocks = {(False, direction, name) for direction in bench.DIRECTIONS for name in both | {*bench.FUSED, bench.PASS}}
     networks = {(True, d, name) for d in ("training", "evaluation") for name in both | set(bench.NETWORKS)}
-    assert seen == blocks | networks
+    assert seen == blocks | networks | {(True, "evaluation", name) for name in bench.GRAPHED}
     for group in record["groups"]:
         for name, figures in group["contestants"].items():
             assert len(figures["device_ratio"]) == len(figures["call_ratio"]) == 3
@@ -55,8 +55,8 @@ def test_dry_run_times_every_contestant(bench: ModuleType, tmp_path: Path) -> No
 
 def test_what_finds_no_time_is_named(tmp_path: Path) -> None:
     printed, record, table = dry_run(tmp_path, "--minutes", "0")
-    assert record["groups"] == [] and len(record["dropped"]) == 10
-    assert "torch.compile" in table and "10 groups dropped" in printed
+    assert record["groups"] == [] and len(record["dropped"]) == 17
+    assert "torch.compile" in table and "17 groups dropped" in printed
 
 
 class Desk:
@@ -99,8 +99,45 @@ def test_percentiles_and_ratios(bench: ModuleType) -> None:
     assert contestants["eager"]["call_ratio"] == (1.0, 1.0, 1.0)
 
 
+def test_passes_are_held_against_a_copy(bench: ModuleType) -> None:
+    shape = bench.PassShape(8, (2, 4), True)
+    values = 3 * 8 * 2 * 4
+    assert shape.bytes("evaluation", 3) == 3 * 2 * values, "reads x and the residual, writes the output"
+    assert shape.bytes("forward", 3) == 4 * 2 * values + values / 8
+    assert shape.bytes("training", 3) == (4 + 6) * 2 * values + 3 * values / 8
+    contestants = {
+        n: {"samples": [{"device": t, "call": t}] * 3, "kernels": None}
+        for n, t in ((bench.PEER, 2.0), (bench.PASS, 0.5))
+    }
+    group = {"block": str(shape), "batch": 3, "direction": "evaluation", "contestants": contestants}
+    bench.summarize(group, lambda *_: {"pass_bytes": 1e9, "bandwidth": 4e9})
+    ours = contestants[bench.PASS]
+    assert (ours["gbytes"], ours["of_copy"], ours["device_ratio"][1]) == pytest.approx((2.0, 0.5, 4.0))
+    assert "of_copy" not in contestants[bench.PEER]
+
+
+def test_the_best_of_ours_beside_torch_compile(bench: ModuleType) -> None:
+    def group(**ratios: float) -> dict[str, Any]:
+        figures = {n.replace("_", " "): {"device_ratio": (r,) * 3, "call_ratio": (r,) * 3} for n, r in ratios.items()}
+        return {"block": "tiny", "batch": 2, "direction": "training", "contestants": figures}
+
+    compiled = {**group(), "contestants": {"torch.compile": {"device_ratio": (1.2,) * 3, "call_ratio": (1.1,) * 3}}}
+    (row,) = bench._best_rows([group(native_single=1.5, triton_hybrid=1.75, eager=1.0), compiled])
+    assert row[:4] == ["tiny", "2", "training", "triton hybrid"]
+    assert [cell[:4] for cell in row[4:]] == ["1.75", "1.20", "1.75", "1.10"]
+    assert bench._best_rows([group(native_single=1.5)]) == []
+
+
+def test_backends_that_cannot_run_are_left_out(bench: ModuleType) -> None:
+    setting = bench.Setting("cuda", False, (32,), 224, ("triton",))
+    assert setting.fused() == ["triton single", "triton phased", "triton hybrid"]
+    assert setting.networks() == ["fused auto", "fused triton"] and setting.passes() == {}
+    assert all("native" not in name for *_, contestants in bench._plan(setting, True) for name in contestants)
+
+
 def test_dry_run_needs_no_gpu_and_the_rest_says_it_does(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.triton_kernels, "why_not", lambda *_: "no GPU here")
+    monkeypatch.setattr(bench.native, "why_not_on_gpu", lambda *_: "nor for these")
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert bench.main() == 2

@@ -26,15 +26,13 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 def code(enum: str, name: str) -> int:
     """Of a name in one of csrc/block_spec.h's enums."""
-    (body,) = re.findall(rf"enum class {enum} : int64_t {{(.+?)}}", HEADER.read_text())
+    (body,) = re.findall(rf"enum class {enum} : int64_t {{([^}}]+)}}", HEADER.read_text())
     return int(re.findall(rf"\b{name} = (\d+)", body)[0])
 
 
 @pytest.mark.parametrize("wish", [Wish(*pair) for pair in product((None, *how.MODES), (None, *how.LIBRARIES))], ids=str)
 def test_encoding_is_what_cpp_decodes(wish: Wish, precision: str) -> None:
-    launch, library = (
-        code(*pair) for pair in (("Launch", wish.mode or "choose"), ("Library", wish.library or "choose"))
-    )
+    launch, library = code("Launch", wish.mode or "choose"), code("Library", wish.library or "choose")
     assert how.encode(wish) == launch | library << 2 | (precision == "tf32") << 4
 
 
@@ -57,15 +55,15 @@ def test_what_is_asked_for_is_nested_and_undone() -> None:
 
 
 WAYS = {
-    "spatial beside others": ([3, 1], 1, ["none", "spatial", "all"]),
-    "all spatial": ([3, 3], 1, ["none", "spatial"]),
-    "none spatial": ([1, 1], 1, ["none", "all"]),
-    "groups, which stay the library's": ([3, 1], 3, ["none"]),
+    "spatial beside others": ([3, 1], [], ["none", "spatial", "all"]),
+    "all spatial": ([3, 3], [], ["none", "spatial"]),
+    "none spatial": ([1, 1], [], ["none", "all"]),
+    "the spatial one is the library's": ([3, 1], [0], ["none", "all"]),
+    "all are the library's": ([3, 1], [0, 1], ["none"]),
 }
 
 
-@pytest.mark.parametrize(("kernels", "groups", "libraries"), WAYS.values(), ids=WAYS)
-def test_ways_differ(kernels: list[int], groups: int, libraries: list[str]) -> None:
-    _, _, spec = block(2, groups=groups).build()
+@pytest.mark.parametrize(("kernels", "always", "libraries"), WAYS.values(), ids=WAYS)
+def test_ways_differ(kernels: list[int], always: list[int], libraries: list[str]) -> None:
     weights = [torch.empty(6, 6, k, k) for k in kernels]
-    assert how.ways(weights, how.grouped(spec)) == [Way(*pair) for pair in product(how.MODES, libraries)]  # type: ignore[arg-type]
+    assert how.ways(weights, frozenset(always)) == [Way(*pair) for pair in product(how.MODES, libraries)]  # type: ignore[arg-type]

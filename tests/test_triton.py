@@ -21,7 +21,7 @@ from test_equivalence import assert_equivalent
 from torch import nn
 
 import resnet_fused
-from resnet_fused import autograd, dispatch, functional, operators, triton_kernels
+from resnet_fused import autograd, dispatch, functional, how, operators, triton_kernels
 from resnet_fused.errors import BackendError
 from resnet_fused.models.resnet import BasicBlock
 from resnet_fused.spec import BlockSpec, StageSpec
@@ -29,7 +29,7 @@ from resnet_fused.spec import BlockSpec, StageSpec
 if triton_kernels.why_not("cpu") is not None:
     pytest.skip("the tests of the interpreter run on machines without a GPU", allow_module_level=True)
 
-from resnet_fused.triton_kernels import chips, policies
+from resnet_fused.triton_kernels import chips
 from resnet_fused.triton_kernels.launch import Launch
 from resnet_fused.triton_kernels.residual_block import Policy, forward
 
@@ -55,7 +55,7 @@ def check(
     library: str = "none",
 ) -> None:
     blocks = [case.build(dtype, memory_format, seed) for seed in SEEDS]
-    with policies.launch_mode(mode), policies.library_convolutions(library):  # type: ignore[arg-type]
+    with how.launch_mode(mode), how.library_convolutions(library):  # type: ignore[arg-type]
         assert_equivalent(blocks, [case.upstream(dtype, seed) for seed in SEEDS], "triton")
 
 
@@ -244,7 +244,7 @@ def test_evaluation_of_short_chains(stages: int) -> None:
 
 def assert_evaluates(case: Case, mode: str, dtype: torch.dtype, library: str = "none") -> None:
     built = [case.build(dtype, torch.channels_last, seed) for seed in range(4)]
-    with torch.no_grad(), policies.launch_mode(mode), policies.library_convolutions(library):  # type: ignore[arg-type]
+    with torch.no_grad(), how.launch_mode(mode), how.library_convolutions(library):  # type: ignore[arg-type]
         got = [functional.residual_block(*block, backend="triton") for block in built]
     eager = [functional.residual_block(*block, backend="eager") for block in built]
     exact = [run_exact(*block)["out"] for block in built]
@@ -258,7 +258,7 @@ def assert_evaluates(case: Case, mode: str, dtype: torch.dtype, library: str = "
 def test_same_bits_again(mode: str) -> None:
     x, params, spec = bottleneck("projection").build(torch.bfloat16, torch.channels_last)
     dout = bottleneck("projection").upstream(torch.bfloat16)
-    with policies.launch_mode(mode):  # type: ignore[arg-type]
+    with how.launch_mode(mode):  # type: ignore[arg-type]
         first, second = (run(x, params, spec, "triton", dout) for _ in range(2))
     assert all(torch.equal(t, second[name]) for name, t in first.items() if t is not None)  # type: ignore[arg-type]
 
@@ -271,7 +271,7 @@ def test_reads_nothing_that_was_not_written(mode: str) -> None:
     torch.use_deterministic_algorithms(True)  # which is when torch fills uninitialised memory
     try:
         assert torch.empty(1).isnan()
-        with policies.launch_mode(mode):  # type: ignore[arg-type]
+        with how.launch_mode(mode):  # type: ignore[arg-type]
             results = run(x, params, spec, "triton", case.upstream(torch.float32))
     finally:
         torch.use_deterministic_algorithms(False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 
@@ -18,7 +19,7 @@ def interpreted() -> bool:
 
 def why_not(device_type: str | None = None) -> str | None:
     """Why the `triton` backend cannot run (a tensor on `device_type`, if given), or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "Triton is not installed: pip install 'triton>=3.6'"
     if interpreted():
         return None
@@ -29,3 +30,8 @@ def why_not(device_type: str | None = None) -> str | None:
     if torch.cuda.get_device_capability() < (8, 0):
         return f"Triton kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
     return None
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -53,7 +53,8 @@ void check_size(int64_t batch, int64_t channels, Size in, Size out, const Stage&
         "resnet_fused's CUDA kernels take pictures of up to 16383 rows and columns with their padding, got ", in[d],
         " and twice ", stage.padding[d], "; use another backend");
   TORCH_CHECK_VALUE(
-      (128 / fewest + 2) * pixels * channels < int64_t{1} << 31 && batch * pixels <= 1 << 30,
+      pixels * channels <= 1 << 29 && (128 / fewest + 2) * pixels * channels < int64_t{1} << 31 &&
+          batch * pixels <= 1 << 30,
       "resnet_fused's CUDA kernels count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 values an image, "
       "got ",
       batch, " images of ", channels, "x", in[0], "x", in[1], "; use smaller batches or another backend");
@@ -174,15 +175,17 @@ Geometry Block::geometry(int64_t conv) const {
 
 namespace {
 
-// The larger tile where there are enough of them for every worker.
-TileShape choose_tile(const Plan& plan, int64_t rows, int64_t columns) {
-  return ceil_div(rows, 128) * ceil_div(columns, 64) >= plan.most_workers() ? TileShape::large : TileShape::small;
+// As many stages as leave room for two workers an SM, which hide each other's waits; else as many as one may have.
+void choose_stages(const Plan& plan, Phase& phase, int32_t& stages) {
+  for (const int room : {plan.shared_budget(), plan.device().shared_worker})
+    for (stages = 4; stages >= 2; --stages)
+      if (plan.shared(phase) <= room) return;
 }
 
-// As many stages as leave room for two workers an SM; at least two.
-void choose_stages(const Plan& plan, Phase& phase, int32_t& stages) {
-  for (stages = 4; stages > 2; --stages)
-    if (plan.shared(phase) <= plan.shared_budget()) break;
+// The larger tile where that leaves work for every worker, and room for two an SM.
+void choose_tile(const Plan& plan, Phase& phase, TileShape& tile, bool enough) {
+  tile = enough ? TileShape::large : TileShape::small;
+  if (plan.shared(phase) > plan.shared_budget()) tile = TileShape::small;
 }
 
 }  // namespace
@@ -215,7 +218,8 @@ void Block::convolution_phase(
   c.class_height = static_cast<int>(ceil_div(c.height, c.classes[0]));
   c.class_width = static_cast<int>(ceil_div(c.width, c.classes[1]));
   const int64_t rows = int64_t{c.batch} * c.class_height * c.class_width;
-  c.tile = choose_tile(plan, rows * c.classes[0] * c.classes[1], channels);
+  const int64_t tiles = ceil_div(rows, 128) * c.classes[0] * c.classes[1] * ceil_div(channels, 64);
+  choose_tile(plan, phase, c.tile, tiles >= plan.most_workers());
   c.class_tiles = static_cast<int>(ceil_div(rows, c.tile == TileShape::large ? 128 : 64));
   c.per_image = Divisor(int64_t{c.class_height} * c.class_width);
   c.per_row = Divisor(c.class_width);
@@ -312,7 +316,7 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
   g.per_row = Divisor(g.width);
   g.geometry = geometry(conv);
   g.tf32 = spec.how.tf32;
-  g.tile = w.size(0) >= 128 ? TileShape::large : TileShape::small;
+  choose_tile(plan, phase, g.tile, w.size(0) >= 128);
   const int64_t depth = 128 / x.element_size(), rows = g.tile == TileShape::large ? 128 : 64;
   const int64_t tiles = ceil_div(w.size(0), rows) * w.size(2) * w.size(3) * ceil_div(w.size(1), 64);
   // work for every worker, but no split shorter than 8 steps: each costs a float32 partial

@@ -100,6 +100,11 @@ const char* is_capturing(void* stream, bool* capturing) {
 
 }  // namespace
 
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+const char* cuda_version() { return TEXT(__CUDACC_VER_MAJOR__) "." TEXT(__CUDACC_VER_MINOR__); }
+const char* architectures() { return RESNET_FUSED_ARCHITECTURES; }
+
 const Launcher& gpu_launcher() {
   static constexpr Launcher launcher{describe_device, shared_bytes, resident_workers, launch, is_capturing};
   return launcher;

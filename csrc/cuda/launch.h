@@ -32,7 +32,11 @@ struct Launcher {
   const char* (*is_capturing)(void* stream, bool* capturing);
 };
 
-// Where the kernels were built (RESNET_FUSED_CUDA).
-const Launcher& gpu_launcher();
+// Of launch.cu: null where the extension was built without it, so ask before calling.
+#define WEAK __attribute__((weak))
+WEAK const Launcher& gpu_launcher();
+WEAK const char* cuda_version();   // "13.0"
+WEAK const char* architectures();  // "80, 90 + PTX"
+#undef WEAK
 
 }  // namespace resnet_fused::cuda

@@ -32,13 +32,10 @@ const Launcher* launcher_of(const at::Tensor& x) {
         launcher != nullptr, "resnet_fused's CUDA kernels run on CUDA tensors, x is on the CPU");
     return launcher;
   }
-#ifdef RESNET_FUSED_CUDA
-  return &gpu_launcher();
-#else
   TORCH_CHECK_NOT_IMPLEMENTED(
-      false, "resnet_fused was built without CUDA kernels, x is on ", x.device(),
+      &gpu_launcher != nullptr, "resnet_fused was built without CUDA kernels, x is on ", x.device(),
       "; install it where nvcc is found, or use backend 'triton'");
-#endif
+  return &gpu_launcher();
 }
 
 Device describe(const Launcher& launcher, int index) {

@@ -14,12 +14,10 @@ from resnet_fused.backends import folding
 from resnet_fused.how import Way
 from resnet_fused.operators import TensorList
 from resnet_fused.params import BlockParams
-from resnet_fused.spec import BlockSpec, IntPair
+from resnet_fused.spec import BlockSpec
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_ARCHITECTURE = 80  # compute capability 8.0
-# What csrc/cuda/block.cpp counts with: 14 bits for a padded picture's rows, 31 for an image's values and all pixels.
-LARGEST_PICTURE, LARGEST_IMAGE, LARGEST_BATCH = (1 << 14) - 1, 1 << 29, 1 << 30
 
 
 class NativeBackend:
@@ -31,12 +29,7 @@ class NativeBackend:
     def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if x.device.type == "cpu":
             return None
-        reason = _why_not_on(x.device)
-        if reason is not None:
-            return reason
-        if x.dtype not in CUDA_DTYPES:
-            return f"the native backend's CUDA kernels compute in float32 and narrower, x is {x.dtype}"
-        return _too_large(x, params, spec)
+        return refuses(x) or _too_large(x, params, spec)
 
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if x.device.type == "cpu":
@@ -46,7 +39,7 @@ class NativeBackend:
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         if x.device.type == "cpu":
             return []
-        return how.ways([p.weight for p in params.convs], always=how.grouped(spec))
+        return how.ways([p.weight for p in params.convs], always=_always_library(params, spec))
 
     def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return operators.residual_block_forward(spec, tensors, how=_how(spec, *_x_and_weights(tensors)))
@@ -74,16 +67,26 @@ class NativeBackend:
         return out.contiguous(memory_format=torch.channels_last) if folded.channels_last else out
 
 
+def refuses(x: Tensor) -> str | None:
+    """Why no native kernel takes a tensor of this device and dtype, or None."""
+    if x.device.type == "cpu":
+        return None
+    reason = _why_not_on(x.device)
+    if reason is None and x.dtype not in CUDA_DTYPES:
+        return f"the native backend's CUDA kernels compute in float32 and narrower, x is {x.dtype}"
+    return reason
+
+
 def why_not_on_gpu(device: torch.device) -> str | None:
     """Why the CUDA kernels cannot run on this device, or None."""
     if operators.load_error() is not None:
         return operators.load_error()
     if device.type != "cuda":
-        return f"the native backend runs on CPU and CUDA tensors, x is on {device}"
+        return f"the native backend's CUDA kernels run on CUDA tensors, x is on {device}"
     built = operators.build_info()
     if built["cuda"] == "no":
         return (
-            "the C++ extension was built without CUDA kernels: where nvcc 12.1 or newer is in CUDA_HOME or on PATH, run "
+            "the C++ extension was built without CUDA kernels: with nvcc 12.1 or newer in CUDA_HOME or on PATH, run "
             "`pip install --no-build-isolation -e .` in the source folder again"
         )
     if not torch.cuda.is_available():
@@ -117,20 +120,35 @@ def _known(device: torch.device) -> str | None:
 
 
 def _too_large(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
-    """csrc/cuda/block.cpp says the same."""
-    given: IntPair = (x.shape[2], x.shape[3])
-    size = given
+    """As csrc/cuda/block.cpp (check_size), which counts a picture's rows in 14 bits and what its tiles span in 31."""
+    batch, _, *given = x.shape
+    height, width = given
     for i, (stage, tensors) in enumerate(zip(spec.convs, params.convs, strict=True)):
-        weight, source = tensors.weight, given if i == len(spec.stages) else size
-        padding: IntPair = stage.geometry[1]
-        size = stage.output_size(source, (weight.shape[2], weight.shape[3]))
-        if max(source[0] + 2 * padding[0], source[1] + 2 * padding[1]) > LARGEST_PICTURE:
-            return f"the native backend's CUDA kernels take up to {LARGEST_PICTURE} rows and columns with their padding"
-        pixels = max(source[0] * source[1], size[0] * size[1])
-        channels = max(weight.shape[0], weight.shape[1] * stage.groups)
-        if pixels * channels > LARGEST_IMAGE or x.shape[0] * pixels > LARGEST_BATCH:
-            return "the native backend's CUDA kernels count up to 2^29 values an image and 2^30 pixels a batch"
+        if i == len(spec.stages):
+            height, width = given
+        ((sh, sw), (ph, pw), _), (k, c, r, s) = stage.geometry, tensors.weight.shape
+        if max(height + 2 * ph, width + 2 * pw) >= 1 << 14:
+            return "the native backend's CUDA kernels take pictures of up to 16383 rows and columns with their padding"
+        out = stage.output_size((height, width), (r, s))
+        fewest = min(out[0] * out[1], -(-height // sh) * -(-width // sw))
+        pixels, channels = max(height * width, out[0] * out[1]), max(k, c * stage.groups)
+        if (128 // fewest + 2) * pixels * channels >= 1 << 31 or batch * pixels > 1 << 30:
+            return (
+                "the native backend's CUDA kernels count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 "
+                f"values an image, x is {tuple(x.shape)}"
+            )
+        height, width = out
     return None
+
+
+def _always_library(params: BlockParams, spec: BlockSpec) -> frozenset[int]:
+    """The convolutions that csrc/cuda has no kernel for: with groups, or with channels that are no multiple of 8."""
+    weights = [p.weight for p in params.convs]
+    return frozenset(
+        i
+        for i, (stage, w) in enumerate(zip(spec.convs, weights, strict=True))
+        if stage.groups > 1 or w.shape[0] % 8 or w.shape[1] % 8
+    )
 
 
 def _x_and_weights(tensors: TensorList) -> tuple[Tensor, list[Tensor]]:

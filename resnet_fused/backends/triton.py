@@ -33,10 +33,10 @@ class TritonBackend:
     name = "triton"
 
     def unavailable(self) -> str | None:
-        return operators.load_error() or triton_kernels.why_not()
+        return operators.load_error() or _why_not()
 
     def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
-        reason = triton_kernels.why_not(x.device.type)
+        reason = _why_not(x.device.type)
         if reason is not None:
             return reason
         if x.dtype not in DTYPES:
@@ -47,7 +47,7 @@ class TritonBackend:
         return None
 
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
-        if triton_kernels.interpreted():
+        if _interpreted():
             return "Triton's interpreter is for tests"
         return measured.declines("triton", measured.lookup(spec, x, [p.weight for p in params.convs]))
 
@@ -74,6 +74,16 @@ class TritonBackend:
         return operators.residual_block_infer(
             x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "triton"
         )
+
+
+@torch.compiler.assume_constant_result
+def _why_not(device_type: str | None = None) -> str | None:
+    return triton_kernels.why_not(device_type)
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return triton_kernels.interpreted()
 
 
 # --- the operators' kernels ------------------------------------------------------------------------------------------

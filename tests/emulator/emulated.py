@@ -1,0 +1,170 @@
+"""The CUDA kernels as a backend for CPU tensors: launcher.cpp compiled, loaded, and installed under "emulated"."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from resnet_fused import _C, dispatch, operators  # type: ignore[attr-defined]
+from resnet_fused.backends import folding
+from resnet_fused.operators import TensorList
+from resnet_fused.params import BlockParams
+from resnet_fused.spec import BlockSpec
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+BUILT = ROOT / "build" / "emulator"
+FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden")
+
+LAUNCHES = ("choose", "single", "phased")
+LIBRARIES = ("choose", "none", "spatial", "all")
+NAME = "emulated"
+
+
+def sources(cuda: Path) -> list[Path]:
+    return sorted([*HERE.glob("*.h"), HERE / "launcher.cpp", cuda / "launch.h", *(cuda / "kernels").iterdir()])
+
+
+def compiled(name: str, *flags: str, cuda: Path = CUDA) -> Path:
+    """launcher.cpp as a shared library over the kernels in `cuda`, from an earlier run where nothing has changed.
+
+    Raises FileNotFoundError without g++, RuntimeError with what it said where it failed.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise FileNotFoundError("the emulator is compiled with g++, which is not here")
+    digest = hashlib.sha256(repr((compiler, FLAGS, flags)).encode())
+    for source in sources(cuda):
+        digest.update(source.read_bytes())
+    target = BUILT / f"{name}-{digest.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    BUILT.mkdir(parents=True, exist_ok=True)
+    for outdated in BUILT.glob(f"{name}-{16 * '?'}.so"):
+        outdated.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILT) as place:
+        fresh = Path(place, target.name)
+        command = [compiler, *FLAGS, *flags, f"-I{HERE}", f"-I{cuda}", str(HERE / "launcher.cpp"), "-o", str(fresh)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        fresh.replace(target)  # at once: a run beside this one sees all of it or nothing
+    return target
+
+
+def outdated() -> str | None:
+    """Why the extension and a launcher compiled now would not understand each other, or None."""
+    extension = Path(_C.__file__)
+    for header in (CUDA / "launch.h", CUDA / "kernels" / "phase.h", CUDA / "kernels" / "scalars.cuh"):
+        if header.stat().st_mtime > extension.stat().st_mtime:
+            return f"{extension.name} is older than {header.name}: build it again"
+    return None
+
+
+class Emulator:
+    """The device: a compiled launcher.cpp."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.launcher.restype = ctypes.c_void_p
+        self.library.launched.restype = ctypes.c_char_p
+        self.configure()
+
+    def configure(self, processors: int = 1, workers: int = 2, seed: int = 0) -> None:
+        """processors: what planning sees, and twice which workers run at most. Forgets earlier launches."""
+        self.library.configure(processors, workers, ctypes.c_uint64(seed))
+
+    def set_shared_memory(self, size: int) -> None:
+        self.library.set_shared_memory(size)
+
+    def set_capturing(self, capturing: bool) -> None:
+        self.library.set_capturing(ctypes.c_bool(capturing))
+
+    def fail_at(self, launch: int, text: str) -> None:
+        """This launch, counted from `configure` on, reports `text` and runs nothing."""
+        self.library.fail_at(launch, text.encode())
+
+    def leave_out_barrier(self, launch: int, phase: int) -> None:
+        self.library.leave_out_barrier(launch, phase)
+
+    def launched(self) -> list[str]:
+        """Workers and phases, as in "3 cooperative: table; pass | convolution of 64 rows, 4 stages": | is a barrier."""
+        text: bytes = self.library.launched()
+        return text.decode().splitlines()
+
+    def install(self) -> None:
+        _C.install_emulator(self.library.launcher())
+
+
+class EmulatedBackend:
+    """The `cuda` overloads of the operators. how: see `BlockSpec.encode`."""
+
+    name = NAME
+
+    def __init__(self) -> None:
+        self.how = 0
+
+    def set_how(
+        self,
+        launch: Literal["choose", "single", "phased"] = "choose",
+        library: Literal["choose", "none", "spatial", "all"] = "choose",
+        tf32: bool = False,
+    ) -> None:
+        self.how = LAUNCHES.index(launch) | LIBRARIES.index(library) << 2 | tf32 << 4
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+        return None
+
+    def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+        return "the emulator is for tests"
+
+    def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return operators.residual_block_forward(spec, tensors, "cuda", self.how)
+
+    def backward(
+        self,
+        spec: BlockSpec,
+        dout: Tensor,
+        out: Tensor | None,
+        conv_outputs: list[Tensor],
+        batch_stats: list[Tensor],
+        tensors: TensorList,
+        needs: list[bool],
+    ) -> list[Tensor | None]:
+        return operators.residual_block_backward(
+            spec, dout, out, conv_outputs, batch_stats, tensors, needs, "cuda", self.how
+        )
+
+    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+        folded = folding.folded(params, x, spec, pack=False)
+        return operators.residual_block_infer(
+            x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "cuda", self.how
+        )
+
+
+@contextmanager
+def installed(emulator: Emulator) -> Iterator[EmulatedBackend]:
+    """The backend "emulated", on this emulator, for as long as this lasts."""
+    backend, names = EmulatedBackend(), dispatch.NAMES
+    dispatch.BACKENDS[NAME] = backend
+    dispatch.NAMES = (*names, NAME)
+    emulator.install()
+    try:
+        yield backend
+    finally:
+        _C.install_emulator(0)
+        del dispatch.BACKENDS[NAME]
+        dispatch.NAMES = names
