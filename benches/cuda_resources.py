@@ -29,8 +29,8 @@ COUNTER = re.compile(r"(ATOM|RED)[GS]?\.(E\.)?ADD(\.64|\.[SU]32|\.STRONG|\.GPU)*
 
 @dataclass
 class Code:
-    """The instructions of a kernel by name; where its matrix products, its copies and loads of 16 bytes and its accesses to
-    local memory are, and its loops.
+    """The instructions of a kernel by name; its loops; and where its matrix products, its copies and loads of 16 bytes and
+    its accesses to local memory are.
 
     Addresses are in bytes; a loop is from the target of a branch backwards to the branch.
     """
@@ -173,10 +173,9 @@ def _lines(cuobjdump: Path, what: str, binary: Path) -> Iterator[str]:
 
 
 def markdown(kernels: Iterable[Kernel]) -> str:
-    rows = [
-        "| kernel | sm | registers | stack | shared | instructions | HMMA | LDSM | LDGSTS | LDL, STL | in products | in steps | in passes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["kernel", "sm", "registers", "stack", "shared", "instructions", "HMMA", "LDSM", "LDGSTS", "LDL, STL"]
+    header += ["in products", "in steps", "in passes"]
+    rows = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for k in kernels:
         counts = (k.code.instructions.total(), k.count("HMMA"), k.count("LDSM"), k.count("LDGSTS"))
         local = (k.count("LDL", "STL"), k.spills_in_products, k.spills_in_steps, k.spills_in_passes)

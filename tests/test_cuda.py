@@ -696,7 +696,9 @@ RUNS = {
     "evaluation": Run(frozen(bottleneck("projection", channels=24, width=16, size=(17, 15), bias=True)), (1, 2), False),
     "splits": Run(block(2, "none", channels=24, width=72, kernel=1, size=(23, 23)), (64, 5)),
     "large tiles": Run(bottleneck("identity", "pre", channels=72, width=8, size=(17, 19)), (2, 4)),
-    "odd channels": Run(bottleneck("identity", channels=13, width=5, memory="low", branch_scale="[C]", size=(17, 19)), (64, 2)),
+    "odd channels": Run(
+        bottleneck("identity", channels=13, width=5, memory="low", branch_scale="[C]", size=(17, 19)), (64, 2)
+    ),
     "reductions": Run(
         block(1, "none", order="pre", kernel=1, channels=256, out_channels=8, size=(13, 11)), (64, 6), library="all"
     ),
@@ -957,7 +959,7 @@ def test_too_large_is_named(check: Checks) -> None:
     with pytest.raises(ValueError, match="up to 16383 rows"):
         run(*tall.build(torch.bfloat16), "emulated")
     wide = block(1, "none", channels=1, out_channels=1 << 14, kernel=1, norm=False, size=(256, 129), batch=1)
-    with pytest.raises(ValueError, match="up to 2\\^29 values an image"):
+    with pytest.raises(ValueError, match="2\\^29 values an image"):
         run(*wide.build(torch.bfloat16), "emulated")
     assert check.emulator.launched() == []
 
@@ -1113,9 +1115,10 @@ def test_each_barrier_of_the_plan_is_needed(name: str, emulator: Emulator, backe
         return any(differs(got, honest) for got in runs)
 
     silent = [phases(launched[launch])[phase] for launch, phase in barriers if not shows(launch, phase)]
-    # the last convolution's gradients wait for the projection's, which nothing but dx reads
-    allowed = ["weight gradient"] if chosen.training and chosen.case.spec.projection else []
-    assert silent in ([], allowed)
+    # The last convolution's gradients wait for the projection's, which nothing but dx reads. The join after recomputed
+    # outputs begins so much later than they end that no order of threads gets there first.
+    allowed = {"weight gradient"} if chosen.training and chosen.case.spec.projection else set()
+    assert set(silent) <= (allowed | {"pass"} if name == "recomputed" else allowed)
 
 
 def under_sanitizer(launcher: Path, *dtypes: str) -> subprocess.CompletedProcess[str]:
