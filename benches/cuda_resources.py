@@ -29,8 +29,8 @@ COUNTER = re.compile(r"(ATOM|RED)[GS]?\.(E\.)?ADD(\.64|\.[SU]32|\.STRONG|\.GPU)*
 
 @dataclass
 class Code:
-    """The instructions of a kernel by name; its loops; and where its matrix products, its copies and loads of 16 bytes and
-    its accesses to local memory are.
+    """The instructions of a kernel by name; its loops; and where its matrix products are, its copies and loads of 16
+    bytes, and its accesses to local memory.
 
     Addresses are in bytes; a loop is from the target of a branch backwards to the branch.
     """

@@ -959,7 +959,7 @@ def test_too_large_is_named(check: Checks) -> None:
     with pytest.raises(ValueError, match="up to 16383 rows"):
         run(*tall.build(torch.bfloat16), "emulated")
     wide = block(1, "none", channels=1, out_channels=1 << 14, kernel=1, norm=False, size=(256, 129), batch=1)
-    with pytest.raises(ValueError, match="2\\^29 values an image"):
+    with pytest.raises(ValueError, match="about 2\\^29 values an image"):
         run(*wide.build(torch.bfloat16), "emulated")
     assert check.emulator.launched() == []
 
@@ -1087,15 +1087,14 @@ def test_planted_fault_shows(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", ["training", "identity", "recomputed", "evaluation in phases"])
+@pytest.mark.parametrize("name", ["identity", "projection", "evaluation"])
 def test_each_barrier_of_the_plan_is_needed(name: str, emulator: Emulator, backend: EmulatedBackend) -> None:
     """Left out, it shows: so no other is missing where this block's phases wait for each other."""
-    wide: Any = {"channels": 24, "width": 72, "size": (9, 9)}
+    shape: Any = {"channels": 72, "width": 8, "size": (9, 9)}  # work for all workers, little of it in a phase
     chosen = {
-        **RUNS,
-        "identity": Run(bottleneck("identity", "pre", bias=True, **wide), (64, 3)),
-        "recomputed": Run(bottleneck("projection", memory="low", stride=1, **wide), (64, 3)),
-        "evaluation in phases": Run(frozen(bottleneck("projection", "pre", stride=1, **wide)), (64, 3), False),
+        "identity": Run(bottleneck("identity", "pre", bias=True, **shape), (64, 3)),
+        "projection": Run(bottleneck("projection", memory="low", stride=1, **shape), (64, 3)),
+        "evaluation": Run(frozen(bottleneck("projection", "pre", stride=1, **shape)), (64, 3), False),
     }[name]
     honest = chosen.results(emulator, backend, 0)
     launched = emulator.launched()
@@ -1110,15 +1109,14 @@ def test_each_barrier_of_the_plan_is_needed(name: str, emulator: Emulator, backe
     def shows(launch: int, phase: int) -> bool:
         runs = (
             chosen.results(emulator, backend, seed, partial(emulator.leave_out_barrier, launch, phase))
-            for seed in range(12)
+            for seed in range(16)
         )
         return any(differs(got, honest) for got in runs)
 
     silent = [phases(launched[launch])[phase] for launch, phase in barriers if not shows(launch, phase)]
-    # The last convolution's gradients wait for the projection's, which nothing but dx reads. The join after recomputed
-    # outputs begins so much later than they end that no order of threads gets there first.
-    allowed = {"weight gradient"} if chosen.training and chosen.case.spec.projection else set()
-    assert set(silent) <= (allowed | {"pass"} if name == "recomputed" else allowed)
+    # the last convolution's gradients wait for the projection's, which nothing but dx reads
+    allowed = ["weight gradient"] if chosen.training and chosen.case.spec.projection else []
+    assert silent in ([], allowed)
 
 
 def under_sanitizer(launcher: Path, *dtypes: str) -> subprocess.CompletedProcess[str]:

@@ -132,7 +132,8 @@ def _too_large(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         out = stage.output_size((height, width), (r, s))
         fewest = min(out[0] * out[1], -(-height // sh) * -(-width // sw))
         pixels, channels = max(height * width, out[0] * out[1]), max(k, c * stage.groups)
-        if (128 // fewest + 2) * pixels * channels >= 1 << 31 or batch * pixels > 1 << 30:
+        spanned = (128 // fewest + 2) * pixels * channels
+        if pixels * channels > 1 << 29 or spanned >= 1 << 31 or batch * pixels > 1 << 30:
             return (
                 "the native backend's CUDA kernels count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 "
                 f"values an image, x is {tuple(x.shape)}"
