@@ -644,6 +644,27 @@ def test_nan_survives_evaluation(
         assert torch.equal(got.isnan(), exact.isnan()) and got.isnan().any() and not got.isnan().all()  # type: ignore[union-attr]
 
 
+@devices
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("skip", ["none", "identity", "projection"])
+def test_infinity_goes_where_the_formula_lets_it(
+    skip: str, value: float, dtype: torch.dtype, device: tuple[int, int], check: Checks
+) -> None:
+    """In 16 bits. The two parts of a float32 weight may differ in sign, and then make NaN of an infinity."""
+    check.set(device=device)
+    case = frozen(bottleneck(skip, channels=24, width=8, stride=1, size=(9, 8)))
+    x, params, spec = case.build(dtype)
+    params = map_tensors(params, lambda n, t: t if is_buffer(n) else t.abs())  # of two signs it would make NaN
+    x[0, 1, 4, 3] = value
+    exact = run_exact(x, params, spec)["out"]
+    assert exact.isinf().any() == (value > 0)  # type: ignore[union-attr]
+    for dout in (None, case.upstream(dtype)):
+        got = run(x, params, spec, "emulated", dout)["out"]
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(got), kind(exact)), kind  # type: ignore[arg-type]
+
+
 def test_relu_has_no_gradient_at_zero(check: Checks) -> None:
     """gamma = beta = 0 and x = 0 put every ReLU exactly at 0, where nothing but the skip path may pass."""
     check.set()

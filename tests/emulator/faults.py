@@ -69,7 +69,7 @@ FAULTS = {
         "static_cast<int64_t>(column + n) * all + all - 1 - tap)",
         "training",
     ),
-    "padding after the activation": Fault("chain.cuh", "if (inside(first_row + row))", "if (true)", "evaluation"),
+    "padding after the activation": Fault("chain.cuh", "if (inside(first_row + row) &&", "if (true &&", "evaluation"),
     "no mask by the norm": Fault("epilogue.cuh", "if (e.mask == Mask::by_norm) {", "if (false) {", "training"),
     "means of tiles left at what they are relative to": Fault(
         "reductions.cuh", "moments.add(c, near + shift,", "moments.add(c, near,", "training"

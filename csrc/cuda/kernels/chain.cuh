@@ -95,7 +95,8 @@ struct ResidentLoader {
   DEVICE StagedB<S, false> b(const char* memory) const { return {memory + S::A_BYTES}; }
 };
 
-// Writes a tile of results to a resident tensor, bias and activation applied; outside the picture zero, as padding is.
+// Writes a tile of results to a resident tensor, bias and activation applied; outside the picture zero, as padding is,
+// and beyond the last channel, too, where an infinity times a weight that is not there has made NaN.
 // inside(row): whether a row of the region is a pixel of the picture.
 template <class S, class Inside>
 DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row, int column, const Inside& inside) {
@@ -113,7 +114,7 @@ DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row,
     if (first_row + row >= all) break;
     Chunk<T> chunk;
     chunk.clear();
-    if (inside(first_row + row)) {
+    if (inside(first_row + row) && column + at < stage.product.result_channels) {
       float v[kChunk<T>];
       UNROLL for (int i = 0; i < kChunk<T>; ++i) {
         v[i] = results[row * S::PITCH + at + i] + bias[i];
