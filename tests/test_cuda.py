@@ -21,7 +21,7 @@ from blocks import FORMATS, Case, Results, cases, family, is_buffer, leaves, nam
 from blocks import block as any_block
 from emulator.emulated import EmulatedBackend, Emulator, compiled, installed, outdated
 from emulator.faults import FAULTS, OVERRUN, planted
-from equivalence import assert_as_accurate
+from equivalence import assert_as_accurate, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_equivalence import LAYOUTS, assert_equivalent, eager_may_crash, pooled
@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fused
-from resnet_fused import _C, functional  # type: ignore[attr-defined]
+from resnet_fused import _C, autograd, functional, operators  # type: ignore[attr-defined]
 from resnet_fused.models.resnet import BasicBlock
 from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec, StageSpec
@@ -421,6 +421,23 @@ def test_mean_far_above_deviation(order: str, check: Checks) -> None:
         )
         blocks.append((1e3 + 0.1 * (x - x.mean()) / x.std(), params, spec))
     assert_equivalent(blocks, [case.upstream(torch.float32, seed) for seed in range(8)], "emulated")
+
+
+@devices
+@pytest.mark.parametrize("library", ["none", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_statistics_are_of_the_stored_values(
+    dtype: torch.dtype, library: str, device: tuple[int, int], check: Checks
+) -> None:
+    """Which the next phase normalises: where |mean| is far above the deviation, rounding makes others of them."""
+    check.set(library=library, device=device)
+    case = block(3, "none", kernel=1, width=72, act="identity", size=(13, 11))
+    x, params, spec = case.build(dtype, torch.channels_last)
+    tensors = autograd.flatten(params, 30 + x / 8)
+    _, outputs, statistics = operators.residual_block_forward(spec, tensors, "cuda", check.backend.how)
+    for y, (mean, var) in zip(outputs, statistics, strict=True):
+        exact_var, exact_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
+        assert relative_error(mean, exact_mean) < 1e-6 and relative_error(var, exact_var) < 1e-5
 
 
 class RoundedToTf32(TorchDispatchMode):
