@@ -44,26 +44,33 @@ def _scale(scale: Scale, x: Tensor) -> Tensor | None:
     return torch.tensor(scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
-def _without_updated(spec: BlockSpec, tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """The tensors without the running statistics that are about to be updated in place; backward has the batch's."""
-    kept = list(tensors)
+def residual_block(
+    spec: BlockSpec, backend: Backend, tensors: tuple[Tensor | None, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(out, batch statistics), with gradients for every entry of `tensors`, which is `flatten(params, x)`."""
+    given = list(tensors)
     for i, stage in enumerate(spec.convs):
-        if stage.batch_stats:
-            kept[3 + 6 * i + 4] = kept[3 + 6 * i + 5] = None
-    return kept
+        if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
+            given[3 + 6 * i + 4] = given[3 + 6 * i + 5] = None
+    places = tuple(i for i, t in enumerate(given) if t is not None)
+    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, *(t for t in given if t is not None))
+    return out, tuple(stats)
 
 
 class ResidualBlock(torch.autograd.Function):
-    """One residual block; ``apply(spec, backend, *flatten(params, x))`` -> (out, *batch statistics)."""
+    """One residual block; ``apply(spec, backend, count, places, *tensors)`` -> (out, *batch statistics).
+
+    count, places: how many entries `flatten` has, and which of them `tensors` are; autograd charges for every argument.
+    """
 
     @staticmethod
-    def forward(ctx: Any, spec: BlockSpec, backend: Backend, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        out, conv_outputs, batch_stats = backend.forward(spec, tensors)
+    def forward(
+        ctx: Any, spec: BlockSpec, backend: Backend, count: int, places: tuple[int, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors))
         masked_by_out = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
-        ctx.save_for_backward(
-            *_without_updated(spec, tensors), out if masked_by_out else None, *conv_outputs, *batch_stats
-        )
-        ctx.spec, ctx.backend = spec, backend
+        ctx.save_for_backward(*tensors, out if masked_by_out else None, *conv_outputs, *batch_stats)
+        ctx.spec, ctx.backend, ctx.count, ctx.places = spec, backend, count, places
         ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
         ctx.mark_non_differentiable(*batch_stats)
         ctx.set_materialize_grads(False)
@@ -74,11 +81,29 @@ class ResidualBlock(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, (a, b) = ctx.saved_tensors, ctx.split
+        needs = [False] * ctx.count
+        for place, need in zip(ctx.places, ctx.needs_input_grad[4:], strict=True):
+            needs[place] = need
         with torch.no_grad():
             grads = ctx.backend.backward(
-                ctx.spec, dout, saved[a], list(saved[a + 1 : b]), list(saved[b:]), saved[:a], ctx.needs_input_grad[2:]
+                ctx.spec,
+                dout,
+                saved[a],
+                list(saved[a + 1 : b]),
+                list(saved[b:]),
+                _placed(ctx.count, ctx.places, saved[:a]),
+                needs,
             )
-        return None, None, *_refuse_second_derivative("residual_block", grads, [dout, *saved[:a]])
+        grads = _refuse_second_derivative("residual_block", [grads[i] for i in ctx.places], [dout, *saved[:a]])
+        return None, None, None, None, *grads
+
+
+def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """`tensors` at their places among `count`, the others None."""
+    flat: list[Tensor | None] = [None] * count
+    for place, tensor in zip(places, tensors, strict=True):
+        flat[place] = tensor
+    return tuple(flat)
 
 
 class MaxPool2d(torch.autograd.Function):

@@ -1,32 +1,39 @@
 """From modules to what `functional.residual_block` takes: the tensors and the spec of a block's children.
 
-Read at every forward, so that replaced children, loaded weights, frozen statistics and hooks are seen at once.
+A description holds until one of the modules changes (`module_state`), so replaced children, loaded weights, frozen
+statistics and hooks are seen at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from resnet_fused import batch_norm
 from resnet_fused.errors import NotFusable
+from resnet_fused.module_state import GLOBAL_HOOKS, HOOKS
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec
 
 FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"  # timm freezes with the same class
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+RELUS = ("relu", F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 @dataclass(frozen=True)
 class StageModules:
-    """The children behind one stage; in pre-activation order `norm` and `act` precede `conv`."""
+    """The children behind one stage; in pre-activation order `norm` and `act` precede `conv`.
+
+    act: a module (nn.ReLU, nn.Identity), a function (``F.relu``, ``torch.relu``), "relu", "identity", or None.
+    """
 
     conv: nn.Module
     norm: nn.Module | None
-    act: nn.Module | None
+    act: nn.Module | Callable[[Tensor], Tensor] | str | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class BlockModules:
     """The children behind one block: what an adapter returns. The other fields are those of `BlockSpec`/`BlockParams`.
 
     branch_scale, skip_scale: a float, or a tensor (a parameter, say), for scaled residuals such as ReZero.
+    in_place_add:             forward adds by ``out += skip``, which keeps out's dtype.
     """
 
     stages: tuple[StageModules, ...]
@@ -42,6 +50,7 @@ class BlockModules:
     order: Order = "post"
     branch_scale: Scale = 1.0
     skip_scale: Scale = 1.0
+    in_place_add: bool = False
 
 
 def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockSpec]:
@@ -50,7 +59,7 @@ def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockS
     Raises NotFusable, naming the part, where the fused block would compute something else: modules of other types,
     hooks (they would not run), asymmetric or non-zero padding.
     """
-    if any(getattr(nn.modules.module, f"_global{kind}") for kind in HOOKS):
+    if any(GLOBAL_HOOKS):
         raise NotFusable("global module hooks are registered and would not run for the block's children")
     stages = [_stage(f"stages[{i}]", stage) for i, stage in enumerate(modules.stages)]
     projection = None if modules.projection is None else _stage("projection", modules.projection)
@@ -66,6 +75,7 @@ def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockS
         None if projection is None else projection[1],
         modules.order,
         memory,
+        modules.in_place_add,
     )
     return params, spec
 
@@ -153,12 +163,12 @@ def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
     return fields, state.batch_stats, state.eps
 
 
-def _activation(name: str, act: nn.Module | None) -> Activation:
-    if act is None:
+def _activation(name: str, act: object) -> Activation:
+    if isinstance(act, nn.Module):
+        require_no_hooks(name, act)
+    if act is None or act == "identity" or type(act) is nn.Identity:
         return "identity"
-    require_no_hooks(name, act)
-    if type(act) is nn.Identity:
-        return "identity"
-    if type(act) is nn.ReLU:
+    if act in RELUS or type(act) is nn.ReLU:
         return "relu"
-    raise NotFusable(f"{name} is {type(act).__name__}; accepted: nn.ReLU, nn.Identity")
+    given = type(act).__name__ if isinstance(act, nn.Module) else repr(act)
+    raise NotFusable(f"{name} is {given}; accepted: nn.ReLU, F.relu, 'relu', nn.Identity, 'identity', None")

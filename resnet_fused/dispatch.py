@@ -55,8 +55,11 @@ class Backend(Protocol):
     ) -> list[Tensor | None]:
         """The gradient of every entry of `tensors`, None where `needs` is false."""
 
-    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-        """Evaluation with running statistics and no autograd; params as their owner holds them, before autocast."""
+    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
+        """Evaluation with running statistics and no autograd; params as their owner holds them, before autocast.
+
+        None where folded weights would not be finite: `forward`, which folds nothing, then has to run.
+        """
 
 
 BACKENDS: dict[str, Backend] = {"native": native.NativeBackend(), "triton": triton.TritonBackend()}
@@ -100,13 +103,14 @@ def reasons(asked: str, x: Tensor, params: BlockParams, spec: BlockSpec) -> dict
     return against
 
 
-def select_pool(backend: str, x: Tensor) -> Backend | None:
+def select_pool(backend: str, x: Tensor, refusal: str | None = None) -> Backend | None:
     """As `select`, for `max_pool2d`, which only the native CPU backend has."""
     if x.numel() == 0:
         check_name(backend)
         return None
-    elsewhere = None if x.device.type == "cpu" else f"the native backend pools CPU tensors, x is on {x.device}"
-    return _select_native("max_pool2d", backend, elsewhere, "Triton has no pooling kernel")
+    if x.device.type != "cpu":
+        refusal = f"the native backend pools CPU tensors, x is on {x.device}"
+    return _select_native("max_pool2d", backend, refusal, "Triton has no pooling kernel")
 
 
 def select_norm(backend: str, x: Tensor, refusal: str | None = None) -> Backend | None:

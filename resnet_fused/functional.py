@@ -6,10 +6,12 @@ statistics `batch_norm_act` updates.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from resnet_fused import (
     autograd,
@@ -34,7 +36,7 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     x:       [N, C, H, W]; float32, float64, bfloat16 or float16; channels_last is the fast layout, contiguous is
              accepted. Under ``torch.autocast`` x and the convolution weights are cast as eager does.
     params:  tensors on x's device; convolution weights in x's dtype, norm tensors in x's dtype or float32.
-    spec:    what to compute (formula: `resnet_fused.spec`). Stages with `batch_stats` normalise with the batch and
+    spec:    what to compute (formula: `resnet_fused.spec`); one spec for many calls is checked once. Stages with `batch_stats` normalise with the batch and
              update `running_mean`, `running_var` and `num_batches_tracked` in place, after everything succeeded.
     backend: "auto", or a name from `resnet_fused.backends()`.
 
@@ -44,22 +46,28 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
     """
     validation.check_input(x)
-    owned = params
-    mixes = _autocast_mixes(x, spec)
-    if not mixes:
-        x, params = _autocast(x, params)
-    sizes = validation.check(x, params, spec)
-    chosen = dispatch.select(backend, x, params, spec, None if not mixes else _MIXES)
+    dtype = autocast_dtype(x)
+    mixes = dtype not in (None, x.dtype) and _keeps_width(spec)
+    if dtype is not None and not mixes:
+        x = x.to(dtype)
+    traced = torch.compiler.is_compiling()  # what is kept between calls is no business of a graph
+    if traced:
+        counts = validation.values_per_channel(x, validation.check(x, params, spec, dtype), spec)
+    else:
+        counts = validation.check_once(x, params, spec, dtype)
+    chosen = dispatch.select(backend, x, params, spec, _MIXES if mixes else differentiated_otherwise(x, params.tensors))
     if chosen is None:
         out = reference.residual_block(x, params, spec)
-    else:
-        tensors = autograd.flatten(params, x)
-        folds = not torch.compiler.is_compiling()  # the cache of folded weights is no business of a traced graph
-        if folds and not spec.batch_stats and not autograd.needs_grad(tensors):
-            return chosen.infer(x, owned, spec)
-        out, *batch_stats = autograd.ResidualBlock.apply(spec, chosen, *tensors)
-        running_stats.update(params, spec, batch_stats, validation.values_per_channel(x, sizes, spec))
-    running_stats.count_batch(params, spec)
+        running_stats.count_batch(params, spec)
+        return out
+    if not (traced or spec.batch_stats or autograd.needs_grad((x, *params.tensors))) and type(x) is Tensor:
+        folded = chosen.infer(x, params, spec)
+        if folded is not None:
+            return folded
+    if dtype is not None:
+        params = _autocast(params, dtype)
+    out, batch_stats = autograd.residual_block(spec, chosen, autograd.flatten(params, x))
+    running_stats.update(params, spec, batch_stats, counts)
     return out
 
 
@@ -77,7 +85,7 @@ def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int, *, backen
     maximum in row order receives the gradient, both as in PyTorch. Raises ValueError for a bad shape.
     """
     validation.check_pool(x, kernel_size, stride, padding)
-    if dispatch.select_pool(backend, x) is None:
+    if dispatch.select_pool(backend, x, differentiated_otherwise(x, ())) is None:
         return torch.nn.functional.max_pool2d(x, kernel_size, stride, padding)
     return autograd.MaxPool2d.apply(x, kernel_size, stride, padding)
 
@@ -138,6 +146,9 @@ _MIXES = "under autocast x is wider than the convolutions and reaches the block'
 
 def _norm_refusal(x: Tensor, bn: nn.Module, residual: Tensor | None) -> str | None:
     """Why only PyTorch's own operations compute this call, or None."""
+    reason = differentiated_otherwise(x, (residual, *bn.parameters(recurse=False)))
+    if reason is not None:
+        return reason
     if residual is not None and residual.dtype != x.dtype:
         return f"x is {x.dtype}, residual is {residual.dtype}, and their sum has the wider dtype"
     try:
@@ -160,7 +171,18 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]
     return norm.running_mean, norm.running_var, None
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def differentiated_otherwise(x: Tensor, others: Iterable[Tensor | None]) -> str | None:
+    """Why only PyTorch's own operations compute this call: derivatives that the kernels do not have; or None."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "within a transform of torch.func, whose derivatives and batches the kernels do not have"
+    if forward_ad._current_level >= 0:
+        given = [x, *(t for t in others if t is not None)]
+        if any(forward_ad.unpack_dual(t).tangent is not None for t in given):
+            return "x or a parameter has a tangent, and the kernels have no forward-mode derivative"
+    return None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast, where it is on, gives to x's convolutions."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
@@ -168,28 +190,19 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def autocast_input(x: Tensor) -> Tensor:
-    """x in the dtype that autocast, where it is on, gives to a block's convolutions."""
-    dtype = _autocast_dtype(x)
-    return x if dtype is None else x.to(dtype)
+def _keeps_width(spec: BlockSpec) -> bool:
+    """Whether x, where autocast narrows it for the convolutions, reaches the block's norm or its output as it is."""
+    return spec.order == "pre" or (spec.skip == "identity" and not spec.in_place_add)
 
 
-def _autocast_mixes(x: Tensor, spec: BlockSpec) -> bool:
-    """Whether eager would compute parts of this block in x's own dtype, which then is the output's."""
-    return _autocast_dtype(x) not in (None, x.dtype) and (spec.order == "pre" or spec.skip == "identity")
-
-
-def _autocast(x: Tensor, params: BlockParams) -> tuple[Tensor, BlockParams]:
-    """x and the convolution tensors in autocast's dtype, where it is on; norm tensors stay, as in eager."""
-    dtype = _autocast_dtype(x)
-    if dtype is None:
-        return x, params
+def _autocast(params: BlockParams, dtype: torch.dtype) -> BlockParams:
+    """The convolution tensors in autocast's dtype; norm tensors stay, as in eager."""
 
     def cast(stage: StageParams) -> StageParams:
         bias = None if stage.bias is None else stage.bias.to(dtype)
         return replace(stage, weight=stage.weight.to(dtype), bias=bias)
 
-    return x.to(dtype), replace(
+    return replace(
         params,
         stages=tuple(map(cast, params.stages)),
         projection=None if params.projection is None else cast(params.projection),

@@ -7,6 +7,7 @@ names, parameters, hooks, buffers and ``isinstance`` stay as they were.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -14,11 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import adapters, functional
-from resnet_fused.backends import folding
+from resnet_fused import adapters, functional, module_state
 from resnet_fused.block import describe
 from resnet_fused.errors import NotFusable
-from resnet_fused.params import BlockParams
+from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
 
 log = logging.getLogger("resnet_fused")
@@ -32,24 +32,45 @@ class Settings:
     memory: Memory
 
 
+class Description:
+    """What a module last was: its tensors and spec, or None where its own forward has to run, and while that holds.
+
+    The tensors carry what is known of them (`params.Kept`): folded weights, shapes that have been checked.
+    """
+
+    __slots__ = ("block", "narrowed", "snapshot")
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.block: tuple[BlockParams, BlockSpec] | None = None
+        self.snapshot: module_state.Snapshot | None = None
+        self.narrowed = False  # described under autocast, on which the fate of a FrozenBatchNorm2d depends
+
+    def __reduce__(self) -> tuple[type[Description], tuple[()]]:
+        return Description, ()  # a copy has other tensors
+
+
 class FusedModule(nn.Module):
     """Mixin that stands before the original class; `FusedBlock` and `resnet_fused.stem` say what it then computes."""
 
     _fused_from: ClassVar[type[nn.Module]]
     _fused_class: ClassVar[type[FusedModule]]  # made of the mixin and `_fused_from` by `_make_class`
     _fused_settings: Settings
+    _fused_description: Description
 
     def train(self, mode: bool = True) -> FusedModule:
         """As ``nn.Module.train``; on a change of mode, what evaluation folded is dropped, to be folded afresh."""
         if mode != self.training:
-            try:
-                weight = self.fused_describe()[0].stages[0].weight
-            except NotFusable:
-                pass
-            else:
-                folding.forget(weight)
+            self._fused_description.forget()
         super().train(mode)
         return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedModule:
+        """As ``nn.Module._apply`` (``to``, ``half``, ``cuda``); what was folded of the tensors is dropped first."""
+        self._fused_description.forget()
+        return super()._apply(*args, **kwargs)
 
     def fused_describe(self) -> tuple[BlockParams, BlockSpec]:
         """The block's tensors and spec in its present state; raises NotFusable."""
@@ -59,15 +80,34 @@ class FusedModule(nn.Module):
         return describe(adapter(self), self._fused_settings.memory)
 
     def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
-        """`fused_describe`, or None, with the reason logged, where the class's own forward has to run."""
+        """`fused_describe`, kept while it holds, or None where the class's own forward has to run, the reason logged."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
         if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
+        if torch.compiler.is_compiling():  # has its own guards
+            return self._fused_describe_or_log()
+        kept, narrowed = self._fused_description, torch.is_autocast_enabled(x.device.type)
+        if kept.snapshot is not None and kept.narrowed == narrowed and module_state.unchanged(kept.snapshot):
+            return kept.block
+        block, before = self._fused_describe_or_log(), kept.block
+        if block is not None and before is not None and block[1] == before[1] and same(block[0], before[0]):
+            block = before  # with what is known of its tensors
+        # a registered adapter may read anything, so it is asked every time
+        lasts = adapters.is_built_in(self._fused_from)
+        kept.snapshot = module_state.snapshot(self._fused_parts()) if lasts else None
+        kept.block, kept.narrowed = block, narrowed
+        return block
+
+    def _fused_describe_or_log(self) -> tuple[BlockParams, BlockSpec] | None:
         try:
             return self.fused_describe()
         except NotFusable as reason:
             _log_once(self._fused_from.__name__, str(reason))
             return None
+
+    def _fused_parts(self) -> Iterable[nn.Module]:
+        """The modules that `fused_describe` reads."""
+        return self.modules()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The class is made at run time, so pickle and deepcopy get its two ingredients."""
@@ -90,6 +130,7 @@ def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> N
     if not isinstance(module, FusedModule):
         module.__class__ = _make_class(mixin, type(module))  # type: ignore[arg-type]
     module._fused_settings = settings  # type: ignore[assignment]
+    module._fused_description = Description()  # type: ignore[assignment]
 
 
 def eject(module: FusedModule) -> None:
@@ -98,7 +139,7 @@ def eject(module: FusedModule) -> None:
         raise TypeError(
             f"the fused module has become {type(module).__name__} (parametrized or sharded?); undo that before unfuse"
         )
-    del module._fused_settings
+    del module._fused_settings, module._fused_description
     module.__class__ = module._fused_from  # type: ignore[assignment]
 
 

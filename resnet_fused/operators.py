@@ -137,6 +137,28 @@ def saved_convs(spec: BlockSpec, branch_scaled: bool, skip_scaled: bool) -> list
     return saved
 
 
+def unchanged(snapshot: tuple[Any, ...]) -> bool:
+    """`module_state.unchanged`; False without the extension."""
+    return _C is not None and _C.unchanged(snapshot)
+
+
+def fingerprint(tensors: Sequence[Tensor], reads: Literal["metadata", "samples", "everything"]) -> int | None:
+    """A hash that tells whether tensors are as they were (csrc/fingerprint.h); None: nobody can tell."""
+    return None if _C is None else _C.fingerprint(tensors, ("metadata", "samples", "everything").index(reads))
+
+
+def update_running_stats(
+    means: Sequence[Tensor | None],
+    variances: Sequence[Tensor | None],
+    counters: Sequence[Tensor | None],
+    batch_stats: Sequence[Tensor],
+    factors: Sequence[float],
+    counts: Sequence[int],
+) -> bool:
+    """The update of `running_stats.update` in one call; False, with nothing written, where it takes PyTorch's operations."""
+    return _C is not None and _C.update_running_stats(means, variances, counters, batch_stats, factors, counts)
+
+
 def require() -> None:
     """Raises BackendError without the extension."""
     if _load_error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -35,6 +36,22 @@ class StageParams:
     momentum: float | None = 0.1
 
 
+class Kept:
+    """What is known of a `BlockParams`' tensors from the last call: it ends with them, and copies begin without it.
+
+    checked: `validation.check`'s results, with what they hold for. folded: of `backends.folding`, likewise.
+    """
+
+    __slots__ = ("checked", "folded")
+
+    def __init__(self) -> None:
+        self.checked: Any = None
+        self.folded: Any = None
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
 @dataclass(frozen=True)
 class BlockParams:
     """Tensors of a block: one `StageParams` a stage, the projection's, and the two scales.
@@ -49,9 +66,38 @@ class BlockParams:
     skip_scale: Scale = 1.0
 
     @property
+    def kept(self) -> Kept:
+        """Kept with these tensors, for calls to come."""
+        return self.__dict__.get("_kept") or self.__dict__.setdefault("_kept", Kept())
+
+    @property
     def convs(self) -> tuple[StageParams, ...]:
         """The chain's stages, then the projection: the order of `BlockSpec.convs`."""
         return (*self.stages, self.projection) if self.projection is not None else self.stages
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor that a block is computed with, counters apart."""
+        if "_tensors" not in self.__dict__:
+            found: list[Scale | None] = [self.branch_scale, self.skip_scale]
+            for p in self.convs:
+                found += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var]
+            self.__dict__["_tensors"] = tuple(t for t in found if isinstance(t, Tensor))
+        return self.__dict__["_tensors"]
+
+
+def same(a: BlockParams, b: BlockParams) -> bool:
+    """Whether both hold the same tensor objects and equal numbers."""
+
+    def values(params: BlockParams) -> list[Any]:
+        stages = [getattr(stage, f.name) for stage in params.convs for f in fields(StageParams)]
+        return [params.branch_scale, params.skip_scale, *stages]
+
+    pairs = list(zip(values(a), values(b), strict=False))
+    shape = len(a.stages), a.projection is None
+    return shape == (len(b.stages), b.projection is None) and all(
+        p is q or not (isinstance(p, Tensor) or isinstance(q, Tensor)) and p == q for p, q in pairs
+    )
 
 
 def map_tensors(params: BlockParams, change: Callable[[str, Tensor], Tensor]) -> BlockParams:

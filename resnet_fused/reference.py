@@ -76,7 +76,10 @@ def _act(stage: StageSpec, z: Tensor) -> Tensor:
 
 def _join(branch: Tensor, skip: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
     out = _scaled(branch, params.branch_scale)
-    return out if spec.skip == "none" else out + _scaled(skip, params.skip_scale)
+    if spec.skip == "none":
+        return out
+    total = out + _scaled(skip, params.skip_scale)
+    return total.to(out.dtype) if spec.in_place_add else total
 
 
 def _scaled(t: Tensor, scale: Scale) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from resnet_fused import operators
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
@@ -36,14 +37,26 @@ def update_factor(tensors: Running) -> float:
 
 @torch.no_grad()
 def update(params: BlockParams, spec: BlockSpec, batch_stats: Sequence[Tensor], counts: Sequence[int]) -> None:
-    """Blend each norm's batch statistics into its running ones, in place.
+    """Blend each norm's batch statistics into its running ones, and count the batch, in place.
 
     batch_stats: [2, C] (mean, biased variance) for every stage with `batch_stats`, in the order of `spec.convs`.
     counts:      values per channel behind each; the running variance uses the unbiased estimate.
     """
+    if not spec.batch_stats:
+        return
     tracked = [t for s, t in zip(spec.convs, params.convs, strict=True) if s.norm and s.batch_stats]
+    if not torch.compiler.is_compiling() and operators.update_running_stats(
+        [t.running_mean for t in tracked],
+        [t.running_var for t in tracked],
+        [t.num_batches_tracked for t in tracked],
+        batch_stats,
+        [update_factor(t) for t in tracked],
+        counts,
+    ):
+        return
     for tensors, (mean, var), count in zip(tracked, batch_stats, counts, strict=True):
         update_one(tensors, mean, var, count)
+        count_one(tensors)
 
 
 @torch.no_grad()

@@ -94,6 +94,8 @@ class BlockSpec:
     skip:       "none" (a plain chain, e.g. the stem), "identity" or "projection".
     projection: the skip path's stage; given exactly when skip is "projection".
     order:      "post" or "pre" activation.
+    in_place_add: the sum is ``branch += skip``, as in torchvision and timm: under autocast, or with parameters that
+                widen the skip path, it keeps the branch's dtype where ``branch + skip`` takes the wider one.
     memory:     what backward keeps: "default" the convolution outputs, "low" recomputes those of the
                 last stage and the projection.
 
@@ -105,6 +107,7 @@ class BlockSpec:
     projection: StageSpec | None = None
     order: Order = "post"
     memory: Memory = "default"
+    in_place_add: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -138,12 +141,18 @@ class BlockSpec:
 
         how: how CUDA kernels are to run (`resnet_fused.how`), 0 where they choose.
         """
+        if "_encoded" not in self.__dict__:
+            self.__dict__["_encoded"] = self._encode()
+        ints, eps = self.__dict__["_encoded"]
+        return [*ints[:4], how, *ints[5:]], [*eps]
+
+    def _encode(self) -> tuple[list[int], list[float]]:
         header = [
             len(self.stages),
             ("none", "identity", "projection").index(self.skip),
             int(self.order == "pre"),
             int(self.memory == "low"),
-            how,
+            0,
         ]
         for stage in self.convs:
             (sh, sw), (ph, pw), (dh, dw) = stage.geometry

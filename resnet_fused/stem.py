@@ -5,10 +5,12 @@ Each mixin repeats its original's few lines around the stem. Without a fusable s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import functional
+from resnet_fused import adapters, functional
 from resnet_fused.block import require_no_hooks
 from resnet_fused.errors import NotFusable
 from resnet_fused.fused_block import FusedModule
@@ -22,6 +24,12 @@ class FusedStem(FusedModule):
     layer2: nn.Module
     layer3: nn.Module
     layer4: nn.Module
+
+    def _fused_parts(self) -> Iterable[nn.Module]:
+        modules = adapters.find(self._fused_from)(self)  # type: ignore[misc]  # described with it just now
+        stem = modules.stages[0]
+        parts = (self, stem.conv, stem.norm, stem.act, self.maxpool)
+        return [part for part in parts if isinstance(part, nn.Module)]
 
     def _fused_stem(self, x: Tensor) -> Tensor | None:
         """The pooled stem, or None if it is not fusable."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float16, float32, float64
+from dataclasses import dataclass, field
+from typing import Any
 
+from torch import Tensor, bfloat16, dtype, float16, float32, float64
+
+from resnet_fused import operators
 from resnet_fused.batch_norm import BatchNorm
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import ACTIVATIONS, BlockSpec, IntPair, StageSpec
@@ -12,8 +16,10 @@ DTYPES = (float32, float64, bfloat16, float16)
 Shape = tuple[int, int, int]  # channels, height, width
 
 
-def check(x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Shape]:
+def check(x: Tensor, params: BlockParams, spec: BlockSpec, autocast: dtype | None = None) -> list[Shape]:
     """Hold x and params against spec; returns the (C, H, W) of every convolution's output, projection last.
+
+    autocast: the dtype into which convolution weights narrower than float64 will be cast.
 
     Raises ValueError for shapes, devices and counts, TypeError for dtypes.
     """
@@ -28,12 +34,12 @@ def check(x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Shape]:
     shapes: list[Shape] = []
     shape = source
     for i, (stage, tensors) in enumerate(zip(spec.stages, params.stages, strict=True)):
-        out = _check_stage(f"stages[{i}]", x, shape, stage, tensors)
+        out = _check_stage(f"stages[{i}]", x, shape, stage, tensors, autocast)
         _check_norm(f"stages[{i}]", x, shape if pre else out, stage, tensors)
         shapes.append(out)
         shape = out
     if spec.projection is not None and params.projection is not None:
-        out = _check_stage("projection", x, source, spec.projection, params.projection)
+        out = _check_stage("projection", x, source, spec.projection, params.projection, autocast)
         _check_norm("projection", x, out, spec.projection, params.projection)
         shapes.append(out)
     if spec.skip != "none":
@@ -48,6 +54,33 @@ def check(x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Shape]:
     _check_scale("branch_scale", params.branch_scale, shape[0], x)
     _check_scale("skip_scale", params.skip_scale, shape[0], x)
     return shapes
+
+
+@dataclass
+class Checked:
+    """What has passed `check_once` with one spec and the tensors as they were: counts by input."""
+
+    spec: BlockSpec
+    metadata: int
+    counts: dict[Any, list[int]] = field(default_factory=dict)
+
+
+MOST_INPUTS = 64  # of different shapes, dtypes or devices
+
+
+def check_once(x: Tensor, params: BlockParams, spec: BlockSpec, autocast: dtype | None) -> list[int]:
+    """`check`, then `values_per_channel`; kept with params until the shape or dtype of x or of a parameter changes."""
+    metadata = operators.fingerprint(params.tensors, "metadata") if type(x) is Tensor else None
+    if metadata is None:
+        return values_per_channel(x, check(x, params, spec, autocast), spec)
+    known: Checked | None = params.kept.checked
+    if known is None or known.metadata != metadata or known.spec is not spec or len(known.counts) > MOST_INPUTS:
+        known = params.kept.checked = Checked(spec, metadata)
+    key = (x.shape, x.dtype, x.device, autocast)
+    counts = known.counts.get(key)
+    if counts is None:
+        counts = known.counts[key] = values_per_channel(x, check(x, params, spec, autocast), spec)
+    return counts
 
 
 def values_per_channel(x: Tensor, shapes: list[Shape], spec: BlockSpec) -> list[int]:
@@ -104,7 +137,9 @@ def check_input(x: Tensor) -> None:
         raise TypeError(f"x is {x.dtype}; accepted: {', '.join(map(str, DTYPES))}")
 
 
-def _check_stage(name: str, x: Tensor, shape: Shape, stage: StageSpec, tensors: StageParams) -> Shape:
+def _check_stage(
+    name: str, x: Tensor, shape: Shape, stage: StageSpec, tensors: StageParams, autocast: dtype | None
+) -> Shape:
     weight, (channels, height, width) = tensors.weight, shape
     if weight.dim() != 4:
         raise ValueError(f"{name}.weight must be 4-d [C_out, C_in / groups, R, S], got {tuple(weight.shape)}")
@@ -116,7 +151,7 @@ def _check_stage(name: str, x: Tensor, shape: Shape, stage: StageSpec, tensors: 
     if tensors.bias is not None and tensors.bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}.bias must be [{weight.shape[0]}], got {list(tensors.bias.shape)}")
     for part in (weight, tensors.bias):
-        if part is not None and part.dtype != x.dtype:
+        if part is not None and part.dtype != x.dtype and (autocast is None or part.dtype == float64):
             raise TypeError(
                 f"x is {x.dtype} but the convolution of {name} is {part.dtype}; convert one of them, or run under "
                 "torch.autocast"

@@ -90,6 +90,10 @@ std::vector<double> merge_sums(const std::vector<Sum>& partial, const Chunks& ch
 
 template <class A>
 std::vector<A> to_vector(const at::Tensor& t) {
+  if (t.scalar_type() == c10::CppTypeToScalarType<A>::value && t.device().is_cpu() && t.is_contiguous()) {
+    const A* p = t.const_data_ptr<A>();  // the usual case, without three calls of ATen
+    return {p, p + t.numel()};
+  }
   const auto flat = t.to(at::kCPU, c10::CppTypeToScalarType<A>::value).reshape(-1).contiguous();
   const A* p = flat.template const_data_ptr<A>();
   return {p, p + flat.numel()};

@@ -30,9 +30,12 @@ std::vector<A> scale_vector(const std::optional<at::Tensor>& scale, int64_t chan
 }
 
 at::Tensor like_parameter(const std::vector<double>& values, const at::Tensor& parameter) {
-  auto t = at::empty({static_cast<int64_t>(values.size())}, at::kDouble);
-  std::copy(values.begin(), values.end(), t.mutable_data_ptr<double>());
-  return t.to(parameter.scalar_type()).reshape(parameter.sizes());
+  auto t = at::empty(parameter.sizes(), parameter.options().memory_format(at::MemoryFormat::Contiguous));
+  TORCH_INTERNAL_ASSERT(t.numel() == static_cast<int64_t>(values.size()));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, t.scalar_type(), "like_parameter", [&] {
+    std::copy(values.begin(), values.end(), t.mutable_data_ptr<scalar_t>());
+  });
+  return t;
 }
 
 // The gradient of a scale from its gradient per channel: summed where the scale is one value.
@@ -92,8 +95,15 @@ class Block {
     norm = NormVectors<A>(channels);
     if (!normalizes(conv)) return;
     const bool batch = spec.convs[conv].norm == Norm::batch;
-    norm.center = to_vector<A>(batch ? batch_stats.select(0, 0) : *tensors.running_means[conv]);
-    const auto var = to_vector<A>(batch ? batch_stats.select(0, 1) : *tensors.running_vars[conv]);
+    std::vector<A> var;
+    if (batch) {
+      const auto both = to_vector<A>(batch_stats);
+      norm.center.assign(both.begin(), both.begin() + channels);
+      var.assign(both.begin() + channels, both.end());
+    } else {
+      norm.center = to_vector<A>(*tensors.running_means[conv]);
+      var = to_vector<A>(*tensors.running_vars[conv]);
+    }
     const auto gamma = scale_vector<A>(tensors.norm_weights[conv], channels);
     for (int64_t c = 0; c < channels; ++c) {
       const double inverse_std = 1.0 / std::sqrt(static_cast<double>(var[c]) + spec.convs[conv].eps);

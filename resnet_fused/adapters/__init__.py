@@ -1,4 +1,4 @@
-"""Adapters: for a block class, which children play which part. `find` is asked at every forward.
+"""Adapters: for a block class, which children play which part.
 
 Classes of optional dependencies stand here by name, so nothing is imported to recognise them. Only the exact class
 matches: a subclass may compute something else.
@@ -32,6 +32,11 @@ _registered: dict[type[nn.Module], Adapter] = {}
 def find(cls: type[nn.Module]) -> Adapter | None:
     """The adapter of exactly this class; one registered by the user comes before a built-in one."""
     return _registered.get(cls) or BUILT_IN.get(class_path(cls))
+
+
+def is_built_in(cls: type[nn.Module]) -> bool:
+    """Whether `find` gives one of ours, which reads nothing but the module's and its children's attributes."""
+    return cls not in _registered
 
 
 def register_block(cls: type[nn.Module], adapter: Adapter) -> None:

@@ -25,8 +25,9 @@ def chain(block: nn.Module, acts: tuple[str, ...]) -> BlockModules:
     """conv1, bn1, acts[0], conv2, ... and the skip path `downsample`."""
     stages = tuple(_stage(block, i, act) for i, act in enumerate(acts, start=1))
     if block.downsample is None:
-        return BlockModules(stages, skip="identity")
-    return BlockModules(stages, skip="projection", projection=_projection(block.downsample))  # type: ignore[arg-type]
+        return BlockModules(stages, skip="identity", in_place_add=True)
+    projection = _projection(block.downsample)  # type: ignore[arg-type]
+    return BlockModules(stages, skip="projection", projection=projection, in_place_add=True)
 
 
 def _stage(module: nn.Module, i: int, act: str) -> StageModules:

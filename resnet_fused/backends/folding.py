@@ -2,24 +2,26 @@
 
     norm(conv(x, w, c)) = conv(x, w * a) + (c * a + b),   a = gamma / sqrt(var + eps),   b = beta - mean * a
 
-The cache hangs on the first convolution's weight and holds while every tensor involved is the same object, at the
-same address and version counter, so optimizer steps, `load_state_dict` and `.to()` are seen. Writing through
-``tensor.data`` is not: call `forget` then (a fused module does when it changes between training and evaluation).
+It is kept with the parameters (`params.Kept`) while their fingerprint holds: addresses, version counters and, on the
+CPU, values: 1 KiB of each weight, all of each norm, and after any optimizer's step all of everything. So what moves no
+version counter is seen too: fused optimizers, collectives, writes through ``tensor.data`` or a NumPy array. What is not
+seen: such a write to a few elements of a weight; on other devices, any such write but an optimizer's.
+A fused module drops what is kept when it changes between training and evaluation.
 
 Where oneDNN will run them, the weights are also brought into its blocked layout, once instead of at every call.
 """
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from resnet_fused import operators
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
 
@@ -35,44 +37,69 @@ class FoldedBlock:
     pre: Affine | None
     skip_scale: Tensor | None
     channels_last: bool  # of the first weight before packing
+    finite: bool  # on the CPU, where oneDNN's ReLU would make zeros of NaN; elsewhere not looked at
 
 
-_cache: Any = WeakIdKeyDictionary()
+class Steps:
+    """Counts the steps of every optimizer in the process."""
+
+    taken = 0
 
 
-def forget(weight: Tensor) -> None:
-    """Drop what was folded for the block whose first convolution weight this is."""
-    _cache.pop(weight, None)
+def _count(*_: Any) -> None:
+    Steps.taken += 1
+
+
+register_optimizer_step_post_hook(_count)
+
+
+@dataclass
+class _Kept:
+    """What was folded, for what, and how everything was then."""
+
+    spec: BlockSpec
+    key: tuple[Any, ...]
+    samples: int
+    everything: int | None
+    steps: int
+    block: FoldedBlock
 
 
 def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -> FoldedBlock:
     """The block's tensors with every foldable normalisation and scale folded in, for inputs like x.
 
-    source: the parameters as the caller owns them, not copies cast for one call: they carry the version counters.
+    source: the parameters as the caller owns them, not copies cast for one call.
     pack: into oneDNN's layout, where it will run them.
     """
     packs = pack and _packs(x)
-    tensors = _tensors(source)
-    if any(t.is_inference() for t in tensors):  # no version counter: nothing to hold the cache against
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _fold(source, x, spec, packs)  # into the graph, so that its replays see the weights of then
+    samples = operators.fingerprint(source.tensors, "samples")
+    if samples is None:
         return _fold(source, x, spec, packs)
-    floats = tuple(s for s in (source.branch_scale, source.skip_scale) if not isinstance(s, Tensor))
-    key = (spec, x.dtype, packs, floats, tuple((t.data_ptr(), t._version) for t in tensors))
-    anchor = source.convs[0].weight
-    hit = _cache.get(anchor)
-    # The objects are compared too, through weak references: a new tensor may live at a dead one's address.
-    if hit is not None and hit[0] == key and all(r() is t for r, t in zip(hit[1], tensors, strict=True)):
-        return hit[2]
-    result = _fold(source, x, spec, packs)
-    _cache[anchor] = (key, tuple(map(weakref.ref, tensors)), result)
-    return result
+    key = (x.dtype, x.device, packs)
+    kept: _Kept | None = source.kept.folded
+    if (
+        kept is not None
+        and kept.samples == samples
+        and kept.key == key
+        and (kept.spec is spec or kept.spec == spec)
+        and (kept.steps == Steps.taken or _survives(kept, source, x))
+    ):
+        return kept.block
+    steps, everything = Steps.taken, operators.fingerprint(source.tensors, "everything")
+    block = _fold(source, x, spec, packs)
+    source.kept.folded = _Kept(spec, key, samples, everything, steps, block)
+    return block
 
 
-def _tensors(params: BlockParams) -> list[Tensor]:
-    """Every tensor that folding reads."""
-    candidates: list[Scale | None] = [params.branch_scale, params.skip_scale]
-    for p in params.convs:
-        candidates += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var]
-    return [t for t in candidates if isinstance(t, Tensor)]
+def _survives(kept: _Kept, source: BlockParams, x: Tensor) -> bool:
+    """Whether the optimizer's step that has been taken since was another model's."""
+    steps = Steps.taken
+    if x.device.type != "cpu" or operators.fingerprint(source.tensors, "everything") != kept.everything:
+        return False
+    kept.steps = steps
+    return True
 
 
 @torch.no_grad()
@@ -92,12 +119,14 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> Folde
         weights.append(w.to(x.dtype))
         biases.append(None if c is None else c.to(x.dtype))
     channels_last = suggest_memory_format(weights[0]) == torch.channels_last
-    if packs:
+    made = [t for t in (*weights, *biases, *(pre or ())) if t is not None]
+    finite = x.device.type != "cpu" or all(bool(t.isfinite().all()) for t in made)
+    if packs and finite:
         weights = _pack(weights, x, spec)
     skip_scale = None
     if spec.skip == "identity" and not (isinstance(params.skip_scale, float) and params.skip_scale == 1.0):
         skip_scale = torch.as_tensor(params.skip_scale, dtype=precision, device=x.device).detach().reshape(-1)
-    return FoldedBlock(weights, biases, pre, skip_scale, channels_last)
+    return FoldedBlock(weights, biases, pre, skip_scale, channels_last, finite)
 
 
 def _affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine | None:

@@ -58,8 +58,10 @@ class NativeBackend:
             spec, dout, out, conv_outputs, batch_stats, tensors, needs, how=_how(spec, *_x_and_weights(tensors))
         )
 
-    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
         folded = folding.folded(params, x, spec)
+        if not folded.finite:
+            return None
         out = operators.residual_block_infer(
             x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, how=_how(spec, x, folded.weights)
         )

@@ -69,8 +69,10 @@ class TritonBackend:
     ) -> list[Tensor | None]:
         return operators.residual_block_backward(spec, dout, out, conv_outputs, batch_stats, tensors, needs, "triton")
 
-    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
         folded = folding.folded(params, x, spec, pack=False)
+        if not folded.finite:
+            return None
         return operators.residual_block_infer(
             x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "triton"
         )
