@@ -58,7 +58,7 @@ class Backend(Protocol):
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
         """Evaluation with running statistics and no autograd; params as their owner holds them, before autocast.
 
-        None where folded weights would not be finite: `forward`, which folds nothing, then has to run.
+        None where folded weights would not be finite.
         """
 
 

@@ -62,8 +62,8 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
         return out
     if not (traced or spec.batch_stats or autograd.needs_grad((x, *params.tensors))) and type(x) is Tensor:
         folded = chosen.infer(x, params, spec)
-        if folded is not None:
-            return folded
+        # what is not finite is computed in PyTorch's own order of operations, on which its NaN and infinities depend
+        return reference.residual_block(x, params, spec) if folded is None else folded
     if dtype is not None:
         params = _autocast(params, dtype)
     out, batch_stats = autograd.residual_block(spec, chosen, autograd.flatten(params, x))
