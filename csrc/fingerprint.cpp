@@ -86,8 +86,9 @@ std::optional<uint64_t> fingerprint(const std::vector<at::Tensor>& tensors, Read
   uint64_t hash = tensors.size();
   for (const auto& t : tensors) {
     if (t.key_set().has(c10::DispatchKey::Python) || t.layout() != at::kStrided) return std::nullopt;
-    hash = mix(hash, static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint64_t>(t.device().type()) << 16 |
-                         static_cast<uint8_t>(t.device().index()));
+    hash =
+        mix(hash, static_cast<uint64_t>(t.scalar_type()) << 32 | static_cast<uint64_t>(t.device().type()) << 16 |
+                      static_cast<uint8_t>(t.device().index()));
     for (int64_t d = 0; d < t.dim(); ++d)
       hash = mix(hash, static_cast<uint64_t>(t.size(d)) << 32 ^ static_cast<uint64_t>(t.stride(d)));
     if (reads == Reads::metadata) continue;

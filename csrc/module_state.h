@@ -5,9 +5,9 @@
 
 namespace resnet_fused {
 
-// snapshot: (objects, dict, items, dict, items, ...) with objects = (object, its class, ...) and items = (key, value, ...),
-// made by resnet_fused/module_state.py. True if every object has its class still, and every dict these very keys and
-// values, no others, in this order.
+// snapshot: (objects, dict, items, dict, items, ...) with objects = (object, its class, ...) and items = (key, value,
+// ...), made by resnet_fused/module_state.py. True if every object has its class still, and every dict these very keys
+// and values, no others, in this order.
 bool unchanged(const pybind11::tuple& snapshot);
 
 }  // namespace resnet_fused

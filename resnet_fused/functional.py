@@ -36,8 +36,9 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     x:       [N, C, H, W]; float32, float64, bfloat16 or float16; channels_last is the fast layout, contiguous is
              accepted. Under ``torch.autocast`` x and the convolution weights are cast as eager does.
     params:  tensors on x's device; convolution weights in x's dtype, norm tensors in x's dtype or float32.
-    spec:    what to compute (formula: `resnet_fused.spec`); one spec for many calls is checked once. Stages with `batch_stats` normalise with the batch and
+    spec:    what to compute (formula: `resnet_fused.spec`). Stages with `batch_stats` normalise with the batch and
              update `running_mean`, `running_var` and `num_batches_tracked` in place, after everything succeeded.
+             Keep params and spec for many calls: what is known of them is kept with them.
     backend: "auto", or a name from `resnet_fused.backends()`.
 
     Returns [N, C_out, H', W'] in x's dtype; channels_last if x or the first weight is, as PyTorch's convolution.

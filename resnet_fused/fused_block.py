@@ -80,7 +80,7 @@ class FusedModule(nn.Module):
         return describe(adapter(self), self._fused_settings.memory)
 
     def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
-        """`fused_describe`, kept while it holds, or None where the class's own forward has to run, the reason logged."""
+        """`fused_describe`, kept while it holds; or None, the reason logged, where the class's own forward has to run."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
         if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
@@ -108,6 +108,12 @@ class FusedModule(nn.Module):
     def _fused_parts(self) -> Iterable[nn.Module]:
         """The modules that `fused_describe` reads."""
         return self.modules()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: call resnet_fused.unfuse(model) first, or use "
+            "torch.jit.trace, which takes the block's own forward, or torch.export, which keeps the fused operators"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """The class is made at run time, so pickle and deepcopy get its two ingredients."""

@@ -1,7 +1,7 @@
 """Whether modules are as they were: what lets a fused block keep its description from call to call.
 
 A snapshot holds the class of each module and, by identity, every attribute and every entry of the dicts among them:
-parameters, buffers, children, hooks, `training`, a replaced `forward`. Comparing costs about a microsecond a block, in C++.
+parameters, buffers, children, hooks, `training`, a replaced `forward`. Comparing takes about a microsecond per block.
 What a snapshot cannot see is an attribute changed in place, such as a list; PyTorch's modules keep none that matters.
 """
 

@@ -96,7 +96,7 @@ def same(a: BlockParams, b: BlockParams) -> bool:
     pairs = list(zip(values(a), values(b), strict=False))
     shape = len(a.stages), a.projection is None
     return shape == (len(b.stages), b.projection is None) and all(
-        p is q or not (isinstance(p, Tensor) or isinstance(q, Tensor)) and p == q for p, q in pairs
+        p is q or (not (isinstance(p, Tensor) or isinstance(q, Tensor)) and p == q) for p, q in pairs
     )
 
 

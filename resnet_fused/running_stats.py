@@ -35,7 +35,6 @@ def update_factor(tensors: Running) -> float:
     return 1.0 / (int(tensors.num_batches_tracked) + 1)
 
 
-@torch.no_grad()
 def update(params: BlockParams, spec: BlockSpec, batch_stats: Sequence[Tensor], counts: Sequence[int]) -> None:
     """Blend each norm's batch statistics into its running ones, and count the batch, in place.
 
@@ -59,7 +58,6 @@ def update(params: BlockParams, spec: BlockSpec, batch_stats: Sequence[Tensor], 
         count_one(tensors)
 
 
-@torch.no_grad()
 def update_one(tensors: Running, mean: Tensor, var: Tensor, count: int) -> None:
     """Blend one norm's batch statistics [C] into its running ones, in place; arguments as `update`."""
     if tensors.running_mean is None and tensors.running_var is None:
@@ -71,7 +69,6 @@ def update_one(tensors: Running, mean: Tensor, var: Tensor, count: int) -> None:
         _blend(tensors.running_var, var * (count / (count - 1)), factor)
 
 
-@torch.no_grad()
 def count_batch(params: BlockParams, spec: BlockSpec) -> None:
     """Increment `num_batches_tracked` of every stage that used the batch's statistics."""
     for stage, tensors in zip(spec.convs, params.convs, strict=True):
@@ -79,7 +76,6 @@ def count_batch(params: BlockParams, spec: BlockSpec) -> None:
             count_one(tensors)
 
 
-@torch.no_grad()
 def count_one(tensors: Running) -> None:
     """Increment `num_batches_tracked`, where there is one."""
     if tensors.num_batches_tracked is not None:

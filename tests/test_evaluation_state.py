@@ -1,4 +1,4 @@
-"""Evaluation keeps folded weights: whatever writes to parameters or buffers is seen, and nothing that is not finite is lost."""
+"""Evaluation keeps folded weights: writes to parameters and buffers are seen, what is not finite is not lost."""
 
 from __future__ import annotations
 
@@ -145,7 +145,9 @@ def test_collectives(tmp_path: Path) -> None:
 
 def _collectives(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(minutes=2)
+    )
     eager = block(seed=rank)
     fused = fuse(copy.deepcopy(eager))
     with torch.no_grad():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from training import assert_trains_as_eager, train
 
@@ -660,3 +661,15 @@ def test_sizes_behave_as_in_pytorch(shape: tuple[int, ...], mode: str) -> None:
         torch.testing.assert_close(dict(fused.named_buffers()), dict(model.named_buffers()))
     else:
         assert got is expected
+
+
+@pytest.mark.parametrize("act", [F.relu, torch.relu, "relu", nn.ReLU(), nn.ReLU(inplace=True)], ids=str)
+def test_activations_by_name_and_by_function(act: object) -> None:
+    stage = StageModules(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act)  # type: ignore[arg-type]
+    assert describe(BlockModules((stage,), skip="none"), "default")[1].stages[0].act == "relu"
+    for none in (None, "identity", nn.Identity()):
+        given = StageModules(stage.conv, stage.norm, none)
+        assert describe(BlockModules((given,), skip="none"), "default")[1].stages[0].act == "identity"
+    for other in (F.gelu, "gelu", nn.GELU()):
+        with pytest.raises(NotFusable, match=r"(?i)act is .*gelu.*; accepted: nn.ReLU, F.relu, 'relu'"):
+            describe(BlockModules((StageModules(stage.conv, stage.norm, other),), skip="none"), "default")  # type: ignore[arg-type]

@@ -9,8 +9,8 @@ namespace resnet_fused::cpu {
 namespace {
 
 bool plain(const at::Tensor& t, at::ScalarType type, int64_t numel) {
-  return t.defined() && t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == type && t.is_contiguous() &&
-         t.numel() == numel && !t.is_inference() && !t.key_set().has(c10::DispatchKey::Python);
+  return t.defined() && t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == type &&
+         t.is_contiguous() && t.numel() == numel && !t.is_inference() && !t.key_set().has(c10::DispatchKey::Python);
 }
 
 // As at::lerp_: exact at both ends.
