@@ -174,7 +174,7 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]
 
 def differentiated_otherwise(x: Tensor, others: Iterable[Tensor | None]) -> str | None:
     """Why only PyTorch's own operations compute this call: derivatives that the kernels do not have; or None."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "within a transform of torch.func, whose derivatives and batches the kernels do not have"
     if forward_ad._current_level >= 0:
         given = [x, *(t for t in others if t is not None)]

@@ -80,7 +80,7 @@ class FusedModule(nn.Module):
         return describe(adapter(self), self._fused_settings.memory)
 
     def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
-        """`fused_describe`, kept while it holds; or None, the reason logged, where the class's own forward has to run."""
+        """`fused_describe`, kept while it holds; or None, the reason logged, where the original runs."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
         if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None

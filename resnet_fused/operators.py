@@ -155,7 +155,7 @@ def update_running_stats(
     factors: Sequence[float],
     counts: Sequence[int],
 ) -> bool:
-    """What `running_stats.update` does, in one call; False, with nothing written, where it takes PyTorch's operations."""
+    """What `running_stats.update` does, in one call; False, with nothing written, where it cannot."""
     return _C is not None and _C.update_running_stats(means, variances, counters, batch_stats, factors, counts)
 
 

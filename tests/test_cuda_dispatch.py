@@ -241,7 +241,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     for stub in (forward, backward, infer):
         monkeypatch.setattr(operators, f"residual_block_{stub.__name__}", stub)
-    empty = folding.FoldedBlock([], [], None, None, False)
+    empty = folding.FoldedBlock([], [], None, None, False, True)
     monkeypatch.setattr(folding, "folded", lambda params, x, spec: replace(empty, weights=weights(params)))
     return seen
 
