@@ -47,17 +47,47 @@ std::pair<at::Tensor, Stage> without_unequal_strides(
       unit};
 }
 
+// Up to so many pixels a matrix product beats oneDNN's convolution, whose making takes 10 to 50 microseconds a call and
+// which, without AMX, is slow at bfloat16 there (2 x 7 x 7 pixels, 2048 to 512 channels: 2.4 ms against 1.0, its weight
+// gradient 4.5 against 1.0; measured with torch 2.13 on Zen 4). FEW_PIXELS in resnet_fused/backends/folding.py is the same.
+constexpr int64_t kFewPixels = 128;
+
+bool is_small_product(const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
+  return !weight.is_mkldnn() && is_matrix_product(weight, stage) && p.numel() <= kFewPixels * p.size(1);
+}
+
+// Of few pixels, float's weight gradient is slower as a product once the weight outgrows the cache.
+bool is_small_weight_product(const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
+  return is_small_product(p, weight, stage) && (p.element_size() == 2 || weight.numel() <= 1 << 16);
+}
+
 at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage) {
+  if (is_small_product(p, weight, stage)) {
+    auto y = at::empty({p.size(0), weight.size(0), p.size(2), p.size(3)}, p.options().memory_format(kLayout));
+    auto rows = as_rows(y);
+    const auto transposed = as_matrix(weight).t();
+    if (bias)
+      at::addmm_out(rows, *bias, as_rows(p), transposed);
+    else
+      at::mm_out(rows, as_rows(p), transposed);
+    return y;
+  }
   return at::convolution(p, weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups)
       .contiguous(kLayout);
 }
 
 at::Tensor convolution_backward_data(
     const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage) {
+  if (is_small_product(like_p, weight, stage)) {
+    auto dp = at::empty(like_p.sizes(), like_p.options().memory_format(kLayout));
+    auto rows = as_rows(dp);
+    at::mm_out(rows, as_rows(dy), as_matrix(weight));
+    return dp;
+  }
   auto [dp, dw, db] = at::convolution_backward(
       dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
       {true, false, false});
@@ -75,7 +105,12 @@ WeightGradients convolution_backward_weight(
     const at::Tensor& dy, const at::Tensor& p_in, const at::Tensor& weight, const Stage& stage_in, bool needs_weight,
     bool needs_bias) {
   WeightGradients grads;
-  if (needs_weight) {
+  if (needs_weight && is_small_weight_product(p_in, weight, stage_in)) {
+    auto dw = at::empty_like(weight, weight.suggest_memory_format());
+    auto matrix = dw.as_strided({weight.size(0), weight.size(1)}, {weight.size(1), 1});
+    at::mm_out(matrix, as_rows(dy).t(), as_rows(p_in));
+    grads.weight = dw;
+  } else if (needs_weight) {
     const auto [p, stage] = without_unequal_strides(p_in, weight, stage_in);
     auto result = at::convolution_backward(
         dy, p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
@@ -104,6 +139,10 @@ bool has_post_ops(const at::Tensor& x) {
 
 at::Tensor convolution_act(
     const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, bool relu) {
+  if (is_small_product(p, weight, stage)) {
+    auto y = convolution(p, weight, bias, stage);
+    return relu ? y.relu_() : y;
+  }
   static const auto op = mkldnn_op<at::Tensor(
       const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
       std::string_view, ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise", "");
@@ -117,6 +156,10 @@ at::Tensor convolution_act(
 at::Tensor convolution_add_act(
     const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, const at::Tensor& other,
     bool in_place, bool relu) {
+  if (is_small_product(p, weight, stage)) {
+    auto y = convolution(p, weight, bias, stage).add_(other);
+    return relu ? y.relu_() : y;
+  }
   const auto unary = relu ? std::optional<std::string_view>("relu") : std::nullopt;
   if (in_place) {
     static const auto op = mkldnn_op<at::Tensor&(

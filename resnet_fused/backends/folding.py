@@ -26,6 +26,9 @@ from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
 
 Affine = tuple[Tensor, Tensor]
+# Up to so many pixels (kFewPixels of csrc/cpu/convolution.cpp) a plain 1x1 weight is multiplied as a matrix: faster than
+# the making of a oneDNN convolution, as long as it is small. Larger ones are read faster in oneDNN's layout.
+FEW_PIXELS, SMALL_WEIGHT = 128, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,13 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -
     pack: into oneDNN's layout, where it will run them.
     """
     packs = pack and _packs(x)
+    few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return _fold(source, x, spec, packs)  # into the graph, so that its replays see the weights of then
     samples = operators.fingerprint(source.tensors, "samples")
     if samples is None:
         return _fold(source, x, spec, packs)
-    key = (x.dtype, x.device, packs)
+    key = (x.dtype, x.device, packs, few)
     kept: _Kept | None = source.kept.folded
     if (
         kept is not None
@@ -166,13 +170,17 @@ def _packs(x: Tensor) -> bool:
 
 def _pack(weights: list[Tensor], x: Tensor, spec: BlockSpec) -> list[Tensor]:
     """The weights in the layout that oneDNN prefers for inputs of x's size; other sizes work, with a reorder."""
+    few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
     packed, shape = [], list(x.shape)
     for i, (stage, weight) in enumerate(zip(spec.convs, weights, strict=True)):
         source = list(x.shape) if i == len(spec.stages) else shape
         stride, padding, dilation = stage.geometry
-        packed.append(
-            torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, stage.groups, source)
-        )
+        if not (few and weight.shape[2:] == (1, 1) and weight.numel() <= SMALL_WEIGHT):
+            packed.append(
+                torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, stage.groups, source)
+            )
+        else:
+            packed.append(weight)
         height, width = stage.output_size((source[2], source[3]), (weight.shape[2], weight.shape[3]))
         shape = [x.shape[0], weight.shape[0], height, width]
     return packed
