@@ -99,21 +99,24 @@ def measure(
 
 
 def interleaved(
-    steps: Mapping[str, Step], rounds: int, progress: Callable[[str], None] = lambda _: None
+    steps: Mapping[str, Step],
+    rounds: int,
+    progress: Callable[[str], None] = lambda _: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after one untimed round."""
+    """Seconds of every step in every round, after one untimed round; clock: what tells the seconds."""
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             progress(f"{name}, round {turn} of {rounds}" if turn else f"{name}, warm-up")
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

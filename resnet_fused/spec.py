@@ -18,7 +18,7 @@ A spec holds no tensor and knows no module: it keys caches and crosses into C++ 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Activation = Literal["relu", "identity"]
@@ -108,6 +108,10 @@ class BlockSpec:
     order: Order = "post"
     memory: Memory = "default"
     in_place_add: bool = False
+    # every stage that holds a convolution: the chain, then the projection
+    convs: tuple[StageSpec, ...] = field(init=False, repr=False, compare=False)
+    # whether any normalisation uses the batch's statistics
+    batch_stats: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -122,16 +126,9 @@ class BlockSpec:
             raise ValueError(f"a projection has no activation of its own, got act={self.projection.act!r}")
         if self.order == "pre" and self.projection is not None and self.projection.norm:
             raise ValueError("a pre-activation projection reads the activated input and has no norm: set norm=False")
-
-    @property
-    def convs(self) -> tuple[StageSpec, ...]:
-        """Every stage that holds a convolution: the chain, then the projection."""
-        return (*self.stages, self.projection) if self.projection is not None else self.stages
-
-    @property
-    def batch_stats(self) -> bool:
-        """Whether any normalisation uses the batch's statistics."""
-        return any(stage.norm and stage.batch_stats for stage in self.convs)
+        convs = self.stages if self.projection is None else (*self.stages, self.projection)
+        object.__setattr__(self, "convs", convs)
+        object.__setattr__(self, "batch_stats", any(stage.norm and stage.batch_stats for stage in convs))
 
     def with_memory(self, memory: Memory) -> BlockSpec:
         return replace(self, memory=memory)

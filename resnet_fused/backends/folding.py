@@ -14,6 +14,7 @@ Where oneDNN will run them, the weights are also brought into its blocked layout
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
 
 Affine = tuple[Tensor, Tensor]
-# Up to so many pixels (kFewPixels of csrc/cpu/convolution.cpp) a plain 1x1 weight is multiplied as a matrix: faster than
-# the making of a oneDNN convolution, as long as it is small. Larger ones are read faster in oneDNN's layout.
+# Up to so many pixels (kFewPixels of csrc/cpu/convolution.cpp) a plain 1x1 weight is multiplied as a matrix: faster
+# than the making of a oneDNN convolution, as long as it is small. Larger ones are read faster in oneDNN's layout.
 FEW_PIXELS, SMALL_WEIGHT = 128, 1 << 16
 
 
@@ -161,11 +162,16 @@ def _packs(x: Tensor) -> bool:
     """Whether oneDNN runs convolutions of x; csrc/cpu/convolution.cpp (`has_post_ops`) asks the same."""
     if not (x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
         return False
-    if x.dtype == torch.bfloat16:
+    return _runs_in_onednn(x.dtype)
+
+
+@cache
+def _runs_in_onednn(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if x.dtype == torch.float16:
+    if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return x.dtype == torch.float32
+    return dtype == torch.float32
 
 
 def _pack(weights: list[Tensor], x: Tensor, spec: BlockSpec) -> list[Tensor]:

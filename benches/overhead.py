@@ -1,0 +1,176 @@
+"""What a call of a fused block costs beside its kernels, and a network's evaluation of one small picture.
+
+python benches/overhead.py --json overhead.json
+
+One thread, and processor time, which other processes on the machine lengthen less than they do the time that passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import autograd, benchmark, fuse, named_models, operators
+from resnet_fused.backends import folding
+from resnet_fused.info import extension, machine
+from resnet_fused.models.resnet import Bottleneck
+from resnet_fused.tables import table
+
+LAST = torch.channels_last
+CALLS = 100  # per round and contestant
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How numbers are held: parameters' and input's dtype, and whether autocast narrows them to bfloat16."""
+
+    name: str
+    dtype: torch.dtype
+    autocast: bool = False
+
+    def context(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.autocast)
+
+
+KINDS = (
+    Kind("float32", torch.float32),
+    Kind("bfloat16", torch.bfloat16),
+    Kind("bfloat16 autocast", torch.float32, autocast=True),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds of one call, medians over rounds; ratio: fused over eager within a round (p20, median, p80)."""
+
+    what: str
+    eager: float
+    fused: float
+    operators: float | None
+    ratio: tuple[float, float, float]
+
+    def cells(self) -> list[str]:
+        low, middle, high = self.ratio
+        alone = ["", ""] if self.operators is None else [f"{self.operators:.0f}", f"{self.fused - self.operators:.0f}"]
+        return [self.what, f"{self.eager:.0f}", f"{self.fused:.0f}", *alone, f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = [block(kind, train, args.channels, args.rounds) for kind in KINDS for train in (False, True)]
+    header = ("call", "eager us", "fused us", "operators alone", "overhead", "fused / eager")
+    print(table(f"A bottleneck of {args.channels} channels and one pixel", header, [row.cells() for row in rows]))
+    networks = [network(args.model, kind, size, args.rounds) for size in args.sizes for kind in KINDS]
+    print(table(f"{args.model}, evaluation, batch 1", header, [row.cells() for row in networks]))
+    if args.json:
+        record = {"machine": machine(), "extension": extension(), "rows": [asdict(row) for row in rows + networks]}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def block(kind: Kind, train: bool, channels: int, rounds: int) -> Row:
+    """An identity bottleneck on [1, C, 1, 1]; in training [2, C, 1, 1]: of one value there are no batch statistics."""
+    eager = Bottleneck(channels, channels // 4).to(kind.dtype, memory_format=LAST).train(train)  # type: ignore[call-overload]
+    fused = fuse(copy.deepcopy(eager))
+    x = torch.randn(1 + train, channels, 1, 1, dtype=torch.bfloat16 if kind.autocast else kind.dtype)
+    x = x.contiguous(memory_format=LAST)
+    run = _training if train else _evaluation
+    steps = {name: _many(run(module, x, kind)) for name, module in {"eager": eager, "fused": fused}.items()}
+    steps["operators"] = _many(_operators(fused, x, kind, train))
+    what = f"{kind.name}, {'training, forward and backward' if train else 'evaluation'}"
+    return _row(what, steps, rounds, CALLS)
+
+
+def network(name: str, kind: Kind, size: int, rounds: int) -> Row:
+    eager = named_models.build(name).eval().to(kind.dtype, memory_format=LAST)  # type: ignore[call-overload]
+    fused = fuse(copy.deepcopy(eager))
+    x = torch.randn(1, 3, size, size, dtype=kind.dtype).contiguous(memory_format=LAST)
+    steps = {"eager": _evaluation(eager, x, kind), "fused": _evaluation(fused, x, kind)}
+    return _row(f"{size}x{size}, {kind.name}", steps, rounds, 1)
+
+
+def _evaluation(module: nn.Module, x: Tensor, kind: Kind) -> benchmark.Step:
+    def step() -> None:
+        with torch.no_grad(), kind.context():
+            module(x)
+
+    return step
+
+
+def _training(module: nn.Module, x: Tensor, kind: Kind) -> benchmark.Step:
+    leaf, dout = x.clone().requires_grad_(), torch.randn_like(x)
+
+    def step() -> None:
+        with kind.context():
+            out = module(leaf)
+        torch.autograd.backward(out, dout)
+
+    return step
+
+
+def _operators(fused: nn.Module, x: Tensor, kind: Kind, train: bool) -> benchmark.Step:
+    """The compiled operators with everything at hand."""
+    with kind.context():
+        params, spec = fused.fused_describe()  # type: ignore[operator]
+    if not train:
+        folded = folding.folded(params, x, spec)
+
+        def infer() -> None:
+            operators.residual_block_infer(x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec)
+
+        return torch.no_grad()(infer)
+    tensors = autograd.flatten(params, x)
+    flat = [t if t is None or i % 6 != 3 else t.detach().to(x.dtype) for i, t in enumerate(tensors)]  # as autocast does
+    given, needs = tuple(flat), [i == 0 or (i > 2 and (i - 3) % 6 in (0, 2, 3)) for i in range(len(flat))]
+
+    def both() -> None:
+        out, saved, stats = operators.residual_block_forward(spec, given)
+        operators.residual_block_backward(spec, x, out, saved, stats, given, needs)
+
+    return torch.no_grad()(both)
+
+
+def _many(step: benchmark.Step) -> benchmark.Step:
+    def run() -> None:
+        for _ in range(CALLS):
+            step()
+
+    return run
+
+
+def _row(what: str, steps: dict[str, benchmark.Step], rounds: int, calls: int) -> Row:
+    seconds = benchmark.interleaved(steps, rounds, clock=time.process_time)
+    micro: Callable[[str], float] = lambda name: statistics.median(seconds[name]) / calls * 1e6  # noqa: E731
+    ratios = [ours / theirs for ours, theirs in zip(seconds["fused"], seconds["eager"], strict=True)]
+    low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
+    alone = micro("operators") if "operators" in steps else None
+    return Row(what, micro("eager"), micro("fused"), alone, (low, statistics.median(ratios), high))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Time single calls of a fused and an eager block whose convolutions are tiny, and of a network of "
+        "one picture, in turns, on one thread, in processor time.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--channels", type=int, default=64, help="of the bottleneck's input")
+    parser.add_argument("--model", default="resnet50", help="a ResNet's name, or timm:NAME")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 224], help="of the square picture")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, after one of warm-up")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and the machine there")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
