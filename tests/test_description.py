@@ -198,7 +198,7 @@ def test_parameters_that_change_are_checked_again() -> None:
     x, params, spec = any_block(2, channels=4).build()
     functional.residual_block(x, params, spec)
     params.stages[0].weight.data = params.stages[0].weight.data.float()
-    with pytest.raises(TypeError, match="is torch.float32"):
+    with pytest.raises(TypeError, match=r"is torch\.float32"):
         functional.residual_block(x, params, spec)
     params.stages[0].weight.data = torch.randn(3, 5, 3, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="receives 4 channels"):
