@@ -27,6 +27,7 @@ if operators.load_error() is not None:
 
 Block = tuple[Tensor, BlockParams, BlockSpec]
 BACKEND = dispatch.BACKENDS["native"]
+TF32 = 1 << 4  # as PyTorch's convolutions, where nothing was set
 CASE = block(3, "projection", channels=16, width=8, out_channels=32, size=(9, 8))
 
 
@@ -255,22 +256,24 @@ def call(given: Block) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_every_direction_is_told_the_same(told: dict[str, int]) -> None:
+def test_every_direction_is_told_the_same(told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     def assert_told(device: str, expected: int) -> None:
         told.clear()
         call(on(device))
         assert told == dict.fromkeys(("forward", "backward", "infer"), expected)
 
-    assert_told("cuda", 0)
+    assert_told("cuda", TF32)
     decide(on("cuda"), Decision("triton", "phased", "all", 1.5))
-    assert_told("cuda", 0)
+    assert_told("cuda", TF32)
     decide(on("cuda"), Decision("native", "phased", "all", 1.5))
-    assert_told("cuda", 2 | 3 << 2)
+    assert_told("cuda", 2 | 3 << 2 | TF32)
     with how.launch_mode("single"):
-        assert_told("cuda", 1 | 3 << 2)
+        assert_told("cuda", 1 | 3 << 2 | TF32)
         with how.library_convolutions("none"):
-            assert_told("cuda", 1 | 1 << 2)
+            assert_told("cuda", 1 | 1 << 2 | TF32)
             assert_told("cpu", 0)
+    monkeypatch.setattr(how, "precision", lambda: "ieee")
+    assert_told("cuda", 2 | 3 << 2)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -291,7 +294,7 @@ def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, int], monk
     decide(given, Decision("native", "phased", "none", 1.5))
     torch.compiler.reset()
     assert compiled(x) is not None
-    assert told == {"forward": 2 | 1 << 2}
+    assert told == {"forward": 2 | 1 << 2 | TF32}
     assert compiled(torch.cat([x, x])) is None, "another shape was not measured"
 
 
