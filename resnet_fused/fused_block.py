@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -116,6 +116,6 @@ def _blank(mixin: type[FusedModule], original: type[nn.Module]) -> FusedModule:
     return cls.__new__(cls)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _log_once(block: str, reason: str) -> None:
     log.info("%s runs unfused: %s", block, reason)
