@@ -8,7 +8,7 @@ be the fastest, and faster than PyTorch. `explain` shows the reasons that `auto`
 from __future__ import annotations
 
 import logging
-from functools import cache
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -143,6 +143,6 @@ def _log(name: str, reason: str) -> None:
         _log_once(name, reason)
 
 
-@cache
+@lru_cache(maxsize=1024)  # reasons name shapes: what has fallen out is said again
 def _log_once(name: str, reason: str) -> None:
     log.info("backend %s is not used: %s", name, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from resnet_fused import adapters, dispatch
@@ -79,7 +80,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         weight = params.stages[0].weight
         x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
     asked = module._fused_settings.backend
-    backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
+    with torch.set_grad_enabled(module.training):  # evaluation is taken to be without autograd, as `tune` takes it
+        backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -163,6 +163,6 @@ def _blank(mixin: type[FusedModule], original: type[nn.Module]) -> FusedModule:
     return cls.__new__(cls)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _log_once(block: str, reason: str) -> None:
     log.info("%s runs unfused: %s", block, reason)

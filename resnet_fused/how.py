@@ -7,8 +7,7 @@ else as it chooses by size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -33,45 +32,54 @@ class Wish(NamedTuple):
     library: Library | None
 
 
-@dataclass
-class _Asked:
-    """Process-wide and not thread-local: autograd runs backward in a thread of its own."""
-
-    mode: Mode | None = None
-    library: Library | None = None
+# What every open `with` block asks for, in the order of entering. Process-wide and not thread-local: autograd runs
+# backward in a thread of its own. Blocks of several threads interleave, so each takes away its own entry when it ends.
+_open: dict[object, Wish] = {}
 
 
-_asked = _Asked()
+def launch_mode(mode: Mode) -> AbstractContextManager[None]:
+    """ "single" or "phased" for every block within, in all threads; of several the one entered last and still open.
+
+    Raises ValueError for another mode.
+    """
+    return _asking("launch mode", mode, MODES, Wish(mode, None))
 
 
-@contextmanager
-def launch_mode(mode: Mode) -> Iterator[None]:
-    """ "single" or "phased" for every block within, in all threads."""
-    before, _asked.mode = _asked.mode, mode
-    try:
-        yield
-    finally:
-        _asked.mode = before
+def library_convolutions(library: Library) -> AbstractContextManager[None]:
+    """Leave none, those with more than one tap ("spatial"), or all convolutions to the vendor's library; as above."""
+    return _asking("choice of library convolutions", library, LIBRARIES, Wish(None, library))
 
 
 @contextmanager
-def library_convolutions(library: Library) -> Iterator[None]:
-    """Leave none, those with more than one tap, or all convolutions to the vendor's library, in all threads."""
-    before, _asked.library = _asked.library, library
+def _asking(what: str, name: str, accepted: tuple[str, ...], wish: Wish) -> Iterator[None]:
+    if name not in accepted:
+        raise ValueError(f"unknown {what} {name!r}; accepted: {', '.join(map(repr, accepted))}")
+    token = object()
+    _open[token] = wish
     try:
         yield
     finally:
-        _asked.library = before
+        del _open[token]
 
 
 def asked() -> Wish:
     """What the context managers ask for now."""
-    return Wish(_asked.mode, _asked.library)
+    mode: Mode | None = None
+    library: Library | None = None
+    for wish in tuple(_open.values()):  # a copy: meanwhile another thread may enter or leave
+        mode, library = wish.mode or mode, wish.library or library
+    return Wish(mode, library)
 
 
 def precision() -> Literal["ieee", "tf32"]:
-    """Of float32 products, as torch.backends.cuda.matmul says."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """Of a block's float32 products, our kernels' and the library's: what PyTorch's own convolution now takes.
+
+    With cuDNN that is torch.backends.cudnn.conv.fp32_precision, "tf32" unless it was changed, there or by
+    torch.backends.cudnn.allow_tf32. Where cuDNN is switched off, PyTorch forms convolutions as products of matrices.
+    """
+    cudnn = torch.backends.cudnn
+    setting = cudnn.conv if cudnn.enabled else torch.backends.cuda.matmul  # type: ignore[attr-defined, unused-ignore]
+    return "tf32" if setting.fp32_precision == "tf32" else "ieee"
 
 
 def encode(wish: Wish) -> int:

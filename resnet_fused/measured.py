@@ -1,9 +1,10 @@
 """What `resnet_fused.tune` has measured: the fastest way to run each block, and tiles of Triton's phases, on disk.
 
 One JSON file, ``$XDG_CACHE_HOME/resnet_fused/tuning.json`` (by default under ``~/.cache``), with a section for each
-machine: device, versions and both kinds of kernels make its name, so that nothing outlives what it was measured with.
-What cannot be read, or was written in another form, counts as not measured; the file is replaced whole, so that two
-processes never mix half a file.
+kind of GPU: its name, versions and both kinds of kernels name it, so that nothing outlives what it was measured with.
+Every key begins with the GPU that it is about, so two in one machine never answer for each other. What cannot be read,
+or was written in another form, counts as not measured. Processes add to the file one at a time, and it is replaced
+whole.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import operator
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,11 +26,22 @@ from torch import Tensor
 
 from resnet_fused import how, operators, triton_kernels  # type: ignore[attr-defined, unused-ignore]
 from resnet_fused.how import Library, Mode, Wish
+from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 BackendName = Literal["native", "triton"]
-# training or not, `BlockSpec.encode`, the input's shape, its dtype, output channels of each convolution
-Key = tuple[bool, tuple[int, ...], tuple[int, ...], str, tuple[int, ...]]
+GPU = int | None  # its index; None is none, where the tests' emulator and Triton's interpreter run
+
+
+# the GPU, training or not, `BlockSpec.encode`, the input's shape, its dtype, output channels of each convolution; a
+# plain tuple, because torch.compile passes it on as a constant
+Key = tuple[GPU, bool, tuple[int, ...], tuple[int, ...], str, tuple[int, ...]]
+TileKey = tuple[Any, ...]  # the GPU, and what triton_kernels/tuning.py chooses the tile of a phase by
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,28 @@ class Decision:
     others: dict[str, float] = field(default_factory=dict)
 
 
-def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Key:
-    """What a decision is found by. weights: of the block's convolutions."""
+def gpu_of(x: Tensor) -> GPU:
+    return x.device.index if x.device.type == "cuda" else None
+
+
+def trains(spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
+    """Whether this call runs the operators of training, which it does where a gradient may follow.
+
+    So it does within torch.compile (`functional.residual_block`): folded weights are no business of a traced graph.
+    """
+    if spec.batch_stats or torch.compiler.is_compiling():
+        return True
+    tensors: list[object] = [x, params.branch_scale, params.skip_scale]
+    for p in params.convs:
+        tensors += [p.weight, p.bias, p.norm_weight, p.norm_bias]
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool) -> Key:
+    """What a decision is found by. weights: of the block's convolutions. train: as `trains` says."""
     return (
-        spec.batch_stats,
+        gpu_of(x),
+        train,
         _numbers(spec.encode()[0]),
         _numbers(x.shape),
         str(x.dtype),
@@ -56,13 +87,13 @@ def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Key:
     )
 
 
-def lookup(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Key | None:
-    """The key; None on a machine on which nothing was measured, where no graph need depend on its sizes."""
-    return key(spec, x, weights) if _anything() else None
+def lookup(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool) -> Key | None:
+    """The key; None where nothing was measured on x's GPU, and so no graph need depend on its sizes."""
+    return key(spec, x, weights, train) if _anything(gpu_of(x)) else None
 
 
 def decision(key: Key | None) -> Decision | None:
-    """What was decided for this block and input on the current device; None where nothing was measured."""
+    """What was decided for this block and input on its GPU; None where nothing was measured."""
     return None if key is None else _decision(key, how.precision())
 
 
@@ -78,7 +109,7 @@ def wish(backend: BackendName, key: Key | None) -> Wish:
 def declines(backend: BackendName, key: Key | None) -> str | None:
     """Why "auto" should pass over this backend on a GPU: it takes only what was measured to be the fastest of all."""
     found = decision(key)
-    where = "" if key is None else f" for inputs {key[2]}"
+    where = "" if key is None else f" for {'training' if key[1] else 'evaluation'} with inputs {key[3]}"
     if found is None:
         return f"not measured on this GPU{where}; resnet_fused.tune(model, x) measures"
     figure = f"{found.speedup:.2f} times PyTorch's speed"
@@ -89,37 +120,61 @@ def declines(backend: BackendName, key: Key | None) -> str | None:
     return f"measured at {found.others[backend]:.2f}, {found.backend} at {figure}{where}"
 
 
-def tile(key: tuple[Any, ...]) -> dict[str, int] | None:
-    """The tile measured for a phase (triton_kernels/tuning.py makes the key), as its fields."""
-    found = _section()["tiles"].get(json.dumps(key))
+@lru_cache(maxsize=4096)
+def tile(key: TileKey) -> dict[str, int] | None:
+    """The tile measured for a phase, as its fields."""
+    gpu, *phase = key
+    found = _section(gpu)["tiles"].get(json.dumps(phase))
     return found if isinstance(found, dict) else None
 
 
-def record(blocks: dict[Key, Decision], tiles: dict[tuple[Any, ...], dict[str, int]]) -> Path:
-    """Adds to the section of this machine and returns the file."""
+def record(blocks: dict[Key, Decision], tiles: dict[TileKey, dict[str, int]]) -> Path:
+    """Adds to the sections of the GPUs in the keys and returns the file."""
     path = _path()
-    everything = _read(path)
-    section = everything[machine()] = _checked(everything.get(machine()))
-    section["blocks"].update({_text(k, how.precision()): asdict(value) for k, value in blocks.items()})
-    section["tiles"].update({json.dumps(k): value for k, value in tiles.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
-        json.dump(everything, file, indent=1, sort_keys=True)
-    Path(file.name).replace(path)
+    with _alone(path):
+        everything = _read(path)
+
+        def part(name: str, gpu: GPU) -> dict[str, Any]:
+            section = everything[machine(gpu)] = _checked(everything.get(machine(gpu)))
+            return section[name]
+
+        for key, decision in blocks.items():
+            part("blocks", key[0])[_text(key, how.precision())] = asdict(decision)
+        for (gpu, *phase), fields in tiles.items():
+            part("tiles", gpu)[json.dumps(phase)] = fields
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
+            json.dump(everything, file, indent=1, sort_keys=True)
+        Path(file.name).replace(path)
     forget()
     return path
 
 
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time; where the system or the file system has no locks, the last to write wins."""
+    with path.with_suffix(".lock").open("w") as file:  # not the file itself, which is replaced
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def forget() -> None:
     """Read the file again when next asked."""
-    _section.cache_clear()
-    _decision.cache_clear()
+    for known in (_section, _decision, tile):
+        known.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def machine(gpu: GPU = None) -> str:
+    """The GPU's name, versions, the source of Triton's kernels, and the compiled extension."""
+    known = gpu is not None and torch.cuda.is_available()  # a fake tensor may be on a GPU that is not here
+    return f"{torch.cuda.get_device_name(gpu) if known else 'no GPU'}, {_kernels()}"
 
 
 @cache
-def machine() -> str:
-    """Device, versions, the source of Triton's kernels, and the compiled extension."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+def _kernels() -> str:
     try:
         import triton
 
@@ -131,7 +186,6 @@ def machine() -> str:
     binary = operators.binary()
     return ", ".join(
         [
-            device,
             f"torch {torch.__version__}",
             f"triton {version} {_digest(source)}",
             f"extension {'none' if binary is None else _digest(binary.read_bytes())}",
@@ -149,13 +203,13 @@ def _digest(content: bytes) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _anything() -> bool:
-    return bool(_section()["blocks"])
+def _anything(gpu: GPU) -> bool:
+    return bool(_section(gpu)["blocks"])
 
 
 @lru_cache(maxsize=4096)
 def _decision(key: Key, precision: str) -> Decision | None:
-    found = _section()["blocks"].get(_text(key, precision))
+    found = _section(key[0])["blocks"].get(_text(key, precision))
     match found:
         case {
             "backend": "native" | "triton" as backend,
@@ -170,13 +224,13 @@ def _decision(key: Key, precision: str) -> Decision | None:
 
 
 def _text(key: Key, precision: str) -> str:
-    train, *rest = key
-    return json.dumps(["train" if train else "infer", *rest, *([precision] if key[3] == "torch.float32" else [])])
+    _, train, *rest = key
+    return json.dumps(["train" if train else "infer", *rest, *([precision] if key[4] == "torch.float32" else [])])
 
 
-@cache
-def _section() -> dict[str, dict[str, Any]]:
-    return _checked(_read(_path()).get(machine()))
+@lru_cache(maxsize=64)
+def _section(gpu: GPU) -> dict[str, dict[str, Any]]:
+    return _checked(_read(_path()).get(machine(gpu)))
 
 
 def _checked(section: Any) -> dict[str, dict[str, Any]]:

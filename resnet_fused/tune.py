@@ -54,6 +54,15 @@ class Tuning(list[Measured]):
         return table("Measured here", header, rows)
 
 
+class Block(NamedTuple):
+    """train: forward and backward are timed, else forward alone."""
+
+    x: Tensor
+    params: BlockParams
+    spec: BlockSpec
+    train: bool
+
+
 class Contestant(NamedTuple):
     backend: BackendName
     way: Way
@@ -71,6 +80,9 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
     tiles: also search the tile sizes of every phase of Triton's, which takes minutes, most of them compiling.
     timer: how to time calls; for tests.
 
+    A block in training mode is measured forward and backward, whether its norms are frozen or not; one in evaluation
+    mode forward alone, as without autograd.
+
     Raises BackendError where neither backend can run, or x is on no GPU.
     """
     reason = nothing_to_tune(x.device)
@@ -83,14 +95,16 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
             params, spec = module.fused_describe()
         except NotFusable:
             continue
-        key = measured.key(spec, block_input, [p.weight for p in params.convs])
+        block = Block(block_input, params, spec, train=spec.batch_stats or module.training)
+        key = measured.key(spec, block_input, [p.weight for p in params.convs], block.train)
         field = contestants(block_input, params, spec)
         if key in decisions or not field:
             continue
-        if tiles and any(backend == "triton" for backend, _ in field):
-            measured.record({}, fastest_tiles(block_input, params, spec, timer))
-        decision = decisions[key] = fastest_way(block_input, params, spec, field, timer)
-        workload = "train" if spec.batch_stats else "infer"
+        with torch.cuda.device_of(block_input):  # whose streams time it
+            if tiles and any(backend == "triton" for backend, _ in field):
+                measured.record({}, fastest_tiles(block, timer))
+            decision = decisions[key] = fastest_way(block, field, timer)
+        workload = "train" if block.train else "infer"
         shape = tuple(block_input.shape)
         result.append(
             Measured(name, shape, workload, decision.backend, decision.mode, decision.library, decision.speedup)
@@ -101,7 +115,7 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
 
 def nothing_to_tune(device: torch.device) -> str | None:
     """Why no backend has a choice on this device, or None."""
-    why_not = {"native": native.why_not_on_gpu(device), "triton": triton_kernels.why_not(device.type)}
+    why_not = {"native": native.why_not_on_gpu(device), "triton": triton_kernels.why_not(device)}
     return None if None in why_not.values() else "; ".join(f"{name}: {why}" for name, why in why_not.items())
 
 
@@ -145,13 +159,11 @@ def _as_convolved(x: Tensor) -> Tensor:
     return x if dtype is None else x.to(dtype)
 
 
-def fastest_way(
-    x: Tensor, params: BlockParams, spec: BlockSpec, contestants: Sequence[Contestant], timer: Timer
-) -> Decision:
+def fastest_way(block: Block, contestants: Sequence[Contestant], timer: Timer) -> Decision:
     """The contestant that runs the block fastest, and its time against PyTorch's."""
 
     def forced(contestant: Contestant) -> Run:
-        run, (mode, library) = once(x, params, spec, contestant.backend), contestant.way
+        run, (mode, library) = once(block, contestant.backend), contestant.way
 
         def within() -> None:
             with launch_mode(mode), library_convolutions(library):
@@ -159,7 +171,7 @@ def fastest_way(
 
         return within
 
-    *ours, eager = timer([*map(forced, contestants), once(x, params, spec, "eager")])
+    *ours, eager = timer([*map(forced, contestants), once(block, "eager")])
     best: dict[str, tuple[float, Way]] = {}
     for seconds, (backend, way) in zip(ours, contestants, strict=True):
         if backend not in best or seconds < best[backend][0]:
@@ -169,24 +181,22 @@ def fastest_way(
     return Decision(fastest, *best[fastest][1], speedups.pop(fastest), speedups)
 
 
-def fastest_tiles(
-    x: Tensor, params: BlockParams, spec: BlockSpec, timer: Timer
-) -> dict[tuple[Any, ...], dict[str, int]]:
+def fastest_tiles(block: Block, timer: Timer) -> dict[measured.TileKey, dict[str, int]]:
     """For each phase of the block by Triton, run phase by phase, the fastest tile, one phase after the other."""
     from triton.runtime.errors import OutOfResources
 
     from resnet_fused.triton_kernels import tuning
 
-    chosen: dict[tuple[Any, ...], dict[str, int]] = {}
-    run = once(x, params, spec, "triton")
+    chosen: dict[measured.TileKey, dict[str, int]] = {}
+    run = once(block, "triton")
     with launch_mode("phased"), library_convolutions("none"):
         with tuning.asked() as keys:
             run()
         for key, start in keys.items():
             fitting, runs = [], []
-            for tile in (start, *tuning.candidates(key[0], start)):
+            for tile in (start, *tuning.candidates(key[1], start)):
 
-                def attempt(tile: tuning.Tile = tile, key: tuple[Any, ...] = key) -> None:
+                def attempt(tile: tuning.Tile = tile, key: measured.TileKey = key) -> None:
                     with tuning.trying(key, tile):
                         run()
 
@@ -201,9 +211,9 @@ def fastest_tiles(
     return chosen
 
 
-def once(x: Tensor, params: BlockParams, spec: BlockSpec, backend: str) -> Run:
+def once(block: Block, backend: str) -> Run:
     """One step of the block, forward and backward for training, on copies: nothing of the caller's is written."""
-    train = spec.batch_stats
+    x, params, spec, train = block
     mine = x.detach().requires_grad_(train)
 
     def own(name: str, t: Tensor) -> Tensor:

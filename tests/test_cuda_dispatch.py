@@ -27,7 +27,15 @@ if operators.load_error() is not None:
 
 Block = tuple[Tensor, BlockParams, BlockSpec]
 BACKEND = dispatch.BACKENDS["native"]
+TF32 = 1 << 4  # as PyTorch's convolutions, where nothing was set
 CASE = block(3, "projection", channels=16, width=8, out_channels=32, size=(9, 8))
+
+
+def forget() -> None:
+    """What this process remembers of its devices."""
+    measured.forget()
+    for known in (measured.machine, native._known, triton_kernels._too_old):
+        known.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +43,10 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing measured, nothing remembered of the device, and no interpreter."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    measured.forget()
-    native._known.cache_clear()
+    forget()
     with FakeTensorMode():
         yield
-    measured.forget()
-    native._known.cache_clear()
+    forget()
 
 
 def pretend(
@@ -55,14 +61,12 @@ def pretend(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
-    measured.machine.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
-    yield
-    measured.machine.cache_clear()
 
 
 def on(device: str, case: Case = CASE, dtype: torch.dtype = torch.bfloat16) -> Block:
@@ -163,9 +167,9 @@ def test_a_batch_norm_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what auto takes -------------------------------------------------------------------------------------------------
 
 
-def decide(given: Block, decision: Decision) -> None:
+def decide(given: Block, decision: Decision, train: bool = True) -> None:
     x, params, spec = given
-    measured.record({measured.key(spec, x, weights(params)): decision}, {})
+    measured.record({measured.key(spec, x, weights(params), train): decision}, {})
 
 
 @pytest.mark.usefixtures("gpu")
@@ -183,7 +187,7 @@ def test_auto_takes_the_fastest() -> None:
     decide(given, Decision("native", "phased", "spatial", 1.5, {"triton": 1.25}))
     assert dispatch.reasons("auto", *given) == {
         "native": None,
-        "triton": "measured at 1.25, native at 1.50 times PyTorch's speed for inputs (2, 16, 9, 8)",
+        "triton": "measured at 1.25, native at 1.50 times PyTorch's speed for training with inputs (2, 16, 9, 8)",
     }
     assert dispatch.select("auto", *given) is BACKEND
     decide(given, Decision("triton", "phased", "spatial", 1.5, {"native": 1.25}))
@@ -191,9 +195,59 @@ def test_auto_takes_the_fastest() -> None:
     assert "measured at 1.25, triton at 1.50" in (BACKEND.declines(*given) or "")
     decide(given, Decision("native", "phased", "spatial", 0.75, {"triton": 0.5}))
     assert dispatch.select("auto", *given) is None
-    assert BACKEND.declines(*given) == "measured at 0.75 times PyTorch's speed for inputs (2, 16, 9, 8)"
+    assert BACKEND.declines(*given) == "measured at 0.75 times PyTorch's speed for training with inputs (2, 16, 9, 8)"
     other = on("cuda", replace(CASE, batch=3))
-    assert "not measured on this GPU for inputs (3, 16, 9, 8)" in (BACKEND.declines(*other) or "")
+    assert "not measured on this GPU for training with inputs (3, 16, 9, 8)" in (BACKEND.declines(*other) or "")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_two_gpus_do_not_answer_for_each_other(told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device is cuda:0 throughout."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: f"GPU of kind {device}")
+    decide(on("cuda:1"), Decision("native", "phased", "all", 1.5))
+    assert dispatch.select("auto", *on("cuda:1")) is BACKEND
+    assert dispatch.select("auto", *on("cuda:0")) is None
+    assert "not measured on this GPU" in (BACKEND.declines(*on("cuda:0")) or "")
+    for device, expected in (("cuda:1", 2 | 3 << 2 | TF32), ("cuda:0", TF32)):
+        x, params, spec = on(device)
+        BACKEND.forward(spec, autograd.flatten(params, x))
+        assert told == {"forward": expected}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "one kind of GPU")
+    forget()
+    decide(on("cuda:1"), Decision("native", "phased", "all", 1.5))
+    assert dispatch.select("auto", *on("cuda:0")) is BACKEND, "what one was measured at holds for all of its kind"
+
+
+def test_the_gpu_of_x_is_asked_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device=0: (9, 0) if str(device)[-1] == "1" else (7, 5)
+    )
+    for backend in dispatch.BACKENDS.values():
+        assert backend.unavailable() is None
+        assert backend.unsupported(*on("cuda:1")) is None
+        assert re.search(r"sm_75|\(7, 5\)", backend.unsupported(*on("cuda:0")) or "")
+    assert "(7, 5)" in (triton_kernels.why_not("cuda") or ""), "without an index it is the current device"
+
+
+@pytest.mark.usefixtures("gpu")
+def test_frozen_norms_in_training_do_not_follow_the_evaluation() -> None:
+    stages = tuple(replace(stage, batch_stats=False) for stage in CASE.spec.convs)
+    x, params, spec = on("cuda", replace(CASE, spec=replace(CASE.spec, stages=stages[:-1], projection=stages[-1])))
+    params = map_tensors(params, lambda _, t: t.requires_grad_() if t.is_floating_point() else t)
+    decide((x, params, spec), Decision("native", "phased", "all", 1.5), train=False)
+    assert "not measured on this GPU for training" in (BACKEND.declines(x, params, spec) or "")
+    with torch.no_grad():
+        assert BACKEND.declines(x, params, spec) is None
+    decide((x, params, spec), Decision("triton", "phased", "all", 1.5), train=True)
+    assert dispatch.select("auto", x, params, spec) is dispatch.BACKENDS["triton"]
+    with torch.no_grad():
+        assert dispatch.select("auto", x, params, spec) is BACKEND
+    detached = map_tensors(params, lambda _, t: t.detach())
+    assert BACKEND.declines(x, detached, spec) is None
+    assert "triton at 1.50" in (BACKEND.declines(x.requires_grad_(), detached, spec) or ""), "x's gradient is one, too"
 
 
 @pytest.mark.usefixtures("gpu")
@@ -255,22 +309,26 @@ def call(given: Block) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_every_direction_is_told_the_same(told: dict[str, int]) -> None:
+def test_every_direction_is_told_the_same(told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     def assert_told(device: str, expected: int) -> None:
         told.clear()
         call(on(device))
         assert told == dict.fromkeys(("forward", "backward", "infer"), expected)
 
-    assert_told("cuda", 0)
-    decide(on("cuda"), Decision("triton", "phased", "all", 1.5))
-    assert_told("cuda", 0)
-    decide(on("cuda"), Decision("native", "phased", "all", 1.5))
-    assert_told("cuda", 2 | 3 << 2)
+    assert_told("cuda", TF32)
+    for train in (True, False):
+        decide(on("cuda"), Decision("triton", "phased", "all", 1.5), train)
+    assert_told("cuda", TF32)
+    for train in (True, False):
+        decide(on("cuda"), Decision("native", "phased", "all", 1.5), train)
+    assert_told("cuda", 2 | 3 << 2 | TF32)
     with how.launch_mode("single"):
-        assert_told("cuda", 1 | 3 << 2)
+        assert_told("cuda", 1 | 3 << 2 | TF32)
         with how.library_convolutions("none"):
-            assert_told("cuda", 1 | 1 << 2)
+            assert_told("cuda", 1 | 1 << 2 | TF32)
             assert_told("cpu", 0)
+    monkeypatch.setattr(how, "precision", lambda: "ieee")
+    assert_told("cuda", 2 | 3 << 2)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -291,13 +349,13 @@ def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, int], monk
     decide(given, Decision("native", "phased", "none", 1.5))
     torch.compiler.reset()
     assert compiled(x) is not None
-    assert told == {"forward": 2 | 1 << 2}
+    assert told == {"forward": 2 | 1 << 2 | TF32}
     assert compiled(torch.cat([x, x])) is None, "another shape was not measured"
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_triton_is_asked_without_a_break(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_kernels, "why_not", lambda device_type=None: None)
+    monkeypatch.setattr(triton_kernels, "why_not", lambda device=None: None)
     x, params, spec = given = on("cuda")
     decide(given, Decision("triton", "phased", "none", 1.5))
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -16,11 +20,20 @@ from resnet_fused.how import Way, Wish
 HEADER = Path(__file__).parent.parent / "csrc" / "block_spec.h"
 
 
+@pytest.fixture(autouse=True)
+def settings_of_torch() -> Iterator[None]:
+    """Those of float32's precision, put back after each test."""
+    places = (torch.backends, torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [place.fp32_precision for place in places]
+    yield
+    torch.backends.cudnn.allow_tf32 = True  # the old flag first: it writes the new ones
+    for place, value in zip(places, before, strict=True):
+        place.fp32_precision = value
+
+
 @pytest.fixture(params=["ieee", "tf32"])
 def precision(request: pytest.FixtureRequest) -> str:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = request.param
-    request.addfinalizer(lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", before))
+    torch.backends.cudnn.conv.fp32_precision = request.param
     return request.param
 
 
@@ -36,10 +49,10 @@ def test_encoding_is_what_cpp_decodes(wish: Wish, precision: str) -> None:
     assert how.encode(wish) == launch | library << 2 | (precision == "tf32") << 4
 
 
-def test_the_encoding_reaches_the_operators() -> None:
+def test_the_encoding_reaches_the_operators(precision: str) -> None:
     _, _, spec = block().build()
     ints, eps = spec.encode(how.encode(Wish("phased", "all")))
-    assert ints[4] == 2 | 3 << 2
+    assert ints[4] == 2 | 3 << 2 | (precision == "tf32") << 4
     assert operators.decode(ints, eps) == spec
 
 
@@ -52,6 +65,78 @@ def test_what_is_asked_for_is_nested_and_undone() -> None:
         with pytest.raises(KeyError), how.library_convolutions("none"):
             raise KeyError
     assert how.asked() == (None, None)
+
+
+def test_threads_may_interleave() -> None:
+    """A enters, B enters, A leaves, B leaves: the last to enter counts while it is there, and nothing stays behind."""
+    steps = [threading.Event() for _ in range(3)]
+    seen: list[tuple[str | None, str | None]] = []
+
+    def first() -> None:
+        with how.launch_mode("single"):
+            steps[0].set()
+            assert steps[1].wait(60)
+        seen.append(how.asked())
+        steps[2].set()
+
+    def second() -> None:
+        assert steps[0].wait(60)
+        with how.launch_mode("phased"), how.library_convolutions("all"):
+            seen.append(how.asked())
+            steps[1].set()
+            assert steps[2].wait(60)
+            seen.append(how.asked())
+
+    with ThreadPoolExecutor(2) as threads:
+        for thread in (threads.submit(first), threads.submit(second)):
+            thread.result()
+    assert seen == [("phased", "all")] * 3
+    assert how.asked() == (None, None)
+
+
+def test_an_inner_block_that_outlives_the_outer_one() -> None:
+    outer, inner = how.launch_mode("single"), how.launch_mode("phased")
+    with ExitStack() as stack:
+        outer.__enter__()
+        stack.enter_context(inner)
+        outer.__exit__(None, None, None)
+        assert how.asked().mode == "phased"
+    assert how.asked().mode is None
+
+
+@pytest.mark.parametrize("ask", [how.launch_mode, how.library_convolutions])
+def test_another_name_is_refused(ask: Callable[[str], AbstractContextManager[None]]) -> None:
+    with pytest.raises(ValueError, match=r"unknown .* 'each'; accepted: '(single|none)'"), ask("each"):
+        pass
+    assert how.asked() == (None, None)
+
+
+def test_products_have_the_precision_of_pytorchs_convolution() -> None:
+    """Whichever flag it was set by, old or new; that of matrix products counts without cuDNN alone."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    assert how.precision() == "tf32", "as cuDNN's convolutions, where nothing was set"
+    matmul.fp32_precision = "ieee"
+    assert how.precision() == "tf32"
+    cudnn.allow_tf32 = False
+    assert how.precision() == "ieee"
+    matmul.fp32_precision = "tf32"
+    assert how.precision() == "ieee"
+    cudnn.allow_tf32 = True
+    assert how.precision() == "tf32"
+    cudnn.conv.fp32_precision = "ieee"
+    assert how.precision() == "ieee"
+    cudnn.conv.fp32_precision = "none"  # then a wider setting counts
+    assert how.precision() == "ieee"
+    cudnn.fp32_precision = "tf32"
+    assert how.precision() == "tf32"
+
+
+def test_without_cudnn_a_convolution_is_a_product_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert how.precision() == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert how.precision() == "tf32"
 
 
 WAYS = {

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +31,7 @@ if triton_kernels.why_not("cpu") is not None:
 import triton
 
 from resnet_fused.triton_kernels import policies, tuning
+from resnet_fused.triton_kernels.chips import CHIPS
 
 
 @pytest.fixture(autouse=True)
@@ -59,12 +64,13 @@ def declined(x: Tensor, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> st
     """Why "auto" would not take the Triton kernels, if they were not interpreted."""
     with monkeypatch.context() as patch:
         patch.setattr(triton_kernels, "interpreted", lambda: False)
-        return dispatch.BACKENDS["triton"].declines(x, *model[0].fused_describe())
+        with torch.set_grad_enabled(model.training):
+            return dispatch.BACKENDS["triton"].declines(x, *model[0].fused_describe())
 
 
 def block_key(model: nn.Module, x: Tensor) -> measured.Key:
     params, spec = model[0].fused_describe()
-    return measured.key(spec, x, weights(params))
+    return measured.key(spec, x, weights(params), spec.batch_stats)
 
 
 X = torch.randn(2, 6, 5, 4).contiguous(memory_format=torch.channels_last)
@@ -97,8 +103,21 @@ def test_auto_follows_what_was_measured(train: bool, monkeypatch: pytest.MonkeyP
     assert declined(X, model, monkeypatch) is None
     assert declined(X[:1], model, monkeypatch) is not None, "another shape was not measured"
     params, spec = model[0].fused_describe()
-    policy = policies.choose(spec, X, weights(params))
+    policy = policies.choose(spec, X, weights(params), train)
     assert (policy.mode, policy.library) == ("phased", frozenset({0, 1}))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_frozen_norms_are_measured_as_the_block_is_used(train: bool) -> None:
+    model = one_block(train)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    (row,) = resnet_fused.tune(model, X, timer=Clock(fastest=3, ours=0.5, eager=1.0))
+    assert row.workload == ("train" if train else "infer")
+    params, spec = model[0].fused_describe()
+    found = [measured.decision(measured.key(spec, X, weights(params), workload)) for workload in (True, False)]
+    assert [decision is not None for decision in found] == [train, not train]
 
 
 @pytest.mark.usefixtures("both")
@@ -112,23 +131,26 @@ def test_the_fastest_of_both_backends(train: bool, monkeypatch: pytest.MonkeyPat
     assert (row.backend, row.mode, row.library, row.speedup) == ("native", "single", "spatial", 2.0)
     found = measured.decision(block_key(model, X))
     assert found == Decision("native", "single", "spatial", 2.0, {"triton": 0.1})
+    workload = "training" if train else "evaluation"
     assert declined(X, model, monkeypatch) == (
-        "measured at 0.10, native at 2.00 times PyTorch's speed for inputs (2, 6, 5, 4)"
+        f"measured at 0.10, native at 2.00 times PyTorch's speed for {workload} with inputs (2, 6, 5, 4)"
     )
     params, spec = model[0].fused_describe()
-    assert policies.choose(spec, X, weights(params)).library == frozenset(), "the decision is the other backend's"
+    assert policies.choose(spec, X, weights(params), train).library == frozenset(), (
+        "the decision is the other backend's"
+    )
 
 
 @pytest.mark.usefixtures("both")
 def test_one_backend_without_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_block()
     with monkeypatch.context() as patch:
-        patch.setattr(triton_kernels, "why_not", lambda device_type=None: "Triton is not installed")
+        patch.setattr(triton_kernels, "why_not", lambda device=None: "Triton is not installed")
         clock = Clock(fastest=2, ours=0.5, eager=1.0)
         (row,) = resnet_fused.tune(model, X, tiles=True, timer=clock)
         assert (row.backend, clock.contestants) == ("native", 4)
-    assert (
-        declined(X, model, monkeypatch) == "not measured for inputs (2, 6, 5, 4), native at 2.00 times PyTorch's speed"
+    assert declined(X, model, monkeypatch) == (
+        "not measured for training with inputs (2, 6, 5, 4), native at 2.00 times PyTorch's speed"
     )
     monkeypatch.setattr(type(dispatch.BACKENDS["native"]), "unsupported", lambda *_: "built without CUDA kernels")
     (row,) = resnet_fused.tune(model, X, timer=clock)
@@ -164,8 +186,10 @@ def test_the_cache_survives_the_process_and_other_machines_do_not_see_it(cache: 
 def test_a_machine_is_its_device_versions_and_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def other() -> str:
         measured.machine.cache_clear()
-        return measured.machine()
+        measured._kernels.cache_clear()
+        return measured.machine(gpu)
 
+    gpu = None
     names = [other()]
     assert torch.__version__ in names[0]
     for target, name, value in (
@@ -173,22 +197,25 @@ def test_a_machine_is_its_device_versions_and_kernels(monkeypatch: pytest.Monkey
         (operators, "binary", lambda: None),
         (triton, "__version__", "0.0"),
         (triton_kernels, "__file__", str(tmp_path / "__init__.py")),
-        (torch.cuda, "is_available", lambda: True),
     ):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
         monkeypatch.setattr(target, name, value)
+        names.append(other())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU of kind {gpu}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpu in (0, 1):  # noqa: B007 (`other` reads it)
         names.append(other())
     monkeypatch.setitem(sys.modules, "triton", None)
     names.append(other())
     assert len(set(names)) == len(names)
     measured.machine.cache_clear()
+    measured._kernels.cache_clear()
 
 
 def test_precision_of_float32_is_part_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model = one_block()
     key = block_key(model, X)
     measured.record({key: Decision("triton", "single", "none", 2.0)}, {})
-    monkeypatch.setattr(how, "precision", lambda: "tf32")
+    monkeypatch.setattr(how, "precision", lambda: "ieee")
     assert measured.decision(key) is None
 
 
@@ -227,6 +254,42 @@ def test_a_section_of_another_form_counts_as_empty(section: object, cache: Path)
     assert measured.decision(block_key(model, X)) is not None
 
 
+def key_of(number: int) -> measured.Key:
+    return (None, True, (number,), (2, 6, 5, 4), "torch.float32", (6, 6))
+
+
+def test_processes_that_tune_at_the_same_time_keep_both_results(cache: Path) -> None:
+    context, count = multiprocessing.get_context("fork"), 40
+    together = context.Barrier(2)
+
+    def tunes(first: int) -> None:
+        together.wait()
+        for number in range(first, first + count):
+            measured.record({key_of(number): Decision("triton", "single", "none", 2.0)}, {})
+
+    processes = [context.Process(target=tunes, args=(first,)) for first in (0, count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    measured.forget()
+    missing = [number for number in range(2 * count) if measured.decision(key_of(number)) is None]
+    assert missing == []
+    assert {path.name for path in cache.parent.iterdir()} == {"tuning.json", "tuning.lock"}
+
+
+def test_where_there_are_no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, fcntl in enumerate((None, SimpleNamespace(LOCK_EX=2, flock=no_locks))):
+        monkeypatch.setattr(measured, "fcntl", fcntl)
+        measured.record({key_of(number): Decision("triton", "single", "none", 2.0)}, {})
+    assert measured.decision(key_of(0)) is not None and measured.decision(key_of(1)) is not None
+
+
+def no_locks(*_: object) -> None:
+    raise OSError("no locks available")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
 def test_a_broken_cache_counts_as_empty(content: str, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
@@ -243,9 +306,9 @@ def test_tiles_on_trial_compute_the_same() -> None:
     with how.launch_mode("phased"), how.library_convolutions("none"):
         with tuning.asked() as keys:
             expected = run(x, params, spec, "triton", case.upstream(torch.float32))
-        assert {key[0] for key in keys} == {"convolution", "pointwise", "weight_gradient"}
+        assert {key[1] for key in keys} == {"convolution", "pointwise", "weight_gradient"}
         for key, tile in keys.items():
-            for candidate in tuning.candidates(key[0], tile)[:1]:
+            for candidate in tuning.candidates(key[1], tile)[:1]:
                 with tuning.trying(key, candidate):
                     got = run(x, params, spec, "triton", case.upstream(torch.float32))
                 for name, t in got.items():
@@ -260,8 +323,52 @@ def test_tune_keeps_the_fastest_tiles() -> None:
         return [float(len(runs) - i) for i in range(len(runs))]
 
     resnet_fused.tune(model, X, tiles=True, timer=last_wins)
-    section = measured._section()["tiles"]
+    section = measured._section(None)["tiles"]
     assert section and all(set(tile) >= {"rows", "columns", "warps"} for tile in section.values())
+
+
+def test_a_measured_tile_is_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither another one nor a chip that kernels are only planned for takes it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"GPU of kind {gpu}")
+    measured.machine.cache_clear()
+    planned = CHIPS["h100"]
+    guessed = tuning.pointwise(planned, torch.float32, 64)
+    faster = replace(guessed, warps=8)
+    key = (1, "pointwise", "torch.float32", 64)
+    measured.record({}, {key: asdict(faster)})
+    assert tuning.pointwise(replace(planned, gpu=1), torch.float32, 64) == faster
+    assert tuning.pointwise(replace(planned, gpu=0), torch.float32, 64) == guessed
+    assert tuning.pointwise(planned, torch.float32, 64) == guessed
+    measured.record({}, {key: {"rows": 8}})
+    assert tuning.pointwise(replace(planned, gpu=1), torch.float32, 64) == guessed, "of another form, it counts as none"
+
+
+def test_nothing_is_collected_where_nobody_asks() -> None:
+    with tuning.asked() as outer:
+        tuning.pointwise(CHIPS["h100"], torch.float32, 64)
+        with tuning.asked() as inner:
+            tuning.pointwise(CHIPS["h100"], torch.float32, 128)
+    for channels in range(1, 100):
+        tuning.pointwise(CHIPS["h100"], torch.float32, channels)
+    assert len(outer) == 2 and len(inner) == 1 and not tuning._collecting
+
+
+def test_blocks_are_timed_on_their_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[Tensor] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    def timer(runs: Sequence[Run]) -> list[float]:
+        assert [x.shape for x in current] == [X.shape]
+        return [1.0] * len(runs)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    resnet_fused.tune(one_block(), X, timer=timer)
 
 
 def test_explain_with_an_input(capsys: pytest.CaptureFixture[str]) -> None:

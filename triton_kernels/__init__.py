@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -17,19 +17,27 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y", "t")
 
 
-def why_not(device_type: str | None = None) -> str | None:
-    """Why the `triton` backend cannot run (a tensor on `device_type`, if given), or None."""
+def why_not(device: torch.device | str | None = None) -> str | None:
+    """Why the `triton` backend cannot run at all or, given a device, for tensors there; None where it can."""
     if not _installed():
         return "Triton is not installed: pip install 'triton>=3.6'"
     if interpreted():
         return None
-    if device_type is not None and device_type != "cuda":
-        return f"Triton kernels run on CUDA tensors, x is on {device_type} (TRITON_INTERPRET=1 runs them, slowly)"
+    if device is not None and torch.device(device).type != "cuda":
+        return f"Triton kernels run on CUDA tensors, x is on {device} (TRITON_INTERPRET=1 runs them, slowly)"
     if not torch.cuda.is_available():
         return "Triton kernels need a CUDA device, torch sees none"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"Triton kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
-    return None
+    if device is None:
+        reasons = [_too_old(gpu) for gpu in range(torch.cuda.device_count())]
+        return None if None in reasons else reasons[0]
+    index = torch.device(device).index
+    return _too_old(torch.cuda.current_device() if index is None else index)
+
+
+@lru_cache(maxsize=64)
+def _too_old(gpu: int) -> str | None:
+    capability = torch.cuda.get_device_capability(gpu)
+    return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0, cuda:{gpu} has {capability}"
 
 
 @cache

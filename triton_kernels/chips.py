@@ -7,7 +7,7 @@ Guide's table of technical specifications per compute capability. Peaks are dens
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -17,6 +17,7 @@ class Chip:
     """sms: multiprocessors. shared: bytes of shared memory a block may use. shared_sm: a multiprocessor has.
 
     bandwidth: bytes/s of device memory. peak: {dtype: flop/s}, empty where no data sheet was read.
+    gpu: its index in this machine; None where kernels are only planned for it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Chip:
     half_peak: float = 0.0
     tf32_peak: float = 0.0
     fp32_peak: float = 0.0
+    gpu: int | None = None
 
     @property
     def doubles(self) -> bool:
@@ -62,7 +64,7 @@ BY_ARCH = {
 INTERPRETER = Chip("Triton interpreter", 0, 3, 227 * KIB, 228 * KIB)
 
 
-@cache
+@lru_cache(maxsize=64)
 def of_device(index: int) -> Chip:
     """The GPU at `index`, as torch describes it."""
     p = torch.cuda.get_device_properties(index)
@@ -74,5 +76,5 @@ def of_device(index: int) -> Chip:
     shared = getattr(p, "shared_memory_per_block_optin", known.shared)
     return Chip(
         p.name, arch, p.multi_processor_count, shared, known.shared_sm,
-        known.bandwidth, known.half_peak, known.tf32_peak, known.fp32_peak,
+        known.bandwidth, known.half_peak, known.tf32_peak, known.fp32_peak, index,
     )  # fmt: skip

@@ -26,10 +26,10 @@ def chip_of(x: Tensor) -> chips.Chip:
     return chips.INTERPRETER if INTERPRETED else chips.of_device(x.device.index or 0)
 
 
-def choose(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> Policy:
-    """The policy for one call of an operator."""
+def choose(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool = True) -> Policy:
+    """The policy for one call of an operator. train: forward or backward, which run as one workload was measured."""
     chip = chip_of(x)
-    wish = measured.wish("triton", measured.lookup(spec, x, weights))
+    wish = measured.wish("triton", measured.lookup(spec, x, weights, train))
     mode = wish.mode or ("single" if _bytes(x, weights) <= SINGLE_LAUNCH_BYTES else "phased")
     return Policy(chip, mode, _left_to_library(spec, weights, chip, mode, wish.library))
 

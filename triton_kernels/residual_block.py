@@ -36,7 +36,7 @@ class Policy:
     """How a block runs. library: the convolutions (indices into spec.convs) left to the vendor's library.
 
     submit: receives the launches instead of the device, e.g. to compile them for another.
-    precision: of float32 products, "ieee" or "tf32"; None asks torch.backends.cuda.matmul.
+    precision: of float32 products, "ieee" or "tf32"; None: PyTorch's of now (`how.precision`).
     """
 
     chip: Chip
@@ -77,6 +77,7 @@ class Block:
         self.pre = spec.order == "pre"
         self.program = Program(x.device, policy.mode, policy.chip, policy.submit)
         self.wide = x.dtype == torch.float32 and policy.chip.doubles  # sums in float64
+        self.precision = policy.precision or precision()
         self.y: list[Tensor | None] = [None] * len(spec.convs)
         self.statistics: list[Tensor | None] = [None] * len(spec.convs)
         self.tables: list[Tensor | None] = [None] * len(spec.convs)
@@ -315,7 +316,7 @@ class Block:
         return ConvolutionConfig(
             self.kernel(conv), *stage.geometry, transposed, source.kind, source.relu, epilogue,
             tile.rows, tile.columns, tile.depth, tile.stages,
-            self.policy.precision or precision(), upcasts(self.x.dtype),
+            self.precision, upcasts(self.x.dtype),
         )  # fmt: skip
 
     def name(self, conv: int) -> str:
@@ -756,7 +757,7 @@ class Backward(Block):
             name,
             WeightGradientConfig(
                 (r, s), *stage.geometry, dy.kind, source.kind, source.relu, tile.rows, tile.columns, tile.depth,
-                tile.splits, tile.stages, self.policy.precision or precision(), upcasts(weight.dtype),
+                tile.splits, tile.stages, self.precision, upcasts(weight.dtype),
             ),
             WeightGradient(
                 dy.operand, self.x.shape[0], h, w, source.operand, source.height, source.width, dweight,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, wraps
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 
 import torch
 
 from resnet_fused import measured
+from resnet_fused.measured import TileKey
 
 from .chips import Chip
 
@@ -38,35 +38,29 @@ class Tile:
 
 
 Heuristic = Callable[..., Tile]
-_trial: dict[tuple[Any, ...], Tile] = {}
-_asked: dict[tuple[Any, ...], Tile] = {}
+FIELDS = {f.name for f in fields(Tile)}
+_trial: dict[TileKey, Tile] = {}
+_collecting: list[dict[TileKey, Tile]] = []
 
 
 def tunable(heuristic: Heuristic) -> Heuristic:
-    """The tile on trial, else the one measured on this device, else the heuristic's."""
+    """The tile on trial, else the one measured on the chip, if it is here, else the heuristic's."""
 
     @wraps(heuristic)
     def choose(chip: Chip, dtype: torch.dtype, *shape: int) -> Tile:
-        key = (heuristic.__name__, str(dtype), *(int(size) for size in shape))
-        found = measured.tile(key) if chip.arch == _current_arch() else None
-        tile = _trial.get(key) or (Tile(**found) if found else heuristic(chip, dtype, *shape))
-        _asked[key] = tile
+        key = (chip.gpu, heuristic.__name__, str(dtype), *(int(size) for size in shape))
+        found = measured.tile(key) if chip.gpu is not None else None
+        known = Tile(**found) if found is not None and found.keys() == FIELDS else None
+        tile = _trial.get(key) or known or heuristic(chip, dtype, *shape)
+        for keys in _collecting:
+            keys[key] = tile
         return tile
 
     return choose
 
 
-@cache
-def _current_arch() -> int | None:
-    """Plans for another chip, compiled ahead of time, take no tile measured on this one."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return major * 10 + minor
-
-
 @contextmanager
-def trying(key: tuple[Any, ...], tile: Tile) -> Iterator[None]:
+def trying(key: TileKey, tile: Tile) -> Iterator[None]:
     """Within, phases of this key take this tile."""
     _trial[key] = tile
     try:
@@ -76,12 +70,14 @@ def trying(key: tuple[Any, ...], tile: Tile) -> Iterator[None]:
 
 
 @contextmanager
-def asked() -> Iterator[dict[tuple[Any, ...], Tile]]:
+def asked() -> Iterator[dict[TileKey, Tile]]:
     """Collects the keys of the phases planned within, and the tiles they took."""
-    keys: dict[tuple[Any, ...], Tile] = {}
-    _asked.clear()
-    yield keys
-    keys.update(_asked)
+    keys: dict[TileKey, Tile] = {}
+    _collecting.append(keys)
+    try:
+        yield keys
+    finally:
+        _collecting[:] = [each for each in _collecting if each is not keys]
 
 
 def candidates(kind: str, tile: Tile) -> list[Tile]:

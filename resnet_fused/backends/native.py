@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class NativeBackend:
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if x.device.type == "cpu":
             return None
-        return measured.declines("native", measured.lookup(spec, x, [p.weight for p in params.convs]))
+        weights = [p.weight for p in params.convs]
+        return measured.declines("native", measured.lookup(spec, x, weights, measured.trains(spec, x, params)))
 
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         if x.device.type == "cpu":
@@ -63,7 +64,13 @@ class NativeBackend:
         if not folded.finite:
             return None
         out = operators.residual_block_infer(
-            x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, how=_how(spec, x, folded.weights)
+            x,
+            folded.pre,
+            folded.weights,
+            folded.biases,
+            folded.skip_scale,
+            spec,
+            how=_how(spec, x, folded.weights, train=False),
         )
         # a packed weight has lost the memory format that, with x's, decides on the output's
         return out.contiguous(memory_format=torch.channels_last) if folded.channels_last else out
@@ -116,7 +123,7 @@ def _why_not_on(device: torch.device) -> str | None:
     return _known(device)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _known(device: torch.device) -> str | None:
     return why_not_on_gpu(device)
 
@@ -160,9 +167,9 @@ def _x_and_weights(tensors: TensorList) -> tuple[Tensor, list[Tensor]]:
     return x, [weight for weight in flat[::6] if weight is not None]
 
 
-def _how(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> int:
-    """How the kernels are to run, for the same x and weights the same in both directions."""
-    return 0 if x.device.type == "cpu" else _encoded(measured.lookup(spec, x, weights))
+def _how(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool = True) -> int:
+    """How the kernels are to run, for the same x and weights the same in both directions of training."""
+    return 0 if x.device.type == "cpu" else _encoded(measured.lookup(spec, x, weights, train))
 
 
 @torch.compiler.assume_constant_result  # as `measured.declines`

@@ -5,7 +5,6 @@ Its kernels are the `triton` overloads of the operators, registered here; Triton
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -36,7 +35,7 @@ class TritonBackend:
         return operators.load_error() or _why_not()
 
     def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
-        reason = _why_not(x.device.type)
+        reason = _why_not(x.device)
         if reason is not None:
             return reason
         if x.dtype not in DTYPES:
@@ -49,7 +48,8 @@ class TritonBackend:
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if _interpreted():
             return "Triton's interpreter is for tests"
-        return measured.declines("triton", measured.lookup(spec, x, [p.weight for p in params.convs]))
+        weights = [p.weight for p in params.convs]
+        return measured.declines("triton", measured.lookup(spec, x, weights, measured.trains(spec, x, params)))
 
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         return how.ways([p.weight for p in params.convs])
@@ -79,8 +79,8 @@ class TritonBackend:
 
 
 @torch.compiler.assume_constant_result
-def _why_not(device_type: str | None = None) -> str | None:
-    return triton_kernels.why_not(device_type)
+def _why_not(device: torch.device | None = None) -> str | None:
+    return triton_kernels.why_not(device)
 
 
 @torch.compiler.assume_constant_result
@@ -100,11 +100,6 @@ def _spec(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
 
 def _flat(x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: OptionalList) -> TensorList:
     return (x, branch, skip, *(t for six in zip(*lists, strict=True) for t in six))
-
-
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its tensors' is."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _check(
@@ -144,7 +139,7 @@ def _forward(
     spec = _spec(tuple(ints), tuple(eps))
     _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
-    with _device_of(x):
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
         return residual_block.forward(spec, tensors, policies.choose(spec, x, weights))
 
 
@@ -175,7 +170,7 @@ def _backward(
     for i, y in zip(operators.saved_convs(spec, branch is not None, skip is not None), ys, strict=True):
         _check_saved(x, shapes[i], [y], f"the saved output of convolution {i}")
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
-    with _device_of(x):
+    with torch.cuda.device_of(x):
         policy = policies.choose(spec, x, weights)
         grads = residual_block.backward(spec, dout, out, ys, stats, tensors, needs, policy)
     return [g for g in grads if g is not None]
@@ -196,8 +191,8 @@ def _infer(
     nothing = [None] * len(weights)
     _check(residual_block.folded_spec(spec, False), x, None, skip_scale, weights, biases, *[nothing] * 4)
     pre = None if a is None or b is None else torch.stack([a, b, torch.zeros_like(a), b]).float()  # NORM_ROWS
-    with _device_of(x):
-        policy = policies.choose(spec, x, weights)
+    with torch.cuda.device_of(x):
+        policy = policies.choose(spec, x, weights, train=False)
         return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)
 
 
