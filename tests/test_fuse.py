@@ -526,7 +526,8 @@ class Unknown(nn.Module):
 @pytest.mark.parametrize("block", [Wider(8, 8), Unknown()], ids=["subclass", "unknown"])
 def test_unknown_blocks_are_left_alone(block: nn.Module) -> None:
     cls, expected = type(block), block(pictures())
-    assert type(fuse(block)) is cls
+    with pytest.warns(UserWarning, match=rf"unfused: \(model\) \({cls.__name__}\): unknown block class"):
+        assert type(fuse(block)) is cls
     assert torch.equal(block(pictures()), expected)
     (row,) = explain(block)
     assert row == ("", cls.__name__, "eager", "unknown block class; register_block(cls, adapter) teaches it")
@@ -740,6 +741,7 @@ def test_explain_shows_foreign_blocks_whole() -> None:
     assert {row.block for row in explain(timm.create_model("mobilenetv3_small_100"))} == {
         "DepthwiseSeparableConv",
         "InvertedResidual",
+        "ConvBnAct",
     }
 
 
