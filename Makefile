@@ -42,8 +42,10 @@ build/.ready: pyproject.toml setup.py Makefile $(SOURCES)
 demo: $(READY)
 	$(RUN) examples/demo.py
 
+# Workers of one thread each: most tests are too small for more. Benchmarks have a command of their own.
+WORKERS ?= $(shell nproc)
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark --durations=10
 
 bench: $(READY)
 	$(RUN) -m pytest benches/blocks.py

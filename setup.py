@@ -4,29 +4,46 @@
 
 No build isolation: the extension must be compiled against the torch that will load it. The kernels of csrc/cuda are
 part of it where there is nvcc, in CUDA_HOME or on PATH, whether that torch knows CUDA or not. RESNET_FUSED_ARCHS names
-the GPUs to compile them for, as in "80,90"; "none" leaves them out.
+the GPUs to compile them for, as in "80,90"; "none" leaves them out. What nvcc made is kept in RESNET_FUSED_CACHE
+(default: ~/.cache/resnet_fused/build), named by the content it was made of; "none": in build/cuda.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.errors import CompileError
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+NEEDED = "pip install 'torch>=2.11,<2.16' setuptools wheel ninja pybind11"
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, is_ninja_available
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"resnet_fused is compiled against torch, and {sys.executable} cannot import it ({missing}). "
+        f"First `{NEEDED}` there, then `pip install --no-build-isolation .`"
+    ) from None
 
 ROOT = Path(__file__).parent
+BUILT_WITH = Path("resnet_fused", "_built_with.py")  # operators.py reads it before it loads the extension
 CUDA = Path("csrc", "cuda")
 
 ARCHS = "RESNET_FUSED_ARCHS"
+CACHE = "RESNET_FUSED_CACHE"
+KEPT_DAYS = 30
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # code for 80 and 86 also runs on 87, for 100 on 103, and so on
 OLDEST_ARCHITECTURE = 80  # cp.async, and mma on bf16 and tf32
 OLDEST_NVCC = (12, 1)  # C++20; parameters of a kernel larger than 4 KiB
@@ -107,44 +124,87 @@ def nvcc_command(nvcc: Nvcc, archs: Sequence[int]) -> list[str]:
     return [nvcc.path, *NVCC_FLAGS, told, *code, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
+def kept_objects() -> Path:
+    """The folder of what nvcc made: beyond this checkout, unless told otherwise."""
+    wanted = os.environ.get(CACHE, "").strip()
+    if wanted == "none":
+        return Path("build", "cuda")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(wanted) if wanted else caches / "resnet_fused" / "build"
+
+
+def content_key(command: str, source: Path) -> str:
+    """Of all that decides an object: the command, the source, and every header that it might include."""
+    digest = hashlib.sha256(command.encode())
+    for file in (source, *sorted(p for p in source.parent.rglob("*") if p.suffix in (".h", ".cuh"))):
+        digest.update(f" {file.relative_to(source.parent)} ".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
 def compile_cuda(nvcc: Nvcc, archs: Sequence[int], sources: Sequence[Path], folder: Path) -> list[str]:
-    """The objects of `sources`, made again where the command, nvcc or a file they include has changed."""
-    objects = {source: folder / f"{source.name}.o" for source in sources}
-    command = shlex.join(nvcc_command(nvcc, archs)).replace("$", "$$")
-    also = " ".join([nvcc.version, *(os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"))])
-    rules = [
-        f"builddir = {folder}",
-        "rule nvcc",
-        # What nvcc takes from elsewhere is a comment of the shell's: ninja compares the line.
-        f"  command = {command} --threads $$NVCC_THREADS -MD -MF $out.d -c $in -o $out  # {also}",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        *(f"build {made}: nvcc {source}" for source, made in objects.items()),
-    ]
+    """The objects of `sources` in `folder`: those that are there already, by their content, and the others made now."""
+    command = nvcc_command(nvcc, archs)
+    also = [os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")]
+    told = shlex.join([*command, nvcc.version, *also])
+    objects = {source: folder / f"{source.stem}-{content_key(told, source)}.o" for source in sources}
+    missing = [source for source in sources if not objects[source].exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    plan = folder / "build.ninja"
-    plan.write_text("\n".join([*rules, ""]))
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    threads = str(max(1, jobs // len(objects)))  # of one nvcc, over its architectures
-    run = ["ninja", "-v", "-j", str(jobs), "-f", str(plan)]
-    if subprocess.run(run, env={"NVCC_THREADS": threads} | os.environ).returncode:
-        raise CompileError(f"{nvcc.path} failed, see above; {ARCHS}=none builds without CUDA")
+    # Of one nvcc, over its architectures: two where there are cores, so that the last file does not leave them idle.
+    threads = os.environ.get("NVCC_THREADS") or str(max(min(2, jobs), jobs // max(1, len(missing))))
+
+    def compile_one(source: Path) -> int:
+        fresh = objects[source].with_suffix(f".{os.getpid()}.o")
+        run = [*command, "--threads", threads, "-c", str(source), "-o", str(fresh)]
+        print(shlex.join(run), flush=True)
+        status = subprocess.run(run).returncode
+        if status == 0:
+            fresh.replace(objects[source])  # at once: a build beside this one sees all of it or nothing
+        return status
+
+    with ThreadPoolExecutor(min(jobs, len(missing)) or 1) as pool:
+        if any(list(pool.map(compile_one, missing))):
+            raise CompileError(f"{nvcc.path} failed, see above; {ARCHS}=none builds without CUDA")
+    forget_outdated(folder, set(objects.values()))
     return [str(made) for made in objects.values()]
+
+
+def forget_outdated(folder: Path, used: Set[Path]) -> None:
+    """Leave what some checkout has used within KEPT_DAYS."""
+    for file in used:
+        file.touch()
+    for file in folder.glob("*.o"):
+        if file not in used and time.time() - file.stat().st_mtime > KEPT_DAYS * 86400:
+            file.unlink(missing_ok=True)
 
 
 class BuildWithCuda(BuildExtension):
     """Calls nvcc itself, where there is one: `CUDAExtension` needs a torch that was built with CUDA."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(Path("build", "objects"))  # one for every way to build, so that all share the objects
+        self.force = True  # links always; ninja compiles what has changed, and sees more of it than setuptools does
+
+    def run(self) -> None:
+        super().run()
+        for folder in {self.build_lib, *([""] if self.inplace else [])}:
+            target = Path(folder) / BUILT_WITH
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(f'TORCH = "{torch.__version__}"\n')
+
     def build_extensions(self) -> None:
         os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)  # ninja's, where no one activated the venv
+        if not is_ninja_available():
+            raise CompileError(f"the extension is compiled by ninja, which is not on PATH: `{NEEDED}`")
         (extension,) = self.extensions
         wanted = os.environ.get(ARCHS, "").strip()
         nvcc = None if wanted == "none" else find_nvcc()
         archs = architectures(wanted, nvcc)
         sources = sorted(CUDA.glob("*.cu"))
         if nvcc and archs and sources:
-            # Nothing of Python or torch is in these objects, so all ways to build share them.
-            extension.extra_objects += compile_cuda(nvcc, archs, sources, Path("build", "cuda"))
+            # Nothing of Python or torch is in these objects.
+            extension.extra_objects += compile_cuda(nvcc, archs, sources, kept_objects())
             extension.library_dirs += nvcc.library_dirs
             extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
         else:
@@ -162,7 +222,8 @@ extension = CppExtension(
     "resnet_fused._C",
     sources=files(".cpp"),
     depends=files(".h", ".cu", ".cuh"),
-    define_macros=[("RESNET_FUSED_VERSION", f'"{VERSION}"')],
+    # torch's version, so that ninja compiles again for another torch in the place of this one
+    define_macros=[("RESNET_FUSED_VERSION", f'"{VERSION}"'), ("RESNET_FUSED_BUILT_WITH", f'"{torch.__version__}"')],
     extra_compile_args=[
         "-O3",
         "-g0",
@@ -188,6 +249,7 @@ if __name__ == "__main__":
         ],
         # The folder stays at the top, the package does not: a top-level `triton_kernels` would shadow Triton's own.
         package_dir={"resnet_fused.triton_kernels": "triton_kernels"},
+        package_data={"resnet_fused": ["py.typed"]},
         ext_modules=[extension],
         cmdclass={"build_ext": BuildWithCuda},
     )

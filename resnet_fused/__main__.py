@@ -28,10 +28,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 if verify finds a ratio beyond its limit, 2 for a usage error."""
     arguments = _parser().parse_args(argv)
     try:
+        _require_writable(getattr(arguments, "json", None))
         return arguments.run(arguments)
     except (ValueError, ImportError, OSError, BackendError) as error:
         print(f"resnet-fused {arguments.command}: {error}", file=sys.stderr)
         return USAGE
+
+
+def _require_writable(file: Path | None) -> None:
+    """Raises OSError at once, and not after minutes of work; leaves no file behind."""
+    if file is None:
+        return
+    existed = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise OSError(
+            f"--json {file} cannot be written ({error.strerror}); give a file in a folder that exists"
+        ) from error
+    if not existed:
+        file.unlink()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 
     why = commands.add_parser("explain", help="which backend runs each block of a model, and why not another")
     _add_model(why)
+    why.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
     why.set_defaults(run=_explain)
 
     cost = commands.add_parser(
@@ -142,7 +159,9 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    resnet_fused.explain(resnet_fused.fuse(named_models.build(arguments.model)))
+    explanation = resnet_fused.explain(resnet_fused.fuse(named_models.build(arguments.model)))
+    if arguments.json is not None:
+        arguments.json.write_text(explanation.to_json() + "\n")
     return 0
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import adapters, dispatch
-from resnet_fused.block import FROZEN_NORM, class_path
+from resnet_fused import dispatch
+from resnet_fused.candidates import candidates, original_class
 from resnet_fused.errors import NotFusable
-from resnet_fused.fuse import why_not
+from resnet_fused.fuse import require_module, why_not
 from resnet_fused.fused_block import FusedModule
 from resnet_fused.stem import FusedStem, pool_reason
 from resnet_fused.tables import table
@@ -29,8 +31,27 @@ class Row(NamedTuple):
 class Explanation(list[Row]):
     """One `Row` for each block, in the order of ``model.named_modules()``; ``str()`` gives the table."""
 
+    def __init__(self, rows: Iterable[Row], fused: Iterable[str]) -> None:
+        """fused: the names of those that `fuse` has switched."""
+        super().__init__(rows)
+        self.fused = frozenset(fused)
+
+    @property
+    def summary(self) -> str:
+        """As in "13 of 17 blocks fused"; and of these how many run in plain PyTorch all the same."""
+        plain = sum(row.backend == "eager" for row in self if row.name in self.fused)
+        text = f"{len(self.fused)} of {len(self)} blocks fused"
+        return f"{text}, {plain} of them in plain PyTorch" if plain else text
+
+    def to_json(self) -> str:
+        """The summary's counts, and every row with "fused"."""
+        blocks = [row._asdict() | {"fused": row.name in self.fused} for row in self]
+        counts = {"blocks": len(self), "fused": len(self.fused), "summary": self.summary}
+        return json.dumps(counts | {"rows": blocks}, indent=1)
+
     def __str__(self) -> str:
-        return table("Residual blocks", Row._fields, [(row.name or "(model)", *row[1:]) for row in self])
+        rows = [(row.name or "(model)", *row[1:]) for row in self]
+        return table("Residual blocks", Row._fields, rows) + f"\n{self.summary}"
 
     def __repr__(self) -> str:
         return f"<Explanation of {len(self)} blocks>"
@@ -43,30 +64,21 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     input stands in. Given x the model runs once, in evaluation mode without gradients, and nothing in it changes.
 
     Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others.
-    The rest: why they are not fused; a class that is unknown is listed if it holds a convolution and a batch norm.
-    A ResNet's own row is its stem.
+    The rest: why they are not fused; what is listed of unknown classes is said at `candidates`.
+    A ResNet's own row is its stem. The last line printed is the summary. Raises TypeError if model is not a module.
     """
-    rows = Explanation()
-    inputs = {} if x is None else {module: given for _, module, given in block_inputs(model, x)}
-    for name, module in model.named_modules():
-        known = adapters.find(_original(module)) is not None
-        if known or _looks_like_block(module):
-            label = _original(module).__name__
-            rows.append(Row(name, label, *_backend_and_reason(module, inputs.get(module))))
-    print(rows)
-    return rows
-
-
-def _original(module: nn.Module) -> type[nn.Module]:
-    return module._fused_from if isinstance(module, FusedModule) else type(module)
-
-
-def _looks_like_block(module: nn.Module) -> bool:
-    """Holds a convolution and a batch norm; a Sequential has no formula of its own, so it is none."""
-    children = list(module.children())
-    conv = any(isinstance(child, nn.Conv2d) for child in children)
-    norm = any(isinstance(child, nn.BatchNorm2d) or class_path(type(child)) == FROZEN_NORM for child in children)
-    return conv and norm and not isinstance(module, nn.Sequential)
+    require_module(model)
+    inputs: dict[nn.Module, Tensor] = {}
+    if x is not None:
+        inputs = {module: given for _, module, given in block_inputs(model, x)}
+    blocks = candidates(model)
+    rows = [
+        Row(name, original_class(module).__name__, *_backend_and_reason(module, inputs.get(module)))
+        for name, module, _ in blocks
+    ]
+    explanation = Explanation(rows, [name for name, module, _ in blocks if isinstance(module, FusedModule)])
+    print(explanation)
+    return explanation
 
 
 def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:

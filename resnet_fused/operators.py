@@ -10,6 +10,7 @@ batch_stats:  [2, C] (mean, biased variance), float32 (float64 for float64), for
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,18 +26,32 @@ TensorList = tuple[Tensor | None, ...]
 # Overloads: csrc's kernels for the tensors' device; csrc/cuda's, for the tests' emulator on CPU tensors, too; or those
 # that backends/triton.py registers.
 Kernels = Literal["default", "cuda", "triton"]
-BUILD_HINT = (
-    "the C++ extension resnet_fused._C is not built or does not load; in the source folder run "
-    "`pip install --no-build-isolation -e .` with the torch that will run it"
-)
+BUILD = "in the source folder run `pip install --no-build-isolation -e .` with the torch that will run it"
+
+
+def built_for_another(built_with: str | None, installed: str) -> str | None:
+    """Why torch `installed` cannot load an extension built with torch `built_with` (None: unknown), or None.
+
+    PyTorch keeps its C++ interface within a minor version only; its CPU and CUDA builds share it. Beyond that an import
+    may fail over a symbol, or succeed and crash later.
+    """
+    if built_with is None or built_with.split(".")[:2] == installed.split(".")[:2]:
+        return None
+    return f"resnet_fused._C was built with torch {built_with}, and torch {installed} is installed; {BUILD}"
+
 
 try:
-    from resnet_fused import _C  # type: ignore[attr-defined]  # importing it registers the operators
+    _built_with: str | None = importlib.import_module("resnet_fused._built_with").TORCH  # setup.py writes it
+except ImportError:
+    _built_with = None
 
-    _load_error: str | None = None
-except ImportError as error:
-    _C = None
-    _load_error = f"{BUILD_HINT} (import said: {error})"
+_C: Any = None
+_load_error = built_for_another(_built_with, torch.__version__)
+if _load_error is None:
+    try:
+        from resnet_fused import _C  # type: ignore[attr-defined, no-redef]  # importing it registers the operators
+    except ImportError as error:
+        _load_error = f"the C++ extension resnet_fused._C is not built or does not load; {BUILD} (import said: {error})"
 
 
 def load_error() -> str | None:

@@ -77,6 +77,13 @@ class FusedTimmResNet(FusedStem):
         return stem
 
 
+STEMS: dict[str, type[FusedModule]] = {
+    "resnet_fused.models.resnet.ResNet": FusedResNet,
+    "torchvision.models.resnet.ResNet": FusedResNet,
+    "timm.models.resnet.ResNet": FusedTimmResNet,
+}
+
+
 def pool_reason(pool: nn.Module) -> str | None:
     """Why this module is not the max pooling that `functional.max_pool2d` computes, or None."""
     if type(pool) is not nn.MaxPool2d:

@@ -1,4 +1,4 @@
-"""Triton's interpreter where there is no GPU; and torchvision, where it is installed, beside a torch not its own.
+"""One thread for each of several workers; Triton's interpreter where there is no GPU; torchvision beside another torch.
 
 torchvision's Python side needs the schemas of two detection operators, which its binary defines where that loads. The
 tests use the models only, so the schemas without kernels are enough.
@@ -9,6 +9,10 @@ import importlib
 import os
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; before torch reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -102,9 +102,32 @@ def test_info_with_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a compiler" in info() and "80, 90 + PTX" in info()
 
 
-def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "--model", "resnet18"]) == 0
-    assert "layer4.1" in capsys.readouterr().out
+def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "blocks.json"
+    assert main(["explain", "--model", "resnet18", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "layer4.1" in printed and printed.splitlines()[-1].startswith("9 of 9 blocks fused")
+    told = json.loads(file.read_text())
+    assert told["fused"] == 9 and told["rows"][8]["name"] == "layer4.1"
+
+
+@pytest.mark.parametrize("command", ["verify", "explain", "cost", "compile"])
+@pytest.mark.parametrize("place", ["no/such/folder.json", "."])
+def test_a_file_that_cannot_be_written_is_told_before_the_work(
+    command: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(f"resnet_fused.__main__._{command}", lambda arguments: pytest.fail("the work began"))
+    assert main([command, "--json", str(tmp_path / place)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"resnet-fused {command}: --json {tmp_path / place} cannot be written (")
+
+
+def test_a_failed_command_leaves_no_file(tmp_path: Path) -> None:
+    assert main(["explain", "--model", "resnet51", "--json", str(tmp_path / "new.json")]) == 2
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old.json").write_text("{}")
+    assert main(["explain", "--model", "resnet51", "--json", str(tmp_path / "old.json")]) == 2
+    assert (tmp_path / "old.json").read_text() == "{}"
 
 
 def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools import Distribution
 
 from resnet_fused import operators
 
@@ -71,7 +74,7 @@ def test_ptx_of_the_newest() -> None:
     assert not any("fast_math" in flag for flag in command)
 
 
-# Tells what the real one tells; compiles by noting the source and writing the two files that ninja expects.
+# Tells what the real one tells; compiles by noting the source and copying it.
 FAKE_NVCC = """#!/bin/sh
 case "$*" in
   *-dryrun*)
@@ -81,13 +84,12 @@ case "$*" in
   --list-gpu-arch) echo compute_90; echo compute_80 ;;
   *)
     for argument; do
-      case "$before" in -MF) list=$argument ;; -c) source=$argument ;; -o) object=$argument ;; esac
+      case "$before" in -c) source=$argument ;; -o) object=$argument ;; esac
       before=$argument
     done
     echo "$source" >> compiled
     grep -q '#error' "$source" && exit 1
-    echo "$object: $source $(sed -n 's/#include "\\(.*\\)"/\\1/p' "$source")" > "$list"
-    touch "$object" ;;
+    cp "$source" "$object" ;;
 esac
 """
 
@@ -132,27 +134,58 @@ def test_cuda_home_goes_before_path(toolkit: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_compiles_again_what_changed(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two, header = Path("one.cu"), Path("two.cu"), Path("two.cuh")
+    """And nothing else, nor what was there before: names hold the content."""
+    one, two, header = Path("one.cu"), Path("two.cu"), Path("kernels", "two.cuh")
+    header.parent.mkdir()
     one.touch()
-    two.write_text('#include "two.cuh"\n')
+    two.write_text('#include "kernels/two.cuh"\n')
     header.touch()
     nvcc = build.find_nvcc()
 
     def compiled(archs: tuple[int, ...] = (80, 90)) -> list[str]:
         Path("compiled").write_text("")
         objects = build.compile_cuda(nvcc, archs, [one, two], Path("objects"))
-        assert objects == ["objects/one.cu.o", "objects/two.cu.o"] and all(Path(o).exists() for o in objects)
+        assert [Path(o).read_bytes() for o in objects] == [one.read_bytes(), two.read_bytes()]
         return sorted(Path("compiled").read_text().split())
 
     both = ["one.cu", "two.cu"]
     assert compiled() == both and compiled() == []
+    one.write_text("// another\n")
+    assert compiled() == ["one.cu"]
+    one.write_text("")
+    assert compiled() == []
     header.write_text("// another\n")
-    assert compiled() == ["two.cu"]
-    assert compiled((80,)) == both and compiled((80,)) == []
+    assert compiled() == both
+    assert compiled((80,)) == both and compiled((80,)) == [] and compiled() == []
     nvcc = replace(nvcc, version="12.9.0")
     assert compiled((80,)) == both
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     assert compiled((80,)) == both and compiled((80,)) == []
+
+
+@pytest.mark.usefixtures("toolkit")
+def test_outdated_objects_are_forgotten() -> None:
+    source = Path("one.cu")
+    source.touch()
+    (old,) = build.compile_cuda(build.find_nvcc(), [80], [source], Path("objects"))
+    month_ago = time.time() - 31 * 86400
+    os.utime(old, (month_ago, month_ago))
+    build.compile_cuda(build.find_nvcc(), [80], [source], Path("objects"))
+    (new,) = build.compile_cuda(build.find_nvcc(), [90], [source], Path("objects"))
+    assert Path(old).exists() and Path(new).exists(), "used a moment ago"
+    os.utime(old, (month_ago, month_ago))
+    build.compile_cuda(build.find_nvcc(), [90], [source], Path("objects"))
+    assert not Path(old).exists() and Path(new).exists()
+
+
+def test_where_objects_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("RESNET_FUSED_CACHE", raising=False)
+    assert build.kept_objects() == tmp_path / "resnet_fused" / "build"
+    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path / "here"))
+    assert build.kept_objects() == tmp_path / "here"
+    monkeypatch.setenv("RESNET_FUSED_CACHE", "none")
+    assert build.kept_objects() == Path("build", "cuda")
 
 
 @pytest.mark.usefixtures("toolkit")
@@ -161,6 +194,28 @@ def test_a_failure_tells_the_way_out() -> None:
     source.write_text("#error\n")
     with pytest.raises(build.CompileError, match="RESNET_FUSED_ARCHS=none builds without CUDA"):
         build.compile_cuda(build.find_nvcc(), [80], [source], Path("objects"))
+    assert not list(Path("objects").iterdir())
+
+
+# --- what a build needs ----------------------------------------------------------------------------------------------
+
+
+def test_without_torch_a_build_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "setup.py"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot import it (No module named 'torch')" in done.stderr
+    assert "pip install 'torch>=2.11,<2.16' setuptools wheel ninja pybind11" in done.stderr
+
+
+def test_without_ninja_a_build_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "is_ninja_available", lambda: False)
+    monkeypatch.setenv("PATH", "")
+    command = build.BuildWithCuda(Distribution())
+    with pytest.raises(build.CompileError, match=r"ninja, which is not on PATH: `pip install 'torch.* ninja pybind11`"):
+        command.build_extensions()
 
 
 # --- reading binaries ------------------------------------------------------------------------------------------------

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,8 +136,9 @@ def test_a_single_block_is_a_model_too() -> None:
 
 def test_bad_arguments_change_nothing() -> None:
     model = net()
-    with pytest.raises(TypeError, match=r"must be an nn.Module, got str"):
-        fuse("resnet50")  # type: ignore[type-var]
+    for refuse in (fuse, unfuse, explain):
+        with pytest.raises(TypeError, match=r"^model must be an nn.Module, got str$"):
+            refuse("resnet50")  # type: ignore[arg-type, type-var]
     with pytest.raises(ValueError, match="unknown backend 'cudnn'; accepted: 'auto'"):
         fuse(model, backend="cudnn")
     with pytest.raises(ValueError, match="memory must be one of 'default', 'low', got 'none'"):
@@ -147,6 +151,59 @@ def test_a_backend_asked_for_by_name_raises_where_it_cannot_run() -> None:
     model = fuse(net(), backend="triton")
     with pytest.raises(BackendError, match="'triton' cannot run this block"):
         model(pictures())
+
+
+# --- what fuse warns of -----------------------------------------------------------------------------------------------
+
+
+def test_fusing_nothing_gives_the_first_reasons() -> None:
+    group_norm = BasicBlock(8, 8, norm_layer=lambda width: nn.GroupNorm(2, width))
+    with pytest.warns(UserWarning, match="fuse left blocks of this Sequential unfused") as caught:
+        fuse(nn.Sequential(Unknown(), group_norm, Unknown(), Unknown()))
+    (message,) = (str(warning.message) for warning in caught)
+    assert "0 (Unknown): unknown block class; register_block(cls, adapter) teaches it; " in message
+    assert "; 1 (BasicBlock): stages[0].norm is GroupNorm; " in message and "; 2 (Unknown): " in message
+    assert "; 3 (Unknown)" not in message and message.endswith("; and more, see resnet_fused.explain(model)")
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="fuse found no block in this Sequential: no convolution with a batch norm"):
+        fuse(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_fusing_after_sharding_says_so(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        from torch.distributed.fsdp import fully_shard
+
+        model = nn.Sequential(*net(), BasicBlock(16, 16))
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        fully_shard(model[1], mesh=mesh)
+        with pytest.warns(
+            UserWarning, match=r"unfused: 1 \(FSDPBasicBlock\): sharded .*: call fuse before fully_shard$"
+        ):
+            fuse(model)
+        assert fused_types(model) == ["FusedBottleneck", "FusedBasicBlock"]
+        assert explain(model)[1][1:3] == ("FSDPBasicBlock", "eager")
+        fully_shard(model[0], mesh=mesh)
+        with pytest.warns(UserWarning, match=r"unfused: 1 \(FSDPBasicBlock\): sharded[^;]*$"):
+            fuse(model)  # the other one was fused first
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_auto_without_the_extension_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from resnet_fused import operators
+
+    told = operators.built_for_another("2.11.0+cpu", "2.13.1")
+    monkeypatch.setattr(operators, "_load_error", told)
+    with pytest.warns(
+        UserWarning, match=r"plain PyTorch: .* built with torch 2.11.0\+cpu, and torch 2.13.1 is installed"
+    ):
+        fuse(net())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse(net())
+        fuse(net(), backend="eager")
 
 
 # --- what else is done to models -------------------------------------------------------------------------------------
@@ -470,7 +527,8 @@ class Unknown(nn.Module):
 @pytest.mark.parametrize("block", [Wider(8, 8), Unknown()], ids=["subclass", "unknown"])
 def test_unknown_blocks_are_left_alone(block: nn.Module) -> None:
     cls, expected = type(block), block(pictures())
-    assert type(fuse(block)) is cls
+    with pytest.warns(UserWarning, match=rf"unfused: \(model\) \({cls.__name__}\): unknown block class"):
+        assert type(fuse(block)) is cls
     assert torch.equal(block(pictures()), expected)
     (row,) = explain(block)
     assert row == ("", cls.__name__, "eager", "unknown block class; register_block(cls, adapter) teaches it")
@@ -615,6 +673,88 @@ def test_explain_before_and_after_fusing(mixed: nn.Sequential, capsys: pytest.Ca
     for word in ("name", "block", "backend", "reason", *(row.block for row in rows), FIRST, "GroupNorm"):
         assert word in printed
     assert repr(rows) == "<Explanation of 4 blocks>"
+
+
+class ConvNorm(nn.Module):
+    """A piece of a block, as timm's ConvNormAct."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)).relu()
+
+
+class OfPieces(nn.Module):
+    """Joins in a method, so that forward can checkpoint it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rest = ConvNorm(), nn.Sequential(ConvNorm(), ConvNorm())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        out = self.rest(self.first(x))
+        out += x
+        return out
+
+
+class Network(nn.Module):
+    """Its own stem, blocks of pieces, a piece on its own, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        self.blocks = nn.ModuleList([OfPieces(), OfPieces()])
+        self.last = ConvNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, count = self.bn(self.conv(x)), 0
+        for block in self.blocks:
+            x, count = block(x), count + 1
+        return self.last(x)
+
+
+class Classifier(ConvNorm):
+    """No blocks, no joins: nothing to register."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 2)
+
+
+def test_explain_shows_blocks_and_neither_pieces_nor_networks() -> None:
+    rows = explain(Network())
+    assert [row[:2] for row in rows] == [("blocks.0", "OfPieces"), ("blocks.1", "OfPieces"), ("last", "ConvNorm")]
+    assert explain(Classifier()) == [] and explain(nn.ModuleList([nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)])) == []
+    twice = OfPieces()
+    assert [row.name for row in explain(nn.Sequential(twice, twice))] == ["0"]
+
+
+def test_explain_shows_foreign_blocks_whole() -> None:
+    timm = pytest.importorskip("timm")
+    rows = explain(timm.create_model("cspresnet50"))
+    assert ("stages.0.blocks.0", "BottleneckBlock") in [row[:2] for row in rows]
+    assert not any(row.name.startswith("stages.0.blocks.0.") or row.name == "" for row in rows)
+    assert {row.block for row in explain(timm.create_model("mobilenetv3_small_100"))} == {
+        "DepthwiseSeparableConv",
+        "InvertedResidual",
+        "ConvBnAct",
+    }
+
+
+def test_explain_sums_up(mixed: nn.Sequential, capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain(mixed).summary == "0 of 4 blocks fused"
+    capsys.readouterr()
+    explanation = explain(fuse(mixed))
+    assert capsys.readouterr().out.splitlines()[-1] == explanation.summary == "2 of 4 blocks fused"
+    assert explain(fuse(mixed, backend="eager")).summary == "2 of 4 blocks fused, 2 of them in plain PyTorch"
+    told = json.loads(explanation.to_json())
+    assert (told["blocks"], told["fused"], told["summary"]) == (4, 2, explanation.summary)
+    assert told["rows"][3] == {**explanation[3]._asdict(), "fused": False} and told["rows"][0]["fused"] is True
 
 
 @pytest.mark.usefixtures("no_interpreter")

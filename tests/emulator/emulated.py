@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,7 @@ from resnet_fused.spec import BlockSpec
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
-BUILT = ROOT / "build" / "emulator"
+KEPT_DAYS = 30
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden")
 
 LAUNCHES = ("choose", "single", "phased")
@@ -35,30 +37,45 @@ def sources(cuda: Path) -> list[Path]:
     return sorted([*HERE.glob("*.h"), HERE / "launcher.cpp", cuda / "launch.h", *(cuda / "kernels").iterdir()])
 
 
+def built() -> Path:
+    """The folder of what was compiled, beyond this checkout; RESNET_FUSED_CACHE says where as for setup.py."""
+    wanted = os.environ.get("RESNET_FUSED_CACHE", "").strip()
+    if wanted == "none":
+        return ROOT / "build" / "emulator"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(wanted) if wanted else caches / "resnet_fused" / "build"
+
+
 def compiled(name: str, *flags: str, cuda: Path = CUDA) -> Path:
     """launcher.cpp as a shared library over the kernels in `cuda`, from an earlier run where nothing has changed.
 
-    Raises FileNotFoundError without g++, RuntimeError with what it said where it failed.
+    Of processes that ask for the same at once, one compiles. Raises FileNotFoundError without g++, RuntimeError with
+    what it said where it failed.
     """
     compiler = shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("the emulator is compiled with g++, which is not here")
-    digest = hashlib.sha256(repr((compiler, FLAGS, flags)).encode())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256(repr((compiler, version, FLAGS, flags)).encode())
     for source in sources(cuda):
-        digest.update(source.read_bytes())
-    target = BUILT / f"{name}-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    BUILT.mkdir(parents=True, exist_ok=True)
-    for outdated in BUILT.glob(f"{name}-{16 * '?'}.so"):
-        outdated.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILT) as place:
-        fresh = Path(place, target.name)
-        command = [compiler, *FLAGS, *flags, f"-I{HERE}", f"-I{cuda}", str(HERE / "launcher.cpp"), "-o", str(fresh)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        fresh.replace(target)  # at once: a run beside this one sees all of it or nothing
+        digest.update(f" {source.name} ".encode() + hashlib.sha256(source.read_bytes()).digest())
+    folder = built()
+    target = folder / f"{name}-{digest.hexdigest()[:32]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            fresh = target.with_suffix(".fresh")
+            command = [compiler, *FLAGS, *flags, f"-I{HERE}", f"-I{cuda}", str(HERE / "launcher.cpp"), "-o", str(fresh)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+            fresh.replace(target)
+        target.touch()
+    for other in folder.glob("*.so"):
+        if time.time() - other.stat().st_mtime > KEPT_DAYS * 86400:
+            other.unlink(missing_ok=True)
+            other.with_suffix(".lock").unlink(missing_ok=True)
     return target
 
 
