@@ -86,8 +86,8 @@ def block(kind: Kind, train: bool, channels: int, rounds: int) -> Row:
     x = torch.randn(1 + train, channels, 1, 1, dtype=torch.bfloat16 if kind.autocast else kind.dtype)
     x = x.contiguous(memory_format=LAST)
     run = _training if train else _evaluation
-    steps = {name: _many(run(module, x, kind)) for name, module in {"eager": eager, "fused": fused}.items()}
-    steps["operators"] = _many(_operators(fused, x, kind, train))
+    steps = {name: _many(run(module, x), kind) for name, module in {"eager": eager, "fused": fused}.items()}
+    steps["operators"] = _many(_operators(fused, x, kind, train), kind)
     what = f"{kind.name}, {'training, forward and backward' if train else 'evaluation'}"
     return _row(what, steps, rounds, CALLS)
 
@@ -96,25 +96,21 @@ def network(name: str, kind: Kind, size: int, rounds: int) -> Row:
     eager = named_models.build(name).eval().to(kind.dtype, memory_format=LAST)  # type: ignore[call-overload]
     fused = fuse(copy.deepcopy(eager))
     x = torch.randn(1, 3, size, size, dtype=kind.dtype).contiguous(memory_format=LAST)
-    steps = {"eager": _evaluation(eager, x, kind), "fused": _evaluation(fused, x, kind)}
+    steps = {"eager": _many(_evaluation(eager, x), kind, 1), "fused": _many(_evaluation(fused, x), kind, 1)}
     return _row(f"{size}x{size}, {kind.name}", steps, rounds, 1)
 
 
-def _evaluation(module: nn.Module, x: Tensor, kind: Kind) -> benchmark.Step:
-    def step() -> None:
-        with torch.no_grad(), kind.context():
-            module(x)
-
-    return step
+def _evaluation(module: nn.Module, x: Tensor) -> benchmark.Step:
+    return torch.no_grad()(lambda: module(x))
 
 
-def _training(module: nn.Module, x: Tensor, kind: Kind) -> benchmark.Step:
+def _training(module: nn.Module, x: Tensor) -> benchmark.Step:
     leaf, dout = x.clone().requires_grad_(), torch.randn_like(x)
 
     def step() -> None:
-        with kind.context():
-            out = module(leaf)
-        torch.autograd.backward(out, dout)
+        module.zero_grad()
+        leaf.grad = None
+        torch.autograd.backward(module(leaf), dout)
 
     return step
 
@@ -141,10 +137,11 @@ def _operators(fused: nn.Module, x: Tensor, kind: Kind, train: bool) -> benchmar
     return torch.no_grad()(both)
 
 
-def _many(step: benchmark.Step) -> benchmark.Step:
+def _many(step: benchmark.Step, kind: Kind, calls: int = CALLS) -> benchmark.Step:
     def run() -> None:
-        for _ in range(CALLS):
-            step()
+        with kind.context():
+            for _ in range(calls):
+                step()
 
     return run
 

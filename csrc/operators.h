@@ -2,6 +2,7 @@
 // wants a plain function for each device.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 
 #include <tuple>
@@ -45,7 +46,8 @@ inline BlockTensors block_tensors(
   return block;
 }
 
-// Kernels: a type with the static functions residual_block_forward, _backward and _infer of cpu/residual_block.h.
+// Kernels: a type with the static functions residual_block_forward, _backward and _infer of cpu/residual_block.h. They
+// run below autograd: the gradient is an operator of ours, and what they call of ATen's needs no detour over autograd.
 template <class Kernels>
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residual_block_forward(
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
@@ -56,6 +58,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residua
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
   check_block(block, spec, eps);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   auto result = Kernels::residual_block_forward(block, spec);
   return {result.out, result.conv_outputs, result.batch_stats};
 }
@@ -73,6 +76,7 @@ std::vector<at::Tensor> residual_block_backward(
   const Needs needs({flags.begin(), flags.end()});
   const auto ys = conv_outputs.vec(), stats = batch_stats.vec();
   check_backward(dout, out, ys, stats, block, needs, spec, check_block(block, spec, eps));
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   return Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
 }
 
@@ -84,6 +88,7 @@ at::Tensor residual_block_infer(
   const auto spec = BlockSpec::decode(ints, {});
   const auto shapes = check_convolutions(x, weights, to_vector(biases), spec);
   check_infer(x, pre_scale, pre_shift, skip_scale, shapes[spec.stages - 1][1]);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
   return Kernels::residual_block_infer(x, pre_scale, pre_shift, weights.vec(), to_vector(biases), skip_scale, spec);
 }
 
