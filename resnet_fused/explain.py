@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import dispatch
+from resnet_fused import dispatch, how
 from resnet_fused.candidates import candidates, original_class
 from resnet_fused.errors import NotFusable
 from resnet_fused.fuse import require_module, why_not
@@ -94,6 +94,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     asked = module._fused_settings.backend
     with torch.set_grad_enabled(module.training):  # evaluation is taken to be without autograd, as `tune` takes it
         backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
+    if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
+        notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)

@@ -24,6 +24,7 @@ from emulator.faults import FAULTS, OVERRUN, planted
 from equivalence import assert_as_accurate, relative_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from live_memory import Bytes, live_memory
 from test_equivalence import LAYOUTS, assert_equivalent, eager_may_crash, pooled
 from test_equivalence import poisoned as poisoned  # a fixture
 from torch import Tensor, nn
@@ -900,6 +901,39 @@ def test_a_block_of_more_phases_than_a_launch_holds(check: Checks) -> None:
     case = block(3, "projection", order="pre", memory="low", out_channels=16, **scales)
     launched = check.trains(case)
     assert len(launched) == 3 * len(SEEDS) and max(len(phases(line)) for line in launched) == 16
+
+
+@pytest.mark.parametrize(
+    ("skip", "memory", "mode", "library", "share"),
+    [
+        ("identity", "default", "phased", "none", 0.75),
+        ("projection", "low", "phased", "none", 0.6),
+        ("identity", "default", "single", "all", 0.35),
+        ("projection", "low", "phased", "all", 0.3),
+    ],
+)
+def test_memory_is_free_after_the_last_phase_that_reads_it(
+    skip: Any, memory: Any, mode: Any, library: Any, share: float, check: Checks
+) -> None:
+    """share: of what a backward pass allocates in all, how much lives at the same time. A launch of all needs all."""
+    case = block(3, skip, memory=memory, channels=64, width=16, out_channels=64, size=(8, 8))
+    x, params, spec = case.build(torch.bfloat16, torch.channels_last)
+    tensors, dout = (
+        autograd.flatten(params, x),
+        case.upstream(torch.bfloat16).contiguous(memory_format=torch.channels_last),
+    )
+    needs = [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
+
+    def lives() -> Bytes:
+        out, ys, stats = check.backend.forward(spec, tensors)
+        return live_memory(lambda: check.backend.backward(spec, dout, out, ys, stats, tensors, needs))
+
+    check.set(mode, library)
+    found = lives()
+    assert found.peak < share * found.allocated
+    check.set("single", "none")
+    together = lives()
+    assert together.peak == together.allocated
 
 
 def operator(name: str) -> Any:

@@ -260,6 +260,19 @@ def test_explain_names_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_explain_names_the_precision_of_float32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(how, "precision", lambda: precision)
+    model = fuse(BasicBlock(8, 8), backend="native")
+    for dtype, note in (
+        (torch.float32, f"; float32 products in {precision}, as PyTorch's convolutions"),
+        (torch.half, ""),
+    ):
+        monkeypatch.setattr(type(model), "fused_describe", lambda self, dtype=dtype: on("cuda", dtype=dtype)[1:])
+        assert explain(model)[0].reason == f"asked for by name{note}"
+
+
+@pytest.mark.usefixtures("gpu")
 def test_ways_on_a_gpu() -> None:
     """Convolutions that have no kernel are the library's in any case."""
 

@@ -803,7 +803,11 @@ def test_sizes_behave_as_in_pytorch(shape: tuple[int, ...], mode: str) -> None:
         assert got is expected
 
 
-@pytest.mark.parametrize("act", [F.relu, torch.relu, "relu", nn.ReLU(), nn.ReLU(inplace=True)], ids=str)
+@pytest.mark.parametrize(
+    "act",
+    [F.relu, torch.relu, "relu", nn.ReLU(), nn.ReLU(inplace=True)],
+    ids=["F.relu", "torch.relu", "name", "module", "in place"],
+)
 def test_activations_by_name_and_by_function(act: object) -> None:
     stage = StageModules(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act)  # type: ignore[arg-type]
     assert describe(BlockModules((stage,), skip="none"), "default")[1].stages[0].act == "relu"

@@ -9,7 +9,7 @@ Counted: 2 flops a multiply-add of the convolutions, taps in the padding include
 every phase that reads it, as if a cache served what one phase reads again and nothing of what the last one wrote; of a
 strided convolution's source the pixels that some tap meets. Split-K partials of weight gradients, written and read.
 Not counted: tensors of a few values a channel (norms, biases, tables, partial sums), launches, barriers, and what
-reading again from a cache takes. Float32 products are IEEE's on both sides, although cuDNN takes tf32 by default.
+reading again from a cache takes. Float32 products are IEEE's on both sides, although both take tf32 by default.
 The plan has every convolution in a phase; `policies.choose` leaves some to cuDNN, between passes that move more.
 """
 

@@ -1,14 +1,16 @@
 """Runs a list of phases: in one cooperative launch, or phase by phase.
 
-A `Program` is filled by residual_block.py and run once. Library convolutions may stand between phases: they end one
-launch and begin the next, so "single" then means one launch between two of them.
+A `Program` is filled by residual_block.py. In phased mode each phase is launched as soon as it is planned: the GPU
+works while Python plans on, and a tensor that nobody else holds is free for what follows on the stream. A single launch
+waits for all phases. Library convolutions may stand between them: they end one launch and begin the next, so "single"
+then means one launch between two of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,7 +53,7 @@ class Phase:
 
 
 class Program:
-    """The phases of one block, in order; launched when a library call needs their results, and at the end.
+    """The phases of one block, in order; launched one by one, or when a library call needs results and at the end.
 
     `tickets` hands out the counters of the workspace.
     """
@@ -73,6 +75,8 @@ class Program:
         """items: how many workers the phase could keep busy."""
         self._phases.append(Phase(name, config, arguments, tile, items, self._barrier))
         self._barrier = False
+        if self.mode == "phased":
+            self.run()
 
     def call(self, library: Callable[[], Tensor]) -> Tensor:
         """A library convolution, after everything before it."""
@@ -93,10 +97,9 @@ class Program:
 
     def run(self) -> None:
         """Launches the phases that have not run yet."""
-        for launch in launches(self._phases, self.mode, self.chip, self._workspace):
-            self._submit(launch)
-        self._phases = []
-        self._barrier = False
+        phases, self._phases, self._barrier = self._phases, [], False
+        if phases:
+            self._submit(launch_of(phases, self.chip, self._workspace))
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,8 @@ class Launch:
 Submit = Callable[[Launch], None]
 
 
-def launches(phases: list[Phase], mode: Mode, chip: Chip, workspace: Tensor) -> list[Launch]:
-    """One launch of all phases in single mode, one each in phased mode."""
-    if not phases:
-        return []
-    if mode == "phased" and len(phases) > 1:
-        return [launch for phase in phases for launch in launches([phase], mode, chip, workspace)]
+def launch_of(phases: list[Phase], chip: Chip, workspace: Tensor) -> Launch:
+    """One launch of these phases."""
     barriers = tuple(phase.barrier and i > 0 for i, phase in enumerate(phases))
     arguments = (
         tuple(phase.arguments for phase in phases),
@@ -141,31 +140,20 @@ def launches(phases: list[Phase], mode: Mode, chip: Chip, workspace: Tensor) -> 
     if chip.arch == 0 and any(barriers):
         workers = 1  # the interpreter runs workers one after another: none may wait for another
     names = tuple(phase.name for phase in phases)
-    return [Launch(names, arguments, max(phase.tile.warps for phase in phases), workers, any(barriers))]
-
-
-_resident: dict[Any, int] = {}
+    return Launch(names, arguments, max(phase.tile.warps for phase in phases), workers, any(barriers))
 
 
 def resident_workers(launch: Launch) -> int:
-    """How many workers of this launch the current device holds at once; they all wait for each other."""
-    device = torch.cuda.current_device()
-    _, _, kinds, configs, barriers = launch.arguments
-    key = (device, kinds, configs, barriers, launch.warps, _dtypes(launch.arguments[0]))
-    if key not in _resident:
-        kernel = program.run_phases.warmup(*launch.arguments, grid=(1,), **launch.options)
-        kernel._init_handles()  # loads it, which tells its registers
-        chip = chips.of_device(device)
-        fit = occupancy.workers(chip, kernel.n_regs, launch.warps, kernel.metadata.shared)
-        _resident[key] = chip.sms * max(fit, 1)
-    return _resident[key]
+    """How many workers of this launch the current device holds at once; they all wait for each other.
 
-
-def _dtypes(arguments: Any) -> Any:
-    """What makes the same phases another kernel: the dtypes and the presence of tensors."""
-    if isinstance(arguments, tuple):
-        return tuple(_dtypes(a) for a in arguments)
-    return arguments.dtype if isinstance(arguments, Tensor) else arguments is None
+    Asked of the compiled kernel itself, by the arguments it will be launched with: Triton compiles the same phases once
+    more for other alignments of pointers and sizes, and such kernels differ in registers and shared memory.
+    """
+    kernel = program.run_phases.warmup(*launch.arguments, grid=(1,), **launch.options)
+    kernel._init_handles()  # loads it, if it is new, which tells its registers
+    chip = chips.of_device(torch.cuda.current_device())
+    fit = occupancy.workers(chip, kernel.n_regs, launch.warps, kernel.metadata.shared)
+    return chip.sms * max(fit, 1)
 
 
 def table_phase(tables: Tables) -> tuple[Config, tuple[Any, ...], Tile, int]:
@@ -185,6 +173,6 @@ def _workspace(device: torch.device) -> Tensor:
     return _stream_workspace(device, 0)
 
 
-@cache
+@lru_cache(maxsize=64)  # what falls out was allocated on its stream, so it is reused after the launches there
 def _stream_workspace(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(TICKETS, dtype=torch.int32, device=device)

@@ -494,6 +494,8 @@ class Backward(Block):
         spec, s = self.spec, self.projection
         self.restore(conv_outputs, batch_stats)
         dz, dy, dy_s = self.join(dout.contiguous(memory_format=LAST), out)
+        through_skip = dz if spec.skip == "identity" else None  # what nothing will read again is not held
+        del dz
         dp_s: Tensor | None = None
         if dy_s is not None:
             self.program.barrier()
@@ -502,6 +504,7 @@ class Backward(Block):
             norm = self.input_norm(s)
             if self.needs[0] or (norm is not None and (self.wants(norm, 2) or self.wants(norm, 3))):
                 dp_s = self.data_grad(s, dy_s, Epilogue(channels=self.x.shape[1]), EpilogueConfig())
+            dy_s = self.y[s] = None
         dx: Tensor | None = None
         for conv in reversed(range(len(spec.stages))):
             if not self.wants_output(conv):
@@ -511,7 +514,9 @@ class Backward(Block):
             self.weight_grad(conv, dy)
             if not self.wants_below(conv):
                 break
-            dx, dy = self.step(conv, dy, dz, dp_s)
+            dx, dy = self.step(conv, dy, through_skip, dp_s)
+            if conv == self.last:
+                self.y[conv] = None  # which may have been recomputed
         self.program.run()
         if self.needs[0]:
             self.grads[0] = _given(dx).contiguous(memory_format=_suggested(_given(self.tensors[0])))
@@ -622,15 +627,20 @@ class Backward(Block):
         tensor = self.materialize(name, dy)
         return Source(Operand(tensor, tensor.shape[1]), int(RAW), False, dy.height, dy.width)
 
-    def step(self, conv: int, dy: Source, dz: Tensor, dp_s: Tensor | None) -> tuple[Tensor | None, Source]:
-        """From dy of a convolution to dy of the one before it, or to dx."""
+    def step(
+        self, conv: int, dy: Source, through_skip: Tensor | None, dp_s: Tensor | None
+    ) -> tuple[Tensor | None, Source]:
+        """From dy of a convolution to dy of the one before it, or to dx.
+
+        through_skip: dz of the join, where the skip path is the identity. dp_s: what the projection gives back to x.
+        """
         norm, u = self.input_norm(conv), self.input(conv)
         channels, pixels = u.shape[1], u.numel() // u.shape[1]
         residual, residual_scale = None, Scale()
         if conv == 0 and dp_s is not None:
             residual = dp_s
-        elif conv == 0 and norm is None and self.spec.skip == "identity":
-            residual, residual_scale = dz, self.scale(self.skip_scale)
+        elif conv == 0 and norm is None and through_skip is not None:
+            residual, residual_scale = through_skip, self.scale(self.skip_scale)
         normed = norm is not None and self.spec.convs[norm].norm
         relu = norm is not None and self.spec.convs[norm].act == "relu"
         below = conv - 1 if conv > 0 else None
@@ -665,7 +675,7 @@ class Backward(Block):
         if gradients.table is not None:
             y = u if self.batch(norm) else None
             source = Source(Operand(dp, channels, gradients.table, y), int(GRADIENT), False, 0, 0)
-        identity = self.spec.skip == "identity"
+        identity = through_skip is not None
         if source.kind == int(RAW) and not identity:
             return dp, dy
         self.program.barrier()
@@ -678,7 +688,7 @@ class Backward(Block):
             Epilogue(
                 dx,
                 channels,
-                residual=Operand(dz if identity else None, channels),
+                residual=Operand(through_skip, channels),
                 residual_scale=self.scale(self.skip_scale) if identity else Scale(),
             ),
             EpilogueConfig(residual=int(RAW) if identity else None),

@@ -39,7 +39,7 @@ struct Kernels {
     Epilogue e;
     e.reduce = Reduce::statistics;
     e.reduction.stats = stats.mutable_data_ptr<float>();
-    add_pass(plan, operand_of(plan, x.contiguous(kLast)), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(x.contiguous(kLast))), pixels(x), e);
     plan.launch();
     return stats;
   }
@@ -58,7 +58,7 @@ struct Kernels {
     e.relu = relu;
     e.out = out.mutable_data_ptr();
     if (save_mask) e.bits = mask.mutable_data_ptr<uint8_t>();
-    add_pass(plan, operand_of(plan, x.contiguous(kLast)), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(x.contiguous(kLast))), pixels(x), e);
     plan.launch();
     return {in_format_of(x, out), mask};
   }
@@ -73,7 +73,7 @@ struct Kernels {
     e.y_norm.mean = vector_of(plan, mean);
     e.reduce = Reduce::sums;
     e.reduction.sums = sums.mutable_data_ptr<double>();
-    add_pass(plan, operand_of(plan, dout.contiguous(kLast)), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(dout.contiguous(kLast))), pixels(x), e);
     plan.launch();
     return sums;
   }
@@ -98,7 +98,7 @@ struct Kernels {
       e.y = plan.keep(x.contiguous(kLast)).const_data_ptr();
       e.y_norm = n;
     }
-    add_pass(plan, operand_of(plan, dout.contiguous(kLast)), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(dout.contiguous(kLast))), pixels(x), e);
     plan.launch();
     return {in_format_of(x, dx), save_dz ? in_format_of(x, dz) : dz};
   }

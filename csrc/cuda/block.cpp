@@ -142,7 +142,7 @@ float* Block::table(int64_t norm) {
 }
 
 Input Block::source(int64_t conv) {
-  Input in{operand(input(conv)), input(conv), input_size(conv)};
+  Input in{operand_of(input(conv)), input(conv), input_size(conv)};
   const int64_t n = input_norm(conv);
   if (n < 0) return in;
   in.operand.relu = spec.convs[n].relu;
@@ -154,6 +154,11 @@ Input Block::source(int64_t conv) {
 }
 
 // --- phases ----------------------------------------------------------------------------------------------------------
+
+void Block::hold(const Input& input) {
+  plan.hold(input.tensor);
+  plan.hold(input.y);
+}
 
 void Block::write_tables(const std::vector<int64_t>& norms) {
   for (const int64_t n : norms) write_table(n, norm(n));
@@ -194,7 +199,7 @@ Product Block::product(int64_t conv, const Input& source, bool transposed) {
   const at::Tensor& w = weights[conv];
   Product p;
   p.source = source.operand;
-  p.weight = plan.keep(w).const_data_ptr();
+  p.weight = w.const_data_ptr();
   p.source_height = static_cast<int>(source.size[0]);
   p.source_width = static_cast<int>(source.size[1]);
   p.result_channels = static_cast<int>(transposed ? w.size(1) : w.size(0));
@@ -226,7 +231,8 @@ void Block::convolution_phase(
   c.transposed = transposed;
   c.tf32 = spec.how.tf32;
   const int64_t blocks = ceil_div(channels, 64);
-  epilogue.out = plan.keep(result).mutable_data_ptr();
+  hold(source);
+  epilogue.out = plan.hold(result).mutable_data_ptr();
   complete(plan, epilogue, channels, pixels(size), blocks);
   c.epilogue = epilogue;
   choose_stages(plan, phase, c.stages);
@@ -260,7 +266,7 @@ at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
   const bool changes = epilogue.relu || epilogue.residual != nullptr;
   result = changes ? activation(width(conv), sizes[conv]) : computed;
   epilogue.out = changes ? result.mutable_data_ptr() : nullptr;
-  plan.keep(result);
+  plan.hold(result);
   pass(input_of(computed), epilogue);
   plan.barrier();
   return result;
@@ -283,7 +289,7 @@ at::Tensor Block::data_gradient(int64_t conv, const Input& dy, Epilogue epilogue
   const bool changes = epilogue.mask != Mask::none || epilogue.residual != nullptr;
   result = changes ? at::empty_like(dp) : dp;
   epilogue.out = changes ? result.mutable_data_ptr() : nullptr;
-  plan.keep(result);
+  plan.hold(result);
   pass(input_of(dp), epilogue);
   return result;
 }
@@ -298,8 +304,10 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
         dy.tensor, p.tensor, w, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
         {false, true, false}));
   }
-  const at::Tensor dw = plan.keep(at::empty(w.sizes(), w.options(), kLast));
+  const at::Tensor dw = plan.hold(at::empty(w.sizes(), w.options(), kLast));
   const Input p = source(conv);
+  hold(p);
+  hold(dy);
   Phase phase;
   phase.kind = Kind::weight_gradient;
   phase.weight_gradient = WeightGradient();
@@ -332,6 +340,7 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
 }
 
 void Block::pass(const Input& input, const Epilogue& epilogue) {
+  hold(input);
   add_pass(plan, input.operand, pixels(input.size), epilogue);
 }
 
@@ -340,10 +349,10 @@ Input Block::materialize(const Input& input) {
   const at::Tensor out = activation(input.operand.channels, input.size);
   Epilogue e;
   e.out = out.mutable_data_ptr();
-  plan.keep(out);
+  plan.hold(out);
   pass(input, e);
   plan.barrier();
-  return {operand(out), out, input.size};
+  return {operand_of(out), out, input.size};
 }
 
 }  // namespace resnet_fused::cuda

@@ -16,11 +16,12 @@ constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 using Size = std::array<int64_t, 2>;  // height, width
 
-// An operand, the tensor behind it, and the picture it is.
+// An operand, the tensors behind it, and the picture it is.
 struct Input {
   Operand operand;
   at::Tensor tensor;
   Size size;
+  at::Tensor y = {};  // of a gradient
 
   bool computed() const { return operand.source != Source::raw || operand.relu; }
 };
@@ -58,15 +59,16 @@ class Block {
 
   at::Tensor activation(int64_t channels, Size size) const;
   at::Tensor filled_later(at::IntArrayRef shape, at::ScalarType type) const;
-  float* new_table(int64_t channels) { return plan.scratch<float>(kTableRows * channels); }
+  float* new_table(int64_t channels) {
+    return plan.keep(filled_later({kTableRows, channels}, at::kFloat)).mutable_data_ptr<float>();
+  }
 
   Vector vector(const std::optional<at::Tensor>& t) { return vector_of(plan, t); }
   Vector scale(const std::optional<at::Tensor>& t);
   Norm norm(int64_t stage);
   float* table(int64_t norm);
 
-  Operand operand(const at::Tensor& u) { return operand_of(plan, u); }
-  Input input_of(const at::Tensor& u) { return {operand(u), u, {u.size(2), u.size(3)}}; }
+  Input input_of(const at::Tensor& u) const { return {operand_of(u), u, {u.size(2), u.size(3)}}; }
   Product product(int64_t conv, const Input& source, bool transposed);
   // P of a convolution, as its prologue makes it from what is stored.
   Input source(int64_t conv);
@@ -89,6 +91,7 @@ class Block {
   void convolution_phase(
       const Input& source, int64_t conv, bool transposed, at::Tensor& result, Size size, Epilogue epilogue);
   Geometry geometry(int64_t conv) const;
+  void hold(const Input& input);
 
   std::vector<bool> library_;
   std::vector<at::Tensor> tables_;

@@ -18,9 +18,9 @@ Vector vector_of(Plan& plan, const std::optional<at::Tensor>& t) {
   return {plan.keep(t->contiguous()).const_data_ptr(), scalar_of(*t), 1};
 }
 
-Operand operand_of(Plan& plan, const at::Tensor& u) {
+Operand operand_of(const at::Tensor& u) {
   Operand o;
-  o.x = plan.keep(u).const_data_ptr();
+  o.x = u.const_data_ptr();
   o.channels = static_cast<int>(u.size(1));
   o.wide = u.size(1) % 8 == 0 && aligned(o.x);
   return o;

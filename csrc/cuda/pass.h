@@ -11,11 +11,11 @@ namespace resnet_fused::cuda {
 
 bool aligned(const void* p);  // to 16 bytes
 
-// [C], or nothing. The plan keeps what it makes.
+// [C], or nothing; kept.
 Vector vector_of(Plan& plan, const std::optional<at::Tensor>& t);
 
-// [N, C, H, W] in channels_last, as it is stored.
-Operand operand_of(Plan& plan, const at::Tensor& u);
+// [N, C, H, W] in channels_last, as it is stored; the tensor stays the caller's to hold.
+Operand operand_of(const at::Tensor& u);
 
 // Gives an epilogue over [pixels, channels] its width and, where it reduces, room for the partials of `blocks` of
 // channels.

@@ -13,6 +13,7 @@ namespace resnet_fused::cuda {
 namespace {
 
 constexpr int64_t kCounters = 1 << 16;
+constexpr size_t kStreams = 64;  // workspaces remembered, 256 KiB each
 constexpr int64_t kHeader = 32;  // the barrier's counter and a zero, each in a cache line of its own
 
 void check(const char* error) { TORCH_CHECK(error == nullptr, "resnet_fused: ", error); }
@@ -119,6 +120,8 @@ at::Tensor Plan::workspace() {
   static std::mutex mutex;
   static auto& known = *new std::map<std::pair<int, void*>, at::Tensor>;  // not freed at exit, when CUDA is gone
   const std::lock_guard lock(mutex);
+  // Plans at work hold theirs, and what is freed here is reused on its own stream.
+  if (known.size() >= kStreams && !known.contains({index_, stream_})) known.clear();
   auto& found = known[{index_, stream_}];
   if (!found.defined()) found = fresh();
   return found;
@@ -131,27 +134,33 @@ const void* Plan::zero() {
 
 int32_t* Plan::tickets(int64_t count) {
   if (!workspace_.defined()) workspace_ = workspace();
-  if (used_ + count > kCounters) return keep(at::zeros({count}, workspace_.options())).mutable_data_ptr<int32_t>();
+  if (used_ + count > kCounters) return hold(at::zeros({count}, workspace_.options())).mutable_data_ptr<int32_t>();
   used_ += count;
   return workspace_.mutable_data_ptr<int32_t>() + 2 * kHeader + used_ - count;
 }
 
 void* Plan::allocate(int64_t bytes) {
-  return keep(at::empty({bytes}, like_.options().dtype(at::kByte), at::MemoryFormat::Contiguous)).mutable_data_ptr();
+  return hold(at::empty({bytes}, like_.options().dtype(at::kByte), at::MemoryFormat::Contiguous)).mutable_data_ptr();
 }
 
 void Plan::add(Phase phase, int64_t items) {
   phase.barrier = barrier_ && !phases_.empty();
   barrier_ = false;
-  if (!phases_.empty() && (mode_ == Launch::phased || phases_.size() == static_cast<size_t>(Program::kMost))) {
-    launch();
+  if (phases_.size() == static_cast<size_t>(Program::kMost)) {
+    run();
     phase.barrier = false;
   }
   phases_.push_back(phase);
   items_.push_back(items);
+  if (mode_ == Launch::phased) launch();
 }
 
 void Plan::launch() {
+  run();
+  held_.clear();
+}
+
+void Plan::run() {
   barrier_ = false;  // the end of a launch is one
   if (phases_.empty()) return;
   Program program;

@@ -33,12 +33,19 @@ class Plan {
   const void* zero();
   // `count` counters at zero, which whoever uses them leaves at zero.
   int32_t* tickets(int64_t count);
-  // Memory for `count` values, which lives until its phases have been launched.
+  // Memory for `count` values, held.
   template <class V>
   V* scratch(int64_t count) {
     return static_cast<V*>(allocate(count * static_cast<int64_t>(sizeof(V))));
   }
-  // The tensor lives until its phases have been launched.
+  // The tensor lives until the phases added so far, and the one that will be added next, have been launched; then its
+  // memory is free for what follows on the stream. Whoever adds a phase holds what it reads and writes, after any
+  // launch that comes before it.
+  at::Tensor hold(at::Tensor t) {
+    held_.push_back(t);
+    return t;
+  }
+  // The tensor lives as long as the plan: what is small, or read by several phases.
   at::Tensor keep(at::Tensor t) {
     kept_.push_back(t);
     return t;
@@ -46,7 +53,7 @@ class Plan {
 
   // The next phase reads what an earlier one writes.
   void barrier() { barrier_ = true; }
-  // Adds a phase; items: how many workers could share it.
+  // Adds a phase, which phased mode launches at once; items: how many workers could share it.
   void add(Phase phase, int64_t items);
   // Launches what was added so far; then a library call may follow on the stream.
   void launch();
@@ -54,6 +61,7 @@ class Plan {
  private:
   at::Tensor workspace();
   void* allocate(int64_t bytes);
+  void run();
 
   const Launcher* launcher_;
   Device device_;
@@ -66,7 +74,7 @@ class Plan {
   bool barrier_ = false;
   std::vector<Phase> phases_;
   std::vector<int64_t> items_;
-  std::vector<at::Tensor> kept_;
+  std::vector<at::Tensor> held_, kept_;
 };
 
 }  // namespace resnet_fused::cuda

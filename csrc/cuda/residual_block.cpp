@@ -22,14 +22,14 @@ at::Tensor join(Block& block) {
   const at::Tensor& y = block.y[last];
   if (spec.pre_activation && spec.skip == Skip::none && !block.tensors.branch_scale) return y;  // then it is not saved
   Epilogue e;
-  const at::Tensor out = block.plan.keep(block.activation(block.width(last), block.sizes[last]));
+  const at::Tensor out = block.activation(block.width(last), block.sizes[last]);
   e.out = out.mutable_data_ptr();
   e.norm = block.norm(block.join_norm(last));
   e.factor = block.scale(block.tensors.branch_scale);
   e.relu = !spec.pre_activation && spec.last().relu;
   if (spec.skip != Skip::none) {
     const at::Tensor& skip = spec.has_projection() ? block.y[s] : block.x;
-    e.residual = block.plan.keep(skip).const_data_ptr();
+    e.residual = skip.const_data_ptr();
     e.residual_scale = block.scale(block.tensors.skip_scale);
     if (spec.has_projection()) e.residual_norm = block.norm(block.join_norm(s));
   }
@@ -195,7 +195,8 @@ Input Backward::through_norm(const at::Tensor& dz, const VectorGradients& gradie
   dy.operand.source = Source::gradient;
   dy.operand.table = gradients.table;
   if (gradients.batch) {
-    const Operand other = block.operand(y);
+    const Operand other = operand_of(y);
+    dy.y = y;
     dy.operand.y = other.x;
     dy.operand.wide = dy.operand.wide && other.wide;
   }
@@ -227,20 +228,20 @@ std::pair<Input, std::optional<Input>> Backward::join(const at::Tensor& dout, co
   if (reduces || relu) {
     e.reduce = reduces ? Reduce::sums : Reduce::none;
     if (relu) e.out = dz.mutable_data_ptr();
-    if (e.mask == Mask::by_out) e.mask_by = block.plan.keep(out->contiguous(kLast)).const_data_ptr();
+    if (e.mask == Mask::by_out) e.mask_by = block.plan.hold(out->contiguous(kLast)).const_data_ptr();
     if (e.mask == Mask::by_norm) e.factor = block.scale(tensors.branch_scale);
     const at::Tensor& y = block.y[last];
     if (y.defined() && (e.mask == Mask::by_norm || norm >= 0 || first.dfactor != nullptr)) {
-      e.y = block.plan.keep(y).const_data_ptr();
+      e.y = block.plan.hold(y).const_data_ptr();
       e.y_norm = first.norm;
     }
     if (skip.defined() && (norm_s >= 0 || second.dfactor != nullptr)) {
-      e.s = block.plan.keep(skip).const_data_ptr();
+      e.s = block.plan.hold(skip).const_data_ptr();
       e.s_norm = second.norm;
     }
     e.reduction.first = first;
     e.reduction.second = second;
-    block.plan.keep(dz);
+    block.plan.hold(dz);
     block.pass(block.input_of(dout), e);
   }
   std::optional<Input> dy_s;
@@ -279,18 +280,18 @@ Input Backward::step(int64_t conv, const Input& dy) {
   e.reduce = anything(gradients) ? Reduce::sums : Reduce::none;
   e.mask = norm >= 0 && spec.convs[norm].relu ? Mask::by_norm : Mask::none;
   if (normed || e.mask == Mask::by_norm) {
-    e.y = block.plan.keep(u).const_data_ptr();
+    e.y = u.const_data_ptr();  // x or a saved output, which live through the call
     e.y_norm = block.norm(norm);
   }
   e.reduction.first = gradients;
-  const at::Tensor dp = block.plan.keep(block.data_gradient(conv, dy, e));
+  const at::Tensor dp = block.data_gradient(conv, dy, e);
   if (conv > 0) return through_norm(dp, gradients, u);
   dx = dp;
   if (norm < 0 || !needs.x() || (gradients.table == nullptr && !identity)) return dy;
   // pre-activation: dx = dy of norm_0 + skip_scale dz
   block.plan.barrier();
   Epilogue sum;
-  dx = block.plan.keep(at::empty_like(dp));
+  dx = at::empty_like(dp);
   sum.out = dx.mutable_data_ptr();
   if (identity) {
     sum.residual = dz.const_data_ptr();
@@ -305,19 +306,23 @@ std::vector<at::Tensor> Backward::run(
     const std::vector<at::Tensor>& batch_stats) {
   restore(conv_outputs, batch_stats);
   auto [dy, dy_s] = join(dout.contiguous(kLast), out);
+  if (spec.skip != Skip::identity) dz.reset();  // else the last step adds it
   if (dy_s) {
     const int64_t s = block.projection(), norm = block.input_norm(s);
     block.plan.barrier();
-    const Input settled = settle(s, *dy_s);
-    weight_grad(s, settled);
-    if (needs.x() || (norm >= 0 && needs.norm(norm))) dp_s = block.plan.keep(block.data_gradient(s, settled, {}));
+    dy_s = settle(s, *dy_s);
+    weight_grad(s, *dy_s);
+    if (needs.x() || (norm >= 0 && needs.norm(norm))) dp_s = block.data_gradient(s, *dy_s, {});
+    dy_s.reset();
+    block.y[s].reset();
   }
   for (int64_t conv = block.last(); conv >= 0 && wants_output(conv); --conv) {
     block.plan.barrier();
-    const Input settled = settle(conv, dy);
-    weight_grad(conv, settled);
+    dy = settle(conv, dy);
+    weight_grad(conv, dy);
     if (!wants_below(conv)) break;
-    dy = step(conv, settled);
+    dy = step(conv, dy);
+    if (conv == block.last()) block.y[conv].reset();  // which may have been recomputed
   }
   block.plan.launch();
   if (needs.x()) grads[0] = dx.contiguous(tensors.x.suggest_memory_format());
@@ -457,14 +462,15 @@ at::Tensor Kernels::residual_block_infer(
   if (given.how.launch != Launch::phased) out = chain(block, e, relu);
   if (!out) {
     if (spec.has_projection()) {
-      block.y[s] = block.plan.keep(block.convolve(s, {}, -1));
+      block.y[s] = block.convolve(s, {}, -1);
       e.residual = block.y[s].const_data_ptr();
     }
     for (int64_t i = 0; i <= last; ++i) {
       if (i > 0 || (i == last && spec.has_projection())) block.plan.barrier();
       Epilogue between;
       between.relu = relu[i];
-      block.y[i] = block.plan.keep(block.convolve(i, i == last ? e : between, -1));
+      block.y[i] = block.convolve(i, i == last ? e : between, -1);
+      if (i > 0) block.y[i - 1].reset();
     }
     out = block.y[last];
   }

@@ -46,16 +46,20 @@ def main() -> None:
     emulator = Emulator(Path(sys.argv[1]))
     dtypes = [getattr(torch, name) for name in sys.argv[2:]]
     with installed(emulator) as backend:
-        # a chain and large tiles; phases, small tiles
-        for mode, processors, workers in (("single", 1, 2), ("phased", 64, 3)):
+        # a chain and large tiles; phases, small tiles; launches that library convolutions end
+        for mode, library, processors, workers in (
+            ("single", "none", 1, 2),
+            ("phased", "none", 64, 3),
+            ("single", "all", 1, 2),
+        ):
             emulator.configure(processors, workers)
-            backend.set_how(mode, "none")  # type: ignore[arg-type]
+            backend.set_how(mode, library)  # type: ignore[arg-type]
             for dtype in dtypes:
                 for case in TRAINED:
                     compute(case, dtype, True)
                 for case in EVALUATED:
                     compute(case, dtype, False)
-            assert any("chain" in line for line in emulator.launched()) == (mode == "single")
+            assert any("chain" in line for line in emulator.launched()) == ((mode, library) == ("single", "none"))
     print("clean")
 
 
