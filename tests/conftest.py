@@ -7,6 +7,7 @@ tests use the models only, so the schemas without kernels are enough.
 import contextlib
 import importlib
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -32,3 +33,12 @@ with contextlib.suppress(ModuleNotFoundError):
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a user's machine: Triton kernels run on CUDA tensors only."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what splits its work among threads; a worker of several has one otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -172,6 +172,7 @@ def test_family_in_double(case: Case, last: bool, backend: str) -> None:
 
 @backends
 @formats
+@pytest.mark.usefixtures("two_threads")
 def test_many_chunks(memory_format: torch.memory_format, backend: str) -> None:
     """More rows than one thread takes at a time, with a mean that would cancel."""
     check(Case(40, (29, 31), 4, mean=100.0), torch.float32, backend, memory_format)

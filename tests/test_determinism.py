@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from blocks import BACKENDS, FORMATS, block, run
+from test_equivalence import assert_equivalent
+
+from resnet_fused import functional
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -52,6 +55,33 @@ def test_inference_is_bitwise_repeatable(dtype: torch.dtype, backend: str) -> No
     case = block(3, "projection", channels=16, width=8, out_channels=32, stride=2, size=(33, 29), batch_stats=False)
     first, *others = (run(*case.build(dtype, torch.channels_last), backend)["out"] for _ in range(4))
     assert all(torch.equal(first, other) for other in others)  # type: ignore[arg-type]
+
+
+@backends
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_two_threads_are_as_exact_as_eager(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Most other tests run on one, where several test workers share the cores."""
+    case = CASES[name]
+    blocks = [case.build(dtype, torch.channels_last, seed) for seed in range(2)]
+    assert_equivalent(blocks, [case.upstream(dtype, seed) for seed in range(2)], backend)
+
+
+@backends
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+def test_pooling_gives_the_same_bits_on_two_threads(memory_format: torch.memory_format, backend: str) -> None:
+    x = torch.randn(3, 40, 61, 67).contiguous(memory_format=memory_format)
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaf = x.clone().requires_grad_()
+        out = functional.max_pool2d(leaf, 3, 2, 1, backend=backend)
+        out.square().sum().backward()
+        found.append((out, leaf.grad))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))  # type: ignore[arg-type]
 
 
 @backends
