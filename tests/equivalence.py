@@ -49,7 +49,7 @@ def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, rel
 
     results: `pooled` runs in `dtype`: "got", "exact" (fp64) and PyTorch's own: "eager" in the given memory format,
              "other" in the other one, and "flipped", which counts for gradients if there is a `relu`: what masks that
-             rounding may flip do to the exact run (`resnet_fused.kinks`).
+             rounding may flip do to the exact run (`kinks`).
     """
     got, eager, exact = results["got"], results["eager"], results["exact"]
     assert got.keys() == eager.keys() == exact.keys()

@@ -14,13 +14,13 @@ from blocks import BACKENDS, FORMATS, LOW_PRECISION, family
 from equivalence import Results, assert_as_accurate, assert_runs_as_accurate, pooled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from kinks import MANY, RARE, Kinks
 from shared_batch import WORLD, Shared, compute, results
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fused import dispatch, functional, norm_operators
 from resnet_fused.errors import BackendError
-from resnet_fused.kinks import MANY, RARE, Kinks
 from resnet_fused.saved_bytes import saved_bytes
 
 backends = pytest.mark.parametrize("backend", BACKENDS)

@@ -24,11 +24,11 @@ from blocks import (
 from equivalence import FLOOR_ULPS, assert_runs_as_accurate, pooled, root_mean_square_error
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from kinks import MANY, RARE, Kinks
 from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.errors import BackendError
-from resnet_fused.kinks import MANY, RARE, Kinks
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec, StageSpec
 

@@ -9,10 +9,10 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 from equivalence import FLOOR_ULPS
+from kinks import Kinks
 from torch import Tensor, nn
 
 from resnet_fused import fuse, unfuse
-from resnet_fused.kinks import Kinks
 from resnet_fused.spec import Memory
 
 Record = dict[str, Tensor | None]
@@ -35,7 +35,7 @@ def assert_trains_as_eager(
     `equivalence` holds for each kind of quantity, in the 2-norm: a network multiplies rounding, and the largest of
     its deviations is luck. Eager's error is the larger of its two memory formats', which round differently by up to
     four times. In fp32 a ReLU's input may also land on the other side of zero in one run only: what such flips do to
-    the exact run counts as eager's rounding too (`resnet_fused.kinks`).
+    the exact run counts as eager's rounding too (`kinks`).
     """
     eager = unfuse(copy.deepcopy(model))
     fused = fuse(copy.deepcopy(eager), memory=memory)
