@@ -48,15 +48,15 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     """
     validation.check_input(x)
     dtype = autocast_dtype(x)
-    mixes = dtype not in (None, x.dtype) and _keeps_width(spec)
-    if dtype is not None and not mixes:
+    refusal = refuses(x, params, spec)
+    if dtype is not None and refusal is not _MIXES:
         x = x.to(dtype)
     traced = torch.compiler.is_compiling()  # what is kept between calls is no business of a graph
     if traced:
         counts = validation.values_per_channel(x, validation.check(x, params, spec, dtype), spec)
     else:
         counts = validation.check_once(x, params, spec, dtype)
-    chosen = dispatch.select(backend, x, params, spec, _MIXES if mixes else differentiated_otherwise(x, params.tensors))
+    chosen = dispatch.select(backend, x, params, spec, refusal)
     if chosen is None:
         out = reference.residual_block(x, params, spec)
         running_stats.count_batch(params, spec)
@@ -170,6 +170,19 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]
         return mean, var, count
     assert norm.running_mean is not None and norm.running_var is not None  # by validation
     return norm.running_mean, norm.running_var, None
+
+
+def refuses(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+    """Why only PyTorch's own operations compute this block, whatever the backend, or None."""
+    if autocast_dtype(x) not in (None, x.dtype) and _keeps_width(spec):
+        return _MIXES
+    return differentiated_otherwise(x, params.tensors)
+
+
+def as_convolved(x: Tensor) -> Tensor:
+    """x in the dtype that autocast, where it is on, gives to its convolutions."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
 
 
 def differentiated_otherwise(x: Tensor, others: Iterable[Tensor | None]) -> str | None:

@@ -141,7 +141,7 @@ def block_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, FusedModule, Te
         if isinstance(module, FusedModule):
 
             def note(m: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
-                seen.append((name, m, _as_convolved(given[0])))  # type: ignore[arg-type]
+                seen.append((name, m, functional.as_convolved(given[0])))  # type: ignore[arg-type]
 
             handles.append(module.register_forward_pre_hook(note))
     try:
@@ -152,11 +152,6 @@ def block_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, FusedModule, Te
         for module, training in modes.items():
             module.training = training
     return seen
-
-
-def _as_convolved(x: Tensor) -> Tensor:
-    dtype = functional.autocast_dtype(x)
-    return x if dtype is None else x.to(dtype)
 
 
 def fastest_way(block: Block, contestants: Sequence[Contestant], timer: Timer) -> Decision:

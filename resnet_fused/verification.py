@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import adapters, dispatch, functional
+from resnet_fused import dispatch, functional
+from resnet_fused.candidates import candidates
 from resnet_fused.comparison import (
     GRADIENTS,
     KINDS,
@@ -46,7 +47,6 @@ from resnet_fused.comparison import (
     map_inputs,
 )
 from resnet_fused.errors import NotFusable
-from resnet_fused.explain import _looks_like_block
 from resnet_fused.fuse import fuse, unfuse
 from resnet_fused.fused_block import FusedBlock, FusedModule
 from resnet_fused.info import machine
@@ -411,11 +411,7 @@ def _layout(tensors: Iterable[Tensor]) -> str:
 
 def _runs_fused(fused: nn.Module, comparison: Comparison, given: Inputs) -> dict[str, bool]:
     """For each block of the model, whether a fused backend runs it on this input; False if it is never called."""
-    blocks = {
-        name: module
-        for name, module in fused.named_modules()
-        if isinstance(module, FusedModule) or adapters.find(type(module)) is not None or _looks_like_block(module)
-    }
+    blocks = {name: module for name, module, _ in candidates(fused)}
     seen: dict[str, Tensor] = {}
     with capture(fused, list(blocks), seen) as watched, torch.no_grad(), comparison.autocast(given):
         call(watched.train(comparison.train), given)
@@ -429,7 +425,8 @@ def _is_taken(block: nn.Module, x: Tensor) -> bool:
         params, spec = block.fused_describe()
     except NotFusable:
         return False
-    return dispatch.select(block._fused_settings.backend, functional.autocast_input(x), params, spec) is not None
+    refusal = functional.refuses(x, params, spec)
+    return dispatch.select(block._fused_settings.backend, functional.as_convolved(x), params, spec, refusal) is not None
 
 
 def _plain(value: Any) -> Any:
