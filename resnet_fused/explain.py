@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import dispatch, how
+from resnet_fused.backends.folding import folded
 from resnet_fused.candidates import candidates, original_class
 from resnet_fused.errors import NotFusable
 from resnet_fused.fuse import require_module, why_not
@@ -96,6 +97,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
         notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
+    if backend == "native" and x.device.type == "cpu" and not spec.batch_stats and not folded(params, x, spec).finite:
+        return "eager", "in evaluation: a parameter or buffer is not finite, or a weight is not once its norm is folded in"
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from resnet_fused import fuse, models
+from resnet_fused import explain, fuse, models
 from resnet_fused.models.resnet import Bottleneck
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -264,3 +264,6 @@ def test_weights_that_only_folding_makes_infinite() -> None:
     with torch.no_grad():
         expected, got = eager(x), fused(x)
     assert bool(expected.isfinite().all()) and bool(got.isfinite().all())
+    (row,) = explain(fused)
+    assert row.backend == "eager" and "not finite" in row.reason
+    assert explain(fuse(block()))[0].backend == "native"

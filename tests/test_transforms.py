@@ -87,6 +87,7 @@ def test_forward_mode_of_the_functions() -> None:
         assert forward_ad.unpack_dual(functional.max_pool2d(dual, 3, 2, 1)).tangent is not None
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_jit() -> None:
     _, fused = both()
     with pytest.raises(RuntimeError, match="unfuse\\(model\\) first"):
