@@ -77,14 +77,21 @@ struct BatchNormAct {
   static at::Tensor backward_reduce(
       const at::Tensor& dout, const std::optional<at::Tensor>& mask, const at::Tensor& x, const at::Tensor& mean) {
     check_normalize_act_backward_reduce(dout, mask, x, mean);
-    return Kernels::normalize_act_backward_reduce(dout, mask, x, mean);
+    return Kernels::normalize_act_backward_reduce(dout, contiguous(mask), x, mean);
   }
   static std::tuple<at::Tensor, at::Tensor> backward_apply(
       const at::Tensor& dout, const std::optional<at::Tensor>& mask, const at::Tensor& x, const at::Tensor& mean,
       const at::Tensor& var, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& sums,
       double count, double eps, bool save_dz) {
     check_normalize_act_backward_apply(dout, mask, x, mean, var, weight, sums, count, eps);
-    return Kernels::normalize_act_backward_apply(dout, mask, x, {mean, var, weight, {}, eps}, sums, count, save_dz);
+    return Kernels::normalize_act_backward_apply(
+        dout, contiguous(mask), x, {mean, var, weight, {}, eps}, sums, count, save_dz);
+  }
+
+ private:
+  // A saved-tensor hook may change the layout of what it gives back.
+  static std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& mask) {
+    return mask ? std::optional(mask->contiguous()) : std::nullopt;
   }
 };
 

@@ -6,6 +6,8 @@
 #include <array>
 #include <vector>
 
+#include "block_tensors.h"
+
 namespace resnet_fused {
 
 enum class Norm : int64_t { none = 0, running = 1, batch = 2 };
@@ -46,16 +48,16 @@ struct BlockSpec {
 
   // Whether backward needs the output of convolution i and forward therefore saves it.
   // The same rule as `saved_convs` in resnet_fused/operators.py.
-  bool saves(int64_t i, bool branch_scaled, bool skip_scaled) const {
-    if (i < stages - 1) return true;
-    return !low_memory && needs_output(i, branch_scaled, skip_scaled);
-  }
+  bool saves(int64_t i, const Needs& needs) const { return i < stages - 1 || (!low_memory && needs_output(i, needs)); }
 
   // Whether backward needs it at all; recomputed when it is not saved.
-  bool needs_output(int64_t i, bool branch_scaled, bool skip_scaled) const {
+  bool needs_output(int64_t i, const Needs& needs) const {
     if (i < stages - 1) return true;
-    if (i == stages - 1 ? branch_scaled : skip_scaled) return true;
-    return !pre_activation && (convs[i].norm != Norm::none || (skip == Skip::none && convs[i].relu));
+    if (i == stages - 1 ? needs.branch_scale() : needs.skip_scale()) return true;
+    if (pre_activation) return false;
+    // running statistics without a gradient for gamma and beta: dy is dz times a constant
+    const bool through_norm = convs[i].norm == Norm::batch || (convs[i].norm == Norm::running && needs.norm(i));
+    return through_norm || (skip == Skip::none && convs[i].relu);
   }
 
   // Throws ValueError for lists that `encode` cannot have made.

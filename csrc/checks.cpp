@@ -89,6 +89,12 @@ std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec,
   return shapes;
 }
 
+void check_needs(const Needs& needs, const BlockSpec& spec) {
+  TORCH_CHECK_VALUE(
+      needs.flags().size() == 3 + 6 * spec.convs.size(), "needs must have ", 3 + 6 * spec.convs.size(), " flags, got ",
+      needs.flags().size());
+}
+
 void check_backward(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
     const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec,
@@ -104,17 +110,13 @@ void check_backward(
   TORCH_CHECK_VALUE(
       !masked || (out && out->sizes() == shape && out->scalar_type() == x.scalar_type()),
       "backward needs the block's output ", shape);
-  TORCH_CHECK_VALUE(
-      needs.flags().size() == 3 + 6 * spec.convs.size(), "needs must have ", 3 + 6 * spec.convs.size(), " flags, got ",
-      needs.flags().size());
   size_t saved = 0, stats = 0;
   for (size_t i = 0; i < spec.convs.size(); ++i) {
-    if (spec.saves(static_cast<int64_t>(i), block.branch_scale.has_value(), block.skip_scale.has_value())) {
+    if (spec.saves(static_cast<int64_t>(i), needs)) {
       TORCH_CHECK_VALUE(
           saved < conv_outputs.size() && conv_outputs[saved].sizes() == at::IntArrayRef(shapes[i]) &&
-              conv_outputs[saved].is_contiguous(at::MemoryFormat::ChannelsLast) &&
               conv_outputs[saved].scalar_type() == x.scalar_type() && conv_outputs[saved].device() == x.device(),
-          "the output of convolution ", i, " must be saved as forward returned it");
+          "the output of convolution ", i, " must be saved as forward, given the same needs, returned it");
       ++saved;
     }
     if (spec.convs[i].norm == Norm::batch) {
@@ -127,6 +129,10 @@ void check_backward(
       ++stats;
     }
   }
+  TORCH_CHECK_VALUE(
+      saved == conv_outputs.size() && stats == batch_stats.size(), "backward takes ", saved,
+      " convolution outputs and ", stats, " batch statistics, as forward, given the same needs, returned them; got ",
+      conv_outputs.size(), " and ", batch_stats.size());
 }
 
 void check_infer(

@@ -16,6 +16,9 @@ std::vector<Shape> check_convolutions(
 // The same, with everything else that forward takes.
 std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec, at::ArrayRef<double> eps);
 
+// Which gradients are wanted: a flag each.
+void check_needs(const Needs& needs, const BlockSpec& spec);
+
 // What backward takes besides; shapes: of `check_block`.
 void check_backward(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,

@@ -36,14 +36,13 @@ at::Tensor max_pool2d_backward(
     int64_t padding) {
   const auto win = window(kernel, stride, padding);
   TORCH_CHECK_VALUE(
-      dout.dim() == 4 && positions.sizes() == dout.sizes() && positions.scalar_type() == at::kByte &&
-          positions.is_contiguous(at::MemoryFormat::ChannelsLast),
+      dout.dim() == 4 && positions.sizes() == dout.sizes() && positions.scalar_type() == at::kByte,
       "positions must be as max_pool2d returned them for dout ", dout.sizes());
   for (int64_t d = 0; d < 2; ++d)
     TORCH_CHECK_VALUE(
         ((d ? width : height) + 2 * padding - kernel) / stride + 1 == dout.size(2 + d), "dout ", dout.sizes(),
         " is not the pooling of ", height, "x", width);
-  return cpu::max_pool2d_backward(dout, positions, height, width, win);
+  return cpu::max_pool2d_backward(dout, positions.contiguous(at::MemoryFormat::ChannelsLast), height, width, win);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace resnet_fused {
 
 inline constexpr auto kForward =
     "(Tensor x, Tensor? branch_scale, Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, "
-    "Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, int[] spec, float[] eps) "
+    "Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, bool[] needs, int[] spec, float[] eps) "
     "-> (Tensor out, Tensor[] conv_outputs, Tensor[] batch_stats)";
 inline constexpr auto kBackward =
     "(Tensor dout, Tensor? out, Tensor[] conv_outputs, Tensor[] batch_stats, Tensor x, Tensor? branch_scale, "
@@ -53,13 +53,15 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residua
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
     at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights,
     const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars,
-    at::IntArrayRef ints, at::ArrayRef<double> eps) {
+    const c10::List<bool>& flags, at::IntArrayRef ints, at::ArrayRef<double> eps) {
   const auto spec = BlockSpec::decode(ints, eps);
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
+  const Needs needs({flags.begin(), flags.end()});
   check_block(block, spec, eps);
+  check_needs(needs, spec);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto result = Kernels::residual_block_forward(block, spec);
+  auto result = Kernels::residual_block_forward(block, needs, spec);
   return {result.out, result.conv_outputs, result.batch_stats};
 }
 
@@ -74,9 +76,12 @@ std::vector<at::Tensor> residual_block_backward(
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
   const Needs needs({flags.begin(), flags.end()});
-  const auto ys = conv_outputs.vec(), stats = batch_stats.vec();
+  check_needs(needs, spec);
+  auto ys = conv_outputs.vec();
+  const auto stats = batch_stats.vec();
   check_backward(dout, out, ys, stats, block, needs, spec, check_block(block, spec, eps));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
+  for (auto& y : ys) y = y.contiguous(at::MemoryFormat::ChannelsLast);  // a saved-tensor hook may change the layout
   return Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
 }
 

@@ -41,7 +41,8 @@ def _scale(scale: Scale, x: Tensor) -> Tensor | None:
         return scale
     if scale == 1.0:
         return None
-    return torch.tensor(scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    # filled on the device: copied there, it could not be captured in a CUDA graph
+    return torch.full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
 def residual_block(
@@ -53,7 +54,7 @@ def residual_block(
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
             given[3 + 6 * i + 4] = given[3 + 6 * i + 5] = None
     if torch.compiler.is_exporting():  # an exported program is for inference, and holds operators and no Function
-        out, _, batch_stats = backend.forward(spec, tuple(given))
+        out, _, batch_stats = backend.forward(spec, tuple(given), [False] * len(given))
         return out, tuple(stats.detach() for stats in batch_stats)
     places = tuple(i for i, t in enumerate(given) if t is not None)
     out, *stats = ResidualBlock.apply(spec, backend, len(given), places, *(t for t in given if t is not None))
@@ -70,10 +71,13 @@ class ResidualBlock(torch.autograd.Function):
     def forward(
         ctx: Any, spec: BlockSpec, backend: Backend, count: int, places: tuple[int, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors))
+        needs = [False] * count
+        for place, need in zip(places, ctx.needs_input_grad[4:], strict=True):
+            needs[place] = need
+        out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
         masked_by_out = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
         ctx.save_for_backward(*tensors, out if masked_by_out else None, *conv_outputs, *batch_stats)
-        ctx.spec, ctx.backend, ctx.count, ctx.places = spec, backend, count, places
+        ctx.spec, ctx.backend, ctx.count, ctx.places, ctx.needs = spec, backend, count, places, needs
         ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
         ctx.mark_non_differentiable(*batch_stats)
         ctx.set_materialize_grads(False)
@@ -84,9 +88,6 @@ class ResidualBlock(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, (a, b) = ctx.saved_tensors, ctx.split
-        needs = [False] * ctx.count
-        for place, need in zip(ctx.places, ctx.needs_input_grad[4:], strict=True):
-            needs[place] = need
         with torch.no_grad():
             grads = ctx.backend.backward(
                 ctx.spec,
@@ -95,7 +96,7 @@ class ResidualBlock(torch.autograd.Function):
                 list(saved[a + 1 : b]),
                 list(saved[b:]),
                 _placed(ctx.count, ctx.places, saved[:a]),
-                needs,
+                ctx.needs,
             )
         grads = _refuse_second_derivative("residual_block", [grads[i] for i in ctx.places], [dout, *saved[:a]])
         return None, None, None, None, *grads

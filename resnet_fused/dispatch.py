@@ -40,8 +40,10 @@ class Backend(Protocol):
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         """The ways to run this block among which `tune` may choose; none where there is no choice."""
 
-    def forward(self, spec: BlockSpec, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """(out, convolution outputs to save, batch statistics)."""
+    def forward(
+        self, spec: BlockSpec, tensors: tuple[Tensor | None, ...], needs: list[bool]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """(out, convolution outputs to save, batch statistics). needs: which gradients `backward` will be asked for."""
 
     def backward(
         self,

@@ -98,7 +98,7 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
         notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
     if backend == "native" and x.device.type == "cpu" and not spec.batch_stats and not folded(params, x, spec).finite:
-        return "eager", "in evaluation: a parameter or buffer is not finite, or a weight is not once its norm is folded in"
+        return "eager", "in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)

@@ -163,7 +163,11 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]
     """Mean and variance to normalise with, and the values per channel behind them, None for the running ones."""
     if norm.batch_stats:
         count = x.numel() // x.shape[1]
-        stats = norm_operators.batch_statistics(x) if count else x.new_zeros((2, x.shape[1]))  # zeros that do not count
+        if count:
+            stats = norm_operators.batch_statistics(x)
+        else:  # zeros that do not count, in the dtype of statistics
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            stats = x.new_zeros((2, x.shape[1]), dtype=wide)
         if norm.group is not None:
             stats, count = sync_batch_norm.merge_statistics(stats, count, norm.group)
         mean, var = stats

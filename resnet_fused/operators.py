@@ -71,11 +71,15 @@ def binary() -> Path | None:
 
 
 def residual_block_forward(
-    spec: BlockSpec, tensors: TensorList, kernels: Kernels = "default", how: int = 0
+    spec: BlockSpec, tensors: TensorList, needs: Sequence[bool], kernels: Kernels = "default", how: int = 0
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(out, conv_outputs, batch_stats). how: see `BlockSpec.encode`."""
+    """(out, conv_outputs, batch_stats).
+
+    needs: of which of `tensors` backward will give the gradient; it decides on conv_outputs.
+    how:   see `BlockSpec.encode`.
+    """
     require()
-    return _overload("residual_block_forward", kernels)(*_lists(tensors), *spec.encode(how))
+    return _overload("residual_block_forward", kernels)(*_lists(tensors), list(needs), *spec.encode(how))
 
 
 def residual_block_backward(
@@ -89,7 +93,10 @@ def residual_block_backward(
     kernels: Kernels = "default",
     how: int = 0,
 ) -> list[Tensor | None]:
-    """The gradient of every entry of `tensors`, None where `needs` is false (running statistics never need one)."""
+    """The gradient of every entry of `tensors`, None where `needs` is false (running statistics never need one).
+
+    needs: as forward was given them.
+    """
     require()
     needs = list(needs)
     grads = iter(
@@ -134,11 +141,14 @@ def max_pool2d_backward(
     return torch.ops.resnet_fused.max_pool2d_backward(dout, positions, height, width, kernel_size, stride, padding)
 
 
-def saved_convs(spec: BlockSpec, branch_scaled: bool, skip_scaled: bool) -> list[int]:
+def saved_convs(spec: BlockSpec, needs: Sequence[bool]) -> list[int]:
     """Indices into `spec.convs` whose outputs are saved for backward (csrc/block_spec.h says the same).
 
-    A norm's backward needs its input y; without a norm only the gradient of a scale does. memory="low" recomputes
-    the last stage's and the projection's.
+    At the end of the block y is read by the gradient of a scale, and behind a norm by those of its gamma and beta and
+    through the batch's statistics; without any of them dy is dz times a constant. memory="low" recomputes the last
+    stage's and the projection's.
+
+    needs: which gradients are wanted, in the order of `tensors`.
     """
     last = len(spec.stages) - 1
     saved = []
@@ -146,8 +156,9 @@ def saved_convs(spec: BlockSpec, branch_scaled: bool, skip_scaled: bool) -> list
         if i < last:
             saved.append(i)
         elif spec.memory == "default":
-            scaled = branch_scaled if i == last else skip_scaled
-            if scaled or (spec.order == "post" and (stage.norm or (spec.skip == "none" and stage.act == "relu"))):
+            through_norm = stage.norm and (stage.batch_stats or any(needs[5 + 6 * i : 7 + 6 * i]))
+            masked_by_y = spec.skip == "none" and stage.act == "relu"
+            if needs[1 if i == last else 2] or (spec.order == "post" and (through_norm or masked_by_y)):
                 saved.append(i)
     return saved
 
@@ -219,21 +230,30 @@ def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[
     return shapes
 
 
-def output_format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """channels_last where PyTorch's convolution would give that."""
-    last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+def output_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
+    """The memory format of a block's result, as PyTorch's own operations would give it one after another.
+
+    A convolution's result is channels_last where its input or its weight is, but for a single pixel; a norm or an
+    activation of a single channel forgets it (csrc/result_format.h says the same). PyTorch itself departs from this
+    where x has one channel and is a slice.
+    """
+    last, channels = suggest_memory_format(x) == torch.channels_last, x.shape[1]
+    for stage, weight, (_, width, h, w) in zip(spec.stages, weights, _conv_shapes(x, weights, spec), strict=False):
+        passes = stage.norm or stage.act == "relu"
+        if spec.order == "pre" and passes and channels == 1:
+            last = False
+        last, channels = last or suggest_memory_format(weight) == torch.channels_last, width
+        if h * w == 1 or (spec.order == "post" and passes and channels == 1):
+            last = False
     return torch.channels_last if last else torch.contiguous_format
 
 
 def _register_fakes() -> None:
-    def forward(x, branch, skip, weights, biases, gammas, betas, means, variances, ints, eps):  # type: ignore[no-untyped-def]
+    def forward(x, branch, skip, weights, biases, gammas, betas, means, variances, needs, ints, eps):  # type: ignore[no-untyped-def]
         spec = decode(ints, eps)
         shapes = _conv_shapes(x, weights, spec)
-        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=output_format(x, weights[0]))
-        saved = [
-            x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last)
-            for i in saved_convs(spec, branch is not None, skip is not None)
-        ]
+        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=output_format(x, weights, spec))
+        saved = [x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last) for i in saved_convs(spec, needs)]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         widths = [x.shape[1], *(s[1] for s in shapes)] if spec.order == "pre" else [s[1] for s in shapes]
         stats = [
@@ -260,7 +280,7 @@ def _register_fakes() -> None:
     def infer(x, a, b, weights, biases, skip_scale, ints):  # type: ignore[no-untyped-def]
         spec = decode(ints, [])
         shape = _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
-        return x.new_empty(shape).contiguous(memory_format=output_format(x, weights[0]))
+        return x.new_empty(shape).contiguous(memory_format=output_format(x, weights, spec))
 
     for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
         for overload in ("", ".cuda", ".triton"):

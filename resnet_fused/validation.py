@@ -174,6 +174,8 @@ def _check_norm(name: str, x: Tensor, shape: Shape, stage: StageSpec, tensors: S
     channels, height, width = shape
     if stage.batch_stats and x.shape[0] * height * width == 1:
         raise ValueError(_one_value(name, [x.shape[0], channels, height, width]))
+    if stage.batch_stats and stage.eps == 0:
+        raise ValueError(f"the eps of {name} is 0 in training; accepted: a finite number > 0, or running statistics")
     if not stage.batch_stats and (tensors.running_mean is None or tensors.running_var is None):
         raise ValueError(f"{name} normalises with running statistics (batch_stats=False) but has none")
     for part in ("norm_weight", "norm_bias", "running_mean", "running_var"):

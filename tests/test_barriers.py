@@ -13,6 +13,7 @@ import torch
 from blocks import Case, block, cases, family
 from hypothesis import given
 from hypothesis import strategies as st
+from test_operators import every_gradient
 from torch import Tensor
 
 from resnet_fused import autograd
@@ -87,8 +88,8 @@ def planned(case: Case, library: frozenset[int] = frozenset()) -> list[Launch]:
     policy = Policy(INTERPRETER, "single", library, launches.append)
     x, params, spec = case.build(torch.float32, torch.channels_last)
     tensors = autograd.flatten(params, x)
-    out, outputs, statistics = residual_block.forward(spec, tensors, policy)
-    needs = [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
+    needs = every_gradient(tensors)
+    out, outputs, statistics = residual_block.forward(spec, tensors, needs, policy)
     residual_block.backward(spec, torch.empty_like(out), out, outputs, statistics, tensors, needs, policy)
     if not spec.batch_stats:
         folded = folding.folded(params, x, spec, pack=False)
@@ -135,7 +136,7 @@ def test_the_largest_blocks_wait_too() -> None:
     launches: list[Launch] = []
     tensors = autograd.flatten(params, x)
     policy = Policy(CHIPS["h100"], "single", submit=launches.append)
-    out, outputs, statistics = residual_block.forward(spec, tensors, policy)
-    needs = [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
+    needs = every_gradient(tensors)
+    out, outputs, statistics = residual_block.forward(spec, tensors, needs, policy)
     residual_block.backward(spec, out, out, outputs, statistics, tensors, needs, policy)
     assert len(launches) == 2 and not any(races(launch) for launch in launches)

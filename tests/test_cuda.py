@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from live_memory import Bytes, live_memory
 from test_equivalence import LAYOUTS, assert_equivalent, eager_may_crash, pooled
 from test_equivalence import poisoned as poisoned  # a fixture
+from test_saved_bytes import check_frozen_block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -435,7 +436,8 @@ def test_statistics_are_of_the_stored_values(
     case = block(3, "none", kernel=1, width=72, act="identity", size=(13, 11))
     x, params, spec = case.build(dtype, torch.channels_last)
     tensors = autograd.flatten(params, 30 + x / 8)
-    _, outputs, statistics = operators.residual_block_forward(spec, tensors, "cuda", check.backend.how)
+    needs = test_operators.every_gradient(tensors)
+    _, outputs, statistics = operators.residual_block_forward(spec, tensors, needs, "cuda", check.backend.how)
     for y, (mean, var) in zip(outputs, statistics, strict=True):
         exact_var, exact_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
         assert relative_error(mean, exact_mean) < 1e-6 and relative_error(var, exact_var) < 1e-5
@@ -1211,3 +1213,9 @@ def test_address_sanitizer_finds_nothing(launcher_of: Callable[[str], Path]) -> 
 def test_address_sanitizer_finds_a_planted_overrun(launcher_of: Callable[[str], Path]) -> None:
     done = under_sanitizer(launcher_of("overrun"), "bfloat16")
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr and "WRITE of size 2" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("skip", ["none", "identity", "projection"])
+def test_frozen_blocks_keep_what_backward_reads(skip: str, memory: str) -> None:
+    check_frozen_block("emulated", skip, memory)  # type: ignore[arg-type]

@@ -294,7 +294,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How each operator was asked to run; none does."""
     seen: dict[str, int] = {}
 
-    def forward(spec: BlockSpec, tensors: operators.TensorList, how: int) -> Any:
+    def forward(spec: BlockSpec, tensors: operators.TensorList, needs: list[bool], how: int) -> Any:
         seen["forward"] = how
         return tensors[0], [], []
 
@@ -316,7 +316,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def call(given: Block) -> None:
     x, params, spec = given
     tensors = autograd.flatten(params, x)
-    BACKEND.forward(spec, tensors)
+    BACKEND.forward(spec, tensors, [])
     BACKEND.backward(spec, x, None, [], [], tensors, [])
     BACKEND.infer(x, params, spec)
 
@@ -354,7 +354,8 @@ def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, int], monk
         chosen = dispatch.select("auto", x, params, spec)
         if chosen is None:
             return None
-        return chosen.forward(spec, autograd.flatten(params, x))[0]
+        tensors = autograd.flatten(params, x)
+        return chosen.forward(spec, tensors, [False] * len(tensors))[0]
 
     compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=dynamic)
     torch.compiler.reset()

@@ -156,3 +156,20 @@ def test_family_agrees_with_the_reference(case: Case, seed: int, x_last: bool, d
     assert got.keys() == exact.keys()
     for name, value in exact.items():
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@backends
+@given(case=cases(), seed=st.integers(0, 3), wanted=st.lists(st.booleans(), min_size=27, max_size=27))
+@family
+def test_any_parameters_may_be_frozen(case: Case, seed: int, wanted: list[bool], backend: str) -> None:
+    """The other gradients are the reference's; which are wanted decides on what forward keeps."""
+    x, params, spec = case.build(torch.float64, seed=seed)
+    choice = iter(wanted)
+    chosen = {n for n in named_tensors(params) if not is_buffer(n) and next(choice)}
+    results = []
+    for each in (backend, "eager"):
+        leaf, tensors = x.detach().requires_grad_(wanted[-1] or not chosen), leaves(params, lambda name: name in chosen)
+        inputs = [t for t in (leaf, *named_tensors(tensors).values()) if t.requires_grad]
+        out = functional.residual_block(leaf, tensors, spec, backend=each)
+        results.append(torch.autograd.grad(out, inputs, case.upstream(seed=seed)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)

@@ -37,25 +37,23 @@ def operator(name: str) -> Callable:
 
 
 def forward_arguments(x: Tensor, params: BlockParams, spec: BlockSpec) -> Arguments:
-    return (*operators._lists(autograd.flatten(params, x)), *spec.encode())
+    tensors = autograd.flatten(params, x)
+    return (*operators._lists(tensors), every_gradient(tensors), *spec.encode())
 
 
 def backward_arguments(
     x: Tensor, params: BlockParams, spec: BlockSpec, dout: Tensor, needs: Sequence[bool]
 ) -> Arguments:
     tensors = autograd.flatten(params, x)
-    out, saved, stats = operators.residual_block_forward(spec, tensors)
-    wanted = [
-        need and t is not None and i not in buffers(tensors)
-        for i, (t, need) in enumerate(zip(tensors, needs, strict=True))
-    ]
+    wanted = [need and possible for need, possible in zip(needs, every_gradient(tensors), strict=True)]
+    out, saved, stats = operators.residual_block_forward(spec, tensors, wanted)
     masked = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
     return (dout, out if masked else None, saved, stats, *operators._lists(tensors), wanted, *spec.encode())
 
 
-def buffers(tensors: Sequence[object]) -> set[int]:
-    """Where `flatten` puts the running statistics."""
-    return {i for i in range(3, len(tensors)) if (i - 3) % 6 >= 4}
+def every_gradient(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """The flags that ask for every gradient there is: of all but the running statistics."""
+    return [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
 
 
 def infer_arguments(x: Tensor, params: BlockParams, spec: BlockSpec) -> Arguments:
@@ -215,9 +213,10 @@ def replaced(given: Arguments, index: int, value: object) -> Arguments:
         ("residual_block_forward", 3, []),
         ("residual_block_forward", 5, [torch.ones(2)] * 4),
         ("residual_block_forward", 8, [None]),
-        ("residual_block_forward", 9, []),
-        ("residual_block_forward", 9, [3, 2, 0, 0, 1, 1]),
+        ("residual_block_forward", 9, [True]),
         ("residual_block_forward", 10, []),
+        ("residual_block_forward", 10, [3, 2, 0, 0, 1, 1]),
+        ("residual_block_forward", 11, []),
         ("residual_block_backward", 0, torch.randn(2, 6, 4, 4)),
         ("residual_block_backward", 0, torch.randn(2, 6, 4, 3, dtype=torch.float64)),
         ("residual_block_backward", 1, None),

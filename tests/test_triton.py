@@ -18,6 +18,8 @@ from equivalence import assert_as_accurate
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_equivalence import assert_equivalent
+from test_operators import every_gradient
+from test_saved_bytes import check_frozen_block
 from torch import nn
 
 import resnet_fused
@@ -335,12 +337,12 @@ def test_operators_refuse_what_would_read_out_of_bounds() -> None:
     forward = torch.ops.resnet_fused.residual_block_forward.triton
     backward = torch.ops.resnet_fused.residual_block_backward.triton
     lists, encoded = operators._lists(autograd.flatten(params, x)), spec.encode()
+    needs = every_gradient(autograd.flatten(params, x))
     with pytest.raises(ValueError, match="channels"):
-        forward(x[:, :3], *lists[1:], *encoded)
+        forward(x[:, :3], *lists[1:], needs, *encoded)
     with pytest.raises(ValueError, match="convolutions"):
-        forward(*lists[:3], lists[3][:1], *lists[4:], *encoded)
-    out, outputs, statistics = forward(*lists, *encoded)
-    needs = [True, False, False, *(i % 6 < 4 and i % 6 != 1 for i in range(12))]
+        forward(*lists[:3], lists[3][:1], *lists[4:], needs, *encoded)
+    out, outputs, statistics = forward(*lists, needs, *encoded)
     with pytest.raises(ValueError, match="dout"):
         backward(out[:, :, :2], out, outputs, statistics, *lists, needs, *encoded)
     with pytest.raises(ValueError, match="saved output of convolution 0"):
@@ -422,8 +424,14 @@ def test_operators_pass_opcheck() -> None:
     x, params, spec = case.build(torch.float32, torch.channels_last)
     tensors = autograd.flatten(params, x)
     lists = operators._lists(tensors)
-    out, outputs, statistics = torch.ops.resnet_fused.residual_block_forward.triton(*lists, *spec.encode())
-    torch.library.opcheck(torch.ops.resnet_fused.residual_block_forward.triton, (*lists, *spec.encode()))
-    needs = [t is not None for t in tensors[:3]] + [i % 6 < 4 and t is not None for i, t in enumerate(tensors[3:])]
-    arguments = (torch.randn_like(out), out, outputs, statistics, *lists, needs, *spec.encode())
+    given = (*lists, every_gradient(tensors), *spec.encode())
+    out, outputs, statistics = torch.ops.resnet_fused.residual_block_forward.triton(*given)
+    torch.library.opcheck(torch.ops.resnet_fused.residual_block_forward.triton, given)
+    arguments = (torch.randn_like(out), out, outputs, statistics, *given)
     torch.library.opcheck(torch.ops.resnet_fused.residual_block_backward.triton, arguments)
+
+
+@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize("skip", ["none", "identity", "projection"])
+def test_frozen_blocks_keep_what_backward_reads(skip: str, memory: str) -> None:
+    check_frozen_block("triton", skip, memory)  # type: ignore[arg-type]

@@ -57,6 +57,11 @@ BAD: dict[str, tuple[Callable[[Call], Call], type[Exception], str]] = {
         ValueError,
         r"stages\[0\] receives 3 channels.*takes 4 and gives 3",
     ),
+    "eps of 0 in training": (
+        change_stage(1, eps=0.0),
+        ValueError,
+        r"the eps of stages\[1\] is 0 in training; accepted: a finite number > 0",
+    ),
     "3-d": (change_x(lambda x: x[0]), ValueError, r"x must be 4-d \[N, C, H, W\], got 3-d \(4, 7, 6\)"),
     "5-d": (change_x(lambda x: x[None]), ValueError, r"x must be 4-d.*got 5-d"),
     "integers": (change_x(lambda x: x.long()), TypeError, r"x is torch.int64; accepted: .*float32.*bfloat16"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from resnet_fused.how import Mode, precision
 from resnet_fused.operators import TensorList, output_format, saved_convs
@@ -335,7 +336,9 @@ def upcasts(dtype: torch.dtype) -> bool:
 # --- training, forward -----------------------------------------------------------------------------------------------
 
 
-def forward(spec: BlockSpec, tensors: TensorList, policy: Policy) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def forward(
+    spec: BlockSpec, tensors: TensorList, needs: Sequence[bool], policy: Policy
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, convolution outputs to save, batch statistics); see operators.residual_block_forward."""
     block = Block(spec, tensors, policy)
     block.write_tables([i for i, stage in enumerate(spec.convs) if stage.norm and not stage.batch_stats])
@@ -362,9 +365,8 @@ def forward(spec: BlockSpec, tensors: TensorList, policy: Policy) -> tuple[Tenso
     block.program.barrier()
     out = _join(block)
     block.program.run()
-    saved = saved_convs(spec, block.branch_scale is not None, block.skip_scale is not None)
-    result = out.contiguous(memory_format=output_format(_given(tensors[0]), block.weight(0)))
-    conv_outputs = [_given(block.y[i]) for i in saved]
+    result = out.contiguous(memory_format=output_format(_given(tensors[0]), [_given(t) for t in tensors[3::6]], spec))
+    conv_outputs = [_given(block.y[i]) for i in saved_convs(spec, needs)]
     return result, conv_outputs, [s for i, s in enumerate(block.statistics) if s is not None and block.batch(i)]
 
 
@@ -519,7 +521,7 @@ class Backward(Block):
                 self.y[conv] = None  # which may have been recomputed
         self.program.run()
         if self.needs[0]:
-            self.grads[0] = _given(dx).contiguous(memory_format=_suggested(_given(self.tensors[0])))
+            self.grads[0] = _given(dx).contiguous(memory_format=suggest_memory_format(_given(self.tensors[0])))
         for index, per_channel, scale in self.after:
             total = per_channel.sum() if scale.numel() == 1 else per_channel
             self.grads[index] = total.to(scale.dtype).reshape(scale.shape)
@@ -527,8 +529,8 @@ class Backward(Block):
 
     def restore(self, conv_outputs: Sequence[Tensor], batch_stats: Sequence[Tensor]) -> None:
         """The saved tensors in their places, norm tables, and the outputs that memory="low" did not keep."""
-        spec, scaled = self.spec, (self.branch_scale is not None, self.skip_scale is not None)
-        for i, y in zip(saved_convs(spec, *scaled), conv_outputs, strict=True):
+        spec = self.spec
+        for i, y in zip(saved_convs(spec, self.needs), conv_outputs, strict=True):
             self.y[i] = y.contiguous(memory_format=LAST)
         statistics = iter(batch_stats)
         for i in range(len(spec.convs)):
@@ -538,7 +540,7 @@ class Backward(Block):
         if self.masks_by_norm() and not self.pre:
             read.add(self.last)
         self.write_tables(sorted(n for n in read if n is not None and spec.convs[n].norm))
-        missing = [i for i in saved_convs(spec.with_memory("default"), *scaled) if self.y[i] is None]
+        missing = [i for i in saved_convs(spec.with_memory("default"), self.needs) if self.y[i] is None]
         if missing:
             self.program.barrier()
             for i in missing:
@@ -755,9 +757,9 @@ class Backward(Block):
         if conv in self.policy.library:
             p = self.materialize(f"{self.name(conv)}: input", source)
             grad = self.program.call(lambda: library.weight_gradient(dy.operand.x, p, weight, stage))
-            self.grads[3 + 6 * conv] = grad.contiguous(memory_format=_suggested(weight))
+            self.grads[3 + 6 * conv] = grad.contiguous(memory_format=suggest_memory_format(weight))
             return
-        dweight = self.grads[3 + 6 * conv] = torch.empty_like(weight, memory_format=_suggested(weight))
+        dweight = self.grads[3 + 6 * conv] = torch.empty_like(weight, memory_format=suggest_memory_format(weight))
         groups, (k, c, r, s), (h, w) = stage.groups, weight.shape, self.sizes[conv]
         pixels = self.x.shape[0] * h * w
         heavy = dy.computed or source.computed
@@ -778,11 +780,6 @@ class Backward(Block):
             tile,
             tiles * tile.splits,
         )  # fmt: skip
-
-
-def _suggested(t: Tensor) -> torch.memory_format:
-    last = t.dim() == 4 and t.is_contiguous(memory_format=LAST) and not t.is_contiguous()
-    return LAST if last else torch.contiguous_format
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -827,7 +824,7 @@ def infer(
         else:
             block.y[conv] = block.convolve(conv, biases[conv], residual, config)
     block.program.run()
-    return _given(block.y[last]).contiguous(memory_format=output_format(x, weights[0]))
+    return _given(block.y[last]).contiguous(memory_format=output_format(x, weights, spec))
 
 
 def _chains(block: Block) -> bool:

@@ -63,19 +63,19 @@ def resnet50(image: int = 224) -> Iterator[BlockShape]:
 def plan(shape: BlockShape, direction: Direction, batch: int, dtype: torch.dtype, policy: Policy) -> None:
     """Hands the launches of one direction to `policy.submit`; nothing is computed."""
     tensors = shape.tensors(batch, dtype)
+    needs = [True, False, False, *(flag for _ in shape.convs for flag in (True, False, True, True, False, False))]
+    needs[0] = shape.name != "stem"  # the picture needs no gradient
     if direction == "forward":
-        forward(shape.spec, tensors, policy)
+        forward(shape.spec, tensors, needs, policy)
     elif direction == "infer":
         weights = [t for t in tensors[3::6] if t is not None]
         biases = [torch.empty(w.shape[0], dtype=dtype, device="meta") for w in weights]
         infer(_given(tensors[0]), None, weights, biases, None, shape.spec, policy)
     else:
         block = Block(shape.spec, tensors, policy)
-        outputs = [block.new(i) for i in saved_convs(shape.spec, False, False)]
+        outputs = [block.new(i) for i in saved_convs(shape.spec, needs)]
         statistics = [torch.empty((2, block.width(i)), device="meta") for i in range(len(shape.convs))]
         out = block.new(block.last)
-        needs = [True, False, False, *(flag for _ in shape.convs for flag in (True, False, True, True, False, False))]
-        needs[0] = shape.name != "stem"  # the picture needs no gradient
         backward(shape.spec, out, out, outputs, statistics, tensors, needs, policy)
 
 

@@ -33,11 +33,36 @@ at::Tensor as_rows(const at::Tensor& t) {
   return t.as_strided({t.numel() / channels, channels}, {channels, 1});
 }
 
+// A convolution by oneDNN 3.12 that computes the same and steps around what is wrong there; plain PyTorch has these,
+// too.
+struct Sound {
+  at::Tensor p;
+  Stage stage;
+};
+
+Sound sound(const at::Tensor& p, const at::Tensor& weight, Stage stage) {
+  // The dilation of a single tap means nothing, but bfloat16 reads out of bounds by it.
+  for (int64_t d = 0; d < 2; ++d)
+    if (weight.size(2 + d) == 1) stage.dilation[d] = 1;
+  // Where the stride reaches beyond a row, or a row gives one value, uninitialised memory is read: the forward
+  // convolution of one channel a group and the weight gradient in bfloat16. With its padding written out, and cut to
+  // the only window there is, a row holds everything that is read.
+  const int64_t width = p.size(3), pad = stage.padding[1], step = stage.stride[1];
+  const int64_t extent = stage.dilation[1] * (weight.size(3) - 1) + 1, padded = width + 2 * pad;
+  const bool single = padded - extent < step;
+  if (step == 1 || (width >= step && !single)) return {p, stage};
+  stage.padding[1] = 0;
+  if (single) stage.stride[1] = 1;
+  const int64_t right = (single ? extent : padded) - width - pad;
+  if (pad == 0 && right == 0) return {p, stage};
+  return {at::constant_pad_nd(p, {pad, right}).contiguous(kLayout), stage};
+}
+
 // oneDNN 3.12's float weight gradient of a 1x1 convolution with unequal strides writes out of bounds (two threads,
 // channels_last; plain PyTorch crashes with it too). Dropping the pixels that the stride skips leaves stride 1.
-std::pair<at::Tensor, Stage> without_unequal_strides(
-    const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
-  if (stage.stride[0] == stage.stride[1] || weight.size(2) != 1 || weight.size(3) != 1) return {p, stage};
+Sound without_unequal_strides(const Sound& given, const at::Tensor& weight) {
+  const auto& [p, stage] = given;
+  if (stage.stride[0] == stage.stride[1] || weight.size(2) != 1 || weight.size(3) != 1) return given;
   Stage unit = stage;
   const auto padded = at::constant_pad_nd(p, {stage.padding[1], stage.padding[1], stage.padding[0], stage.padding[0]});
   unit.stride = {1, 1};
@@ -66,7 +91,8 @@ at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.s
 
 }  // namespace
 
-at::Tensor convolution(const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage) {
+at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given) {
+  const auto [p, stage] = sound(given_p, weight, given);
   if (is_small_product(p, weight, stage)) {
     auto y = at::empty({p.size(0), weight.size(0), p.size(2), p.size(3)}, p.options().memory_format(kLayout));
     auto rows = as_rows(y);
@@ -112,7 +138,7 @@ WeightGradients convolution_backward_weight(
     at::mm_out(matrix, as_rows(dy).t(), as_rows(p_in));
     grads.weight = dw;
   } else if (needs_weight) {
-    const auto [p, stage] = without_unequal_strides(p_in, weight, stage_in);
+    const auto [p, stage] = without_unequal_strides(sound(p_in, weight, stage_in), weight);
     auto result = at::convolution_backward(
         dy, p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
         {false, true, false});
@@ -139,7 +165,8 @@ bool has_post_ops(const at::Tensor& x) {
 }
 
 at::Tensor convolution_act(
-    const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, bool relu) {
+    const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given, bool relu) {
+  const auto [p, stage] = sound(given_p, weight, given);
   if (is_small_product(p, weight, stage)) {
     auto y = convolution(p, weight, bias, stage);
     return relu ? y.relu_() : y;
@@ -155,8 +182,9 @@ at::Tensor convolution_act(
 }
 
 at::Tensor convolution_add_act(
-    const at::Tensor& p, const at::Tensor& weight, const Bias& bias, const Stage& stage, const at::Tensor& other,
+    const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given, const at::Tensor& other,
     bool in_place, bool relu) {
+  const auto [p, stage] = sound(given_p, weight, given);
   if (is_small_product(p, weight, stage)) {
     auto y = convolution(p, weight, bias, stage).add_(other);
     return relu ? y.relu_() : y;

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "../result_format.h"
 #include "convolution.h"
 #include "passes.h"
 
@@ -12,14 +13,6 @@ namespace resnet_fused::cpu {
 namespace {
 
 constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
-
-// A channels_last result is due where PyTorch's convolution would give one.
-at::MemoryFormat result_format(const at::Tensor& x, const at::Tensor& first_weight) {
-  const bool packed = first_weight.is_mkldnn();  // has no format to ask for
-  const bool last =
-      x.suggest_memory_format() == kLayout || (!packed && first_weight.suggest_memory_format() == kLayout);
-  return last ? kLayout : at::MemoryFormat::Contiguous;
-}
 
 // A scale as one value a channel; absent: 1.
 template <class A>
@@ -117,7 +110,7 @@ class Block {
 // --- forward -------------------------------------------------------------------------------------------------------
 
 template <class S>
-BlockForward forward(const BlockTensors& tensors, const BlockSpec& spec) {
+BlockForward forward(const BlockTensors& tensors, const Needs& needs, const BlockSpec& spec) {
   using A = acc_t<S>;
   Block<S> block(tensors, spec);
   BlockForward result;
@@ -170,10 +163,9 @@ BlockForward forward(const BlockTensors& tensors, const BlockSpec& spec) {
   }
   const bool relu = !spec.pre_activation && spec.last().relu;
   result.out =
-      normalize<S>(block.y[last], join, relu, residual).contiguous(result_format(tensors.x, tensors.weights[0]));
+      normalize<S>(block.y[last], join, relu, residual).contiguous(result_format(tensors.x, tensors.weights, spec));
   for (size_t i = 0; i < spec.convs.size(); ++i)
-    if (spec.saves(i, tensors.branch_scale.has_value(), tensors.skip_scale.has_value()))
-      result.conv_outputs.push_back(block.y[i]);
+    if (spec.saves(i, needs)) result.conv_outputs.push_back(block.y[i]);
   return result;
 }
 
@@ -229,32 +221,21 @@ class Backward {
   }
 
   void restore(const std::vector<at::Tensor>& conv_outputs, const std::vector<at::Tensor>& batch_stats) {
-    const bool branch_scaled = tensors.branch_scale.has_value(), skip_scaled = tensors.skip_scale.has_value();
     size_t output = 0, stats = 0;
     for (size_t i = 0; i < spec.convs.size(); ++i) {
-      if (spec.saves(i, branch_scaled, skip_scaled)) {
-        TORCH_CHECK_VALUE(
-            output < conv_outputs.size(), "backward got ", conv_outputs.size(), " convolution outputs, needs more");
-        block.y[i] = conv_outputs[output++];
-      }
-      at::Tensor batch;
-      if (spec.convs[i].norm == Norm::batch) {
-        TORCH_CHECK_VALUE(
-            stats < batch_stats.size(), "backward got ", batch_stats.size(), " batch statistics, needs more");
-        batch = batch_stats[stats++];
-      }
+      if (spec.saves(i, needs)) block.y[i] = conv_outputs[output++];
+      const auto batch = spec.convs[i].norm == Norm::batch ? batch_stats[stats++] : at::Tensor();
       block.set_norm(
           i, batch, spec.pre_activation ? tensors.weights[i].size(1) * spec.convs[i].groups : block.width(i));
     }
     const int64_t last = block.last();
-    if (!block.y[last].defined() && spec.needs_output(last, branch_scaled, skip_scaled)) {
+    if (!block.y[last].defined() && spec.needs_output(last, needs)) {
       last_input = block.conv_input(last);
       block.y[last] = block.conv(last, last_input);
     }
     if (spec.has_projection()) {
       const int64_t s = block.projection();
-      if (!block.y[s].defined() && spec.needs_output(s, branch_scaled, skip_scaled))
-        block.y[s] = block.conv(s, block.conv_input(0));
+      if (!block.y[s].defined() && spec.needs_output(s, needs)) block.y[s] = block.conv(s, block.conv_input(0));
     }
   }
 
@@ -280,7 +261,7 @@ class Backward {
     const bool reads_y_s = spec.has_projection() && block.y[s].defined();
     TORCH_INTERNAL_ASSERT(reads_y || mask != Mask::affine);
     if (reads_y || mask == Mask::output) {
-      // Without y_n (a norm-free end) the pass still masks; the sums over a stand-in are not used.
+      // Without y_n (no norm, or one of constants) the pass still masks; the sums over a stand-in are not used.
       ReduceInput in{dout, mask, out, reads_y ? block.y[last] : dout};
       if (mask == Mask::output) in.dz = dz;
       if (reads_y_s) in.y2 = block.y[s];
@@ -326,6 +307,7 @@ class Backward {
   void norm_grads(
       int64_t conv, const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y,
       const std::vector<A>& factor) {
+    if (!needs.norm(conv)) return;
     std::vector<double> dgamma(sum.size()), dbeta(sum.size());
     for (size_t c = 0; c < sum.size(); ++c) {
       dgamma[c] = factor[c] * norm.inverse_std[c] * sum_y[c];
@@ -487,7 +469,10 @@ at::Tensor infer(
     out = run(last, u, relu);
   } else {
     const auto skip = spec.has_projection() ? run(spec.stages, first, false) : x;
-    if (fuses_relu && !skip_scale) {
+    // PyTorch has no fused sum of a grouped convolution with a tensor it must keep; what it runs instead fails in 16
+    // bits
+    const bool fuses_sum = spec.has_projection() || spec.last().groups == 1;
+    if (fuses_relu && fuses_sum && !skip_scale) {
       out = convolution_add_act(u, weights[last], biases[last], spec.convs[last], skip, spec.has_projection(), relu);
     } else {
       const auto y = run(last, u, false);
@@ -495,7 +480,7 @@ at::Tensor infer(
       out = normalize<S>(y, NormVectors<A>(y.size(1)), relu, residual);
     }
   }
-  return out.contiguous(result_format(x_in, weights[0]));
+  return out.contiguous(result_format(x_in, weights, spec));
 }
 
 }  // namespace
@@ -503,8 +488,8 @@ at::Tensor infer(
 #define DISPATCH(x, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "residual_block", __VA_ARGS__)
 
-BlockForward residual_block_forward(const BlockTensors& block, const BlockSpec& spec) {
-  return DISPATCH(block.x, [&] { return forward<scalar_t>(block, spec); });
+BlockForward residual_block_forward(const BlockTensors& block, const Needs& needs, const BlockSpec& spec) {
+  return DISPATCH(block.x, [&] { return forward<scalar_t>(block, needs, spec); });
 }
 
 std::vector<at::Tensor> residual_block_backward(

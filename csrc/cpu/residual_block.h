@@ -7,7 +7,7 @@
 
 namespace resnet_fused::cpu {
 
-BlockForward residual_block_forward(const BlockTensors& block, const BlockSpec& spec);
+BlockForward residual_block_forward(const BlockTensors& block, const Needs& needs, const BlockSpec& spec);
 
 // The wanted gradients, in flat order.
 std::vector<at::Tensor> residual_block_backward(

@@ -3,15 +3,11 @@
 
 #include <algorithm>
 
+#include "../result_format.h"
 #include "block.h"
 
 namespace resnet_fused::cuda {
 namespace {
-
-at::MemoryFormat result_format(const at::Tensor& x, const at::Tensor& first_weight) {
-  const bool last = x.suggest_memory_format() == kLast || first_weight.suggest_memory_format() == kLast;
-  return last ? kLast : at::MemoryFormat::Contiguous;
-}
 
 // --- training, forward -----------------------------------------------------------------------------------------------
 
@@ -39,7 +35,7 @@ at::Tensor join(Block& block) {
 
 }  // namespace
 
-BlockForward Kernels::residual_block_forward(const BlockTensors& tensors, const BlockSpec& spec) {
+BlockForward Kernels::residual_block_forward(const BlockTensors& tensors, const Needs& needs, const BlockSpec& spec) {
   Block block(tensors, spec);
   std::vector<int64_t> known;
   for (size_t i = 0; i < spec.convs.size(); ++i)
@@ -70,10 +66,9 @@ BlockForward Kernels::residual_block_forward(const BlockTensors& tensors, const 
   const at::Tensor out = join(block);
   block.plan.launch();
   BlockForward result;
-  result.out = out.contiguous(result_format(tensors.x, tensors.weights[0]));
+  result.out = out.contiguous(result_format(tensors.x, tensors.weights, spec));
   for (size_t i = 0; i < spec.convs.size(); ++i) {
-    if (spec.saves(static_cast<int64_t>(i), tensors.branch_scale.has_value(), tensors.skip_scale.has_value()))
-      result.conv_outputs.push_back(block.y[i]);
+    if (spec.saves(static_cast<int64_t>(i), needs)) result.conv_outputs.push_back(block.y[i]);
     if (spec.convs[i].norm == resnet_fused::Norm::batch) result.batch_stats.push_back(block.stats[i]);
   }
   return result;
@@ -169,13 +164,12 @@ bool anything(const VectorGradients& g) {
 
 // The saved tensors in their places, the norms' tables, and the outputs that memory="low" did not keep.
 void Backward::restore(const std::vector<at::Tensor>& conv_outputs, const std::vector<at::Tensor>& batch_stats) {
-  const bool branch = tensors.branch_scale.has_value(), skip = tensors.skip_scale.has_value();
   size_t output = 0, stats = 0;
   std::vector<int64_t> missing, read;
   for (int64_t i = 0; i < static_cast<int64_t>(spec.convs.size()); ++i) {
-    if (spec.saves(i, branch, skip))
+    if (spec.saves(i, needs))
       block.y[i] = conv_outputs[output++];
-    else if (spec.needs_output(i, branch, skip))
+    else if (spec.needs_output(i, needs))
       missing.push_back(i);
     if (spec.convs[i].norm == resnet_fused::Norm::batch) block.stats[i] = batch_stats[stats++].contiguous();
     const int64_t norm = block.input_norm(i);
@@ -475,7 +469,7 @@ at::Tensor Kernels::residual_block_infer(
     out = block.y[last];
   }
   block.plan.launch();
-  return out->contiguous(result_format(x, weights[0]));
+  return out->contiguous(result_format(x, weights, given));
 }
 
 }  // namespace resnet_fused::cuda

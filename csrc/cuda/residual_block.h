@@ -8,7 +8,7 @@
 namespace resnet_fused::cuda {
 
 struct Kernels {
-  static BlockForward residual_block_forward(const BlockTensors& block, const BlockSpec& spec);
+  static BlockForward residual_block_forward(const BlockTensors& block, const Needs& needs, const BlockSpec& spec);
   static std::vector<at::Tensor> residual_block_backward(
       const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
       const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec);

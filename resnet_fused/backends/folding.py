@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from resnet_fused import operators
@@ -40,7 +39,7 @@ class FoldedBlock:
     biases: list[Tensor | None]
     pre: Affine | None
     skip_scale: Tensor | None
-    channels_last: bool  # of the first weight before packing
+    channels_last: bool  # what the weights before packing make of a contiguous x
     finite: bool  # on the CPU, where oneDNN's ReLU would make zeros of NaN; elsewhere not looked at
 
 
@@ -123,7 +122,8 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> Folde
         w, c = _fold_conv(p, norm, scale, precision)
         weights.append(w.to(x.dtype))
         biases.append(None if c is None else c.to(x.dtype))
-    channels_last = suggest_memory_format(weights[0]) == torch.channels_last
+    contiguous = torch.empty(x.shape, device="meta")
+    channels_last = operators.output_format(contiguous, weights, spec) == torch.channels_last
     made = [t for t in (*weights, *biases, *(pre or ())) if t is not None]
     finite = x.device.type != "cpu" or all(bool(t.isfinite().all()) for t in made)
     if packs and finite:

@@ -42,8 +42,10 @@ class NativeBackend:
             return []
         return how.ways([p.weight for p in params.convs], always=_always_library(params, spec))
 
-    def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return operators.residual_block_forward(spec, tensors, how=_how(spec, *_x_and_weights(tensors)))
+    def forward(
+        self, spec: BlockSpec, tensors: TensorList, needs: list[bool]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return operators.residual_block_forward(spec, tensors, needs, how=_how(spec, *_x_and_weights(tensors)))
 
     def backward(
         self,

@@ -54,8 +54,10 @@ class TritonBackend:
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         return how.ways([p.weight for p in params.convs])
 
-    def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return operators.residual_block_forward(spec, tensors, "triton")
+    def forward(
+        self, spec: BlockSpec, tensors: TensorList, needs: list[bool]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return operators.residual_block_forward(spec, tensors, needs, "triton")
 
     def backward(
         self,
@@ -131,6 +133,7 @@ def _forward(
     betas: OptionalList,
     means: OptionalList,
     variances: OptionalList,
+    needs: Sequence[bool],
     ints: Sequence[int],
     eps: Sequence[float],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -140,7 +143,7 @@ def _forward(
     _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
-        return residual_block.forward(spec, tensors, policies.choose(spec, x, weights))
+        return residual_block.forward(spec, tensors, needs, policies.choose(spec, x, weights))
 
 
 def _backward(
@@ -167,7 +170,7 @@ def _backward(
     shapes = _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
     masked = spec.order == "post" and spec.skip != "none" and spec.stages[-1].act == "relu"
     _check_saved(x, shapes[len(spec.stages) - 1], [dout, *([out] if masked else [])], "dout and out")
-    for i, y in zip(operators.saved_convs(spec, branch is not None, skip is not None), ys, strict=True):
+    for i, y in zip(operators.saved_convs(spec, needs), ys, strict=True):
         _check_saved(x, shapes[i], [y], f"the saved output of convolution {i}")
     tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
     with torch.cuda.device_of(x):

@@ -148,8 +148,10 @@ class EmulatedBackend:
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         return "the emulator is for tests"
 
-    def forward(self, spec: BlockSpec, tensors: TensorList) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return operators.residual_block_forward(spec, tensors, "cuda", self.how)
+    def forward(
+        self, spec: BlockSpec, tensors: TensorList, needs: list[bool]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return operators.residual_block_forward(spec, tensors, needs, "cuda", self.how)
 
     def backward(
         self,
