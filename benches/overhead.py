@@ -131,7 +131,7 @@ def _operators(fused: nn.Module, x: Tensor, kind: Kind, train: bool) -> benchmar
     given, needs = tuple(flat), [i == 0 or (i > 2 and (i - 3) % 6 in (0, 2, 3)) for i in range(len(flat))]
 
     def both() -> None:
-        out, saved, stats = operators.residual_block_forward(spec, given)
+        out, saved, stats = operators.residual_block_forward(spec, given, needs)
         operators.residual_block_backward(spec, x, out, saved, stats, given, needs)
 
     return torch.no_grad()(both)

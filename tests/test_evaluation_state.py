@@ -256,7 +256,7 @@ def test_weights_that_only_folding_makes_infinite() -> None:
         eager.bn2.running_var.fill_(1e-7)
         eager.bn2.eps = 0.0
         eager.bn2.running_mean.zero_()
-        eager.conv2.weight.mul_(100.0)
+        eager.conv2.weight.mul_(1000.0)
         eager.bn1.weight.fill_(1e-4)
         eager.bn1.bias.zero_()
     fused = fuse(copy.deepcopy(eager))
