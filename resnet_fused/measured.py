@@ -37,7 +37,6 @@ except ImportError:  # not on Windows
 BackendName = Literal["native", "triton"]
 GPU = int | None  # its index; None is none, where the tests' emulator and Triton's interpreter run
 
-
 # the GPU, training or not, `BlockSpec.encode`, the input's shape, its dtype, output channels of each convolution; a
 # plain tuple, because torch.compile passes it on as a constant
 Key = tuple[GPU, bool, tuple[int, ...], tuple[int, ...], str, tuple[int, ...]]
