@@ -42,10 +42,11 @@ build/.ready: pyproject.toml setup.py Makefile $(SOURCES)
 demo: $(READY)
 	$(RUN) examples/demo.py
 
-# Workers of one thread each: most tests are too small for more. Benchmarks have a command of their own.
+# Workers of one thread each, where pytest-xdist is: most tests are too small for more threads.
 WORKERS ?= $(shell nproc)
+SIDE_BY_SIDE = $$($(RUN) -c 'import xdist' 2> /dev/null && echo "-n $(WORKERS) --dist worksteal -p no:benchmark")
 test: $(READY)
-	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark --durations=10
+	$(RUN) -m pytest $(SIDE_BY_SIDE) --durations=10
 
 bench: $(READY)
 	$(RUN) -m pytest benches/blocks.py
@@ -104,4 +105,4 @@ format: $(READY)
 	$(CLANG_FORMAT) -i $(FORMATTED)
 
 clean:
-	rm -rf build dist *.egg-info resnet_fused/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info resnet_fused/*.so resnet_fused/_built_with.py .pytest_cache .mypy_cache .ruff_cache .hypothesis

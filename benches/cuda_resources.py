@@ -1,7 +1,7 @@
 """What the CUDA kernels need of each architecture, read from the built extension; no GPU takes part.
 
     python benches/cuda_resources.py                      # the installed extension, as a Markdown table
-    python benches/cuda_resources.py build/cuda/*.o       # objects, before they are linked
+    python benches/cuda_resources.py OBJECT...            # before they are linked: ~/.cache/resnet_fused/build/*.o
 
 Needs cuobjdump, from a CUDA toolkit or from Triton's wheel.
 """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +336,42 @@ def test_address_sanitizer(tmp_path: Path) -> None:
     assert right.returncode == 0, right.stdout + right.stderr
     wrong = subprocess.run([program, "overrun"], capture_output=True, text=True, timeout=120)
     assert "AddressSanitizer: heap-buffer-overflow" in wrong.stderr
+
+
+FAKE_COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then cat "$(dirname "$0")/version"; exit; fi
+while [ "$1" != -o ]; do shift; done
+echo compiled >> "$(dirname "$0")/log"
+sleep 0.1
+echo "$2" > "$2"
+"""
+
+
+def test_launchers_are_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks, at whatever time; and again for other flags, another compiler, other sources."""
+    from emulator import emulated  # needs the extension, which the other tests here do not
+
+    compiler = tmp_path / "g++"
+    compiler.write_text(FAKE_COMPILER)
+    compiler.chmod(0o755)
+    (tmp_path / "version").write_text("1")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path / "kept"))
+
+    def compilations() -> int:
+        return len((tmp_path / "log").read_text().splitlines())
+
+    with ThreadPoolExecutor(3) as pool:
+        made = set(pool.map(lambda _: emulated.compiled("launcher", "-O2"), range(3)))
+    assert compilations() == 1 and {path.parent for path in made} == {tmp_path / "kept"} and made.pop().exists()
+    emulated.compiled("launcher", "-O1")
+    (tmp_path / "version").write_text("2")
+    emulated.compiled("launcher", "-O2")
+    assert compilations() == 3
+    cuda = shutil.copytree(emulated.CUDA, tmp_path / "cuda")
+    emulated.compiled("launcher", "-O2", cuda=cuda)
+    assert compilations() == 3
+    with (cuda / "kernels" / "tile.cuh").open("a") as header:
+        header.write("// changed")
+    emulated.compiled("launcher", "-O2", cuda=cuda)
+    assert compilations() == 4
