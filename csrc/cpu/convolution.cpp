@@ -58,11 +58,15 @@ Sound sound(const at::Tensor& p, const at::Tensor& weight, Stage stage) {
   return {at::constant_pad_nd(p, {pad, right}).contiguous(kLayout), stage};
 }
 
-// oneDNN 3.12's float weight gradient of a 1x1 convolution with unequal strides writes out of bounds (two threads,
-// channels_last; plain PyTorch crashes with it too). Dropping the pixels that the stride skips leaves stride 1.
-Sound without_unequal_strides(const Sound& given, const at::Tensor& weight) {
+// oneDNN 3.12's weight gradient of a strided 1x1 convolution writes out of bounds (float and bfloat16, two threads,
+// channels_last; plain PyTorch crashes with it too) but for equal strides and channels in multiples of 16. Dropping the
+// pixels that the stride skips leaves stride 1.
+Sound without_stride(const Sound& given, const at::Tensor& weight) {
   const auto& [p, stage] = given;
-  if (stage.stride[0] == stage.stride[1] || weight.size(2) != 1 || weight.size(3) != 1) return given;
+  const bool unit_stride = stage.stride[0] == 1 && stage.stride[1] == 1;
+  const bool blocked = weight.size(1) % 16 == 0 && weight.size(0) / stage.groups % 16 == 0;
+  if (weight.size(2) != 1 || weight.size(3) != 1 || unit_stride || (blocked && stage.stride[0] == stage.stride[1]))
+    return given;
   Stage unit = stage;
   const auto padded = at::constant_pad_nd(p, {stage.padding[1], stage.padding[1], stage.padding[0], stage.padding[0]});
   unit.stride = {1, 1};
@@ -138,7 +142,7 @@ WeightGradients convolution_backward_weight(
     at::mm_out(matrix, as_rows(dy).t(), as_rows(p_in));
     grads.weight = dw;
   } else if (needs_weight) {
-    const auto [p, stage] = without_unequal_strides(sound(p_in, weight, stage_in), weight);
+    const auto [p, stage] = without_stride(sound(p_in, weight, stage_in), weight);
     auto result = at::convolution_backward(
         dy, p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
         {false, true, false});
