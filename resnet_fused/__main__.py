@@ -20,7 +20,7 @@ from resnet_fused.comparison import Progress
 from resnet_fused.errors import BackendError
 from resnet_fused.info import info
 from resnet_fused.triton_kernels.chips import CHIPS  # loads no Triton
-from resnet_fused.verification import SEEDS, Bounds, verify
+from resnet_fused.verification import CLAIM, SEEDS, verify
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         help="compare a fused model with PyTorch and with float64",
         description="Compare a model's fused blocks with PyTorch's own, both against float64: outputs, gradients and "
-        f"running statistics. Exit status 1 if errors are larger than PyTorch's own (by {Bounds.mean:g} on average, "
-        f"by {Bounds.limit:g} where no ReLU can flip; README, The claim), or fewer blocks run fused than asked.",
+        f"running statistics. Exit status 1 if errors are larger than PyTorch's own (by {CLAIM.mean:g} on average, "
+        f"by {CLAIM.limit:g} where no ReLU can flip; README, The claim), or fewer blocks run fused than asked.",
     )
     _add_model(check)
     check.add_argument("--dtype", choices=DTYPES, default="float32", help="the 16-bit ones are autocast's")

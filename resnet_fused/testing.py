@@ -46,7 +46,7 @@ def _message(report: Report) -> str:
     for single in report.wrong[:SHOWN]:
         lines.append(
             f"  {single.part}: {single}: error {single.fused_error:.2e} against float64, eager's is "
-            f"{single.eager_error:.2e}: ratio {single.ratio:.3g}, at most {report.bounds.limit:g}"
+            f"{single.eager_error:.2e}: ratio {single.ratio:.3g}, at most {single.limit:g}"
         )
     if len(report.wrong) > SHOWN:
         lines.append(f"  and {len(report.wrong) - SHOWN} more tensors")

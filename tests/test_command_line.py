@@ -19,7 +19,7 @@ from resnet_fused.info import info
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
-SMALL = ["--model", "resnet18", "--size", "32", "--batch", "2", "--backend", "eager"]
+SMALL = ["--model", "resnet18", "--size", "32", "--batch", "2", "--seeds", "1", "--backend", "eager"]
 right = reference.residual_block
 
 
@@ -36,8 +36,45 @@ def test_verify_passes_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFix
     file = tmp_path / "report.json"
     assert main(["verify", *SMALL, "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert report["ok"] is True and report["train"] is False and len(report["blocks"]) == 9
-    assert "the whole model" in capsys.readouterr().out
+    assert report["ok"] is True and report["train"] is False and len(report["parts"]) == 10
+    assert report["layout"] == "contiguous" and report["device"] == "cpu" and report["seeds"] == 1
+    printed = capsys.readouterr().out
+    assert "the whole model" in printed and "0 of 9 blocks run fused" in printed
+
+
+@pytest.mark.usefixtures("one_block")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_verify_keeps_to_the_layout(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    seen = []
+
+    def watched(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+        seen.append((x.is_contiguous(), params.stages[0].weight.is_contiguous(memory_format=torch.channels_last)))
+        return right(x, params, spec)
+
+    monkeypatch.setattr(reference, "residual_block", watched)
+    assert main(["verify", *SMALL, "--layout", layout]) == 0
+    assert set(seen) == {(layout == "contiguous", layout == "channels_last")}
+
+
+@pytest.mark.usefixtures("one_block")
+def test_verify_draws_other_crops_for_each_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def noise(batch: int, size: int, folder: Path | None, seed: int) -> Tensor:
+        drawn.append(seed)
+        return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+    monkeypatch.setattr(pictures, "photographs", noise)
+    assert main(["verify", *SMALL, "--seeds", "3"]) == 0
+    assert {0, 1, 2} == set(drawn)
+
+
+@pytest.mark.usefixtures("one_block")
+def test_too_few_fused_blocks_fail(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    assert main(["verify", *SMALL, "--min-fused", "0.5"]) == 1
+    assert "0 of 1 blocks run fused; not 0" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("one_block")
@@ -62,6 +99,9 @@ def test_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unusable_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", *SMALL, "--images", str(tmp_path)]) == 2
     assert "accepted: a folder with .jpg" in capsys.readouterr().err
+    assert main(["verify", *SMALL, "--device", "abacus"]) == 2
+    assert "--device 'abacus' cannot be used" in capsys.readouterr().err
+    assert main(["verify", *SMALL, "--images", str(tmp_path), "--min-fused", "90"]) == 2
     with pytest.raises(SystemExit) as stopped:
         main(["verify", "--dtype", "float8"])
     assert stopped.value.code == 2

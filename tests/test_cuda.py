@@ -1126,7 +1126,7 @@ def test_a_fused_model_trains_and_verifies(check: Checks) -> None:
     model = nn.Sequential(BasicBlock(6, 6), BasicBlock(6, 8, 2, down))
     x = torch.randn(4, 6, 6, 6)
     for train in (True, False):
-        report = resnet_fused.verify(model, x, train=train, backend="emulated")
+        report = resnet_fused.verify(model, x, train=train, backend="emulated", seeds=1)
         assert report.ok, report.table()
     assert check.emulator.launched()
 
