@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from resnet_fused import explain, fuse, models
+from resnet_fused import explain, functional, fuse, models
 from resnet_fused.models.resnet import Bottleneck
+from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.spec import BlockSpec, StageSpec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -114,6 +116,19 @@ def average(module: nn.Module) -> None:
 def one_norm(module: nn.Module) -> None:
     """A single value of a norm, behind PyTorch's back: norms are read whole."""
     module.bn2.running_var.data[5] = 3.0  # type: ignore[union-attr, index]
+
+
+def test_a_single_value_of_a_wide_norm() -> None:
+    bn = nn.BatchNorm2d(4096).eval()
+    params = BlockParams(
+        (StageParams(torch.ones(4096, 1, 1, 1), None, bn.weight, bn.bias, bn.running_mean, bn.running_var),)
+    )
+    spec = BlockSpec((StageSpec(groups=4096, batch_stats=False, act="identity"),))
+    x = torch.ones(1, 4096, 1, 1)
+    with torch.no_grad():
+        functional.residual_block(x, params, spec)
+        bn.running_mean.data[33] = 5.0  # type: ignore[index]
+        assert float(functional.residual_block(x, params, spec)[0, 33]) < -3
 
 
 @pytest.mark.parametrize("write", [write_through_data, write_through_numpy, replace_data, average, one_norm])
