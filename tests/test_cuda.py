@@ -927,7 +927,7 @@ def test_memory_is_free_after_the_last_phase_that_reads_it(
     needs = [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
 
     def lives() -> Bytes:
-        out, ys, stats = check.backend.forward(spec, tensors)
+        out, ys, stats = check.backend.forward(spec, tensors, needs)
         return live_memory(lambda: check.backend.backward(spec, dout, out, ys, stats, tensors, needs))
 
     check.set(mode, library)
@@ -984,8 +984,9 @@ def test_fakes_of_any_block(
         ("forward", 3, [], "one entry a convolution"),
         ("forward", 5, [torch.ones(2)] * 4, "must be"),
         ("forward", 8, [None], "one entry a convolution"),
-        ("forward", 9, [3, 2, 0, 0, 0], "5 \\+ 9 k ints"),
-        ("forward", 10, [0.1], "as many eps"),
+        ("forward", 9, [True], "needs must have 27 flags"),
+        ("forward", 10, [3, 2, 0, 0, 0], "5 \\+ 9 k ints"),
+        ("forward", 11, [0.1], "as many eps"),
         ("backward", 0, torch.randn(2, 6, 4, 4), "dout must be"),
         ("backward", 0, torch.randn(2, 6, 4, 3).double(), "dout is Double"),
         ("backward", 1, None, "needs the block's output"),

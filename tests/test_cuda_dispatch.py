@@ -210,7 +210,7 @@ def test_two_gpus_do_not_answer_for_each_other(told: dict[str, int], monkeypatch
     assert "not measured on this GPU" in (BACKEND.declines(*on("cuda:0")) or "")
     for device, expected in (("cuda:1", 2 | 3 << 2 | TF32), ("cuda:0", TF32)):
         x, params, spec = on(device)
-        BACKEND.forward(spec, autograd.flatten(params, x))
+        BACKEND.forward(spec, autograd.flatten(params, x), [])
         assert told == {"forward": expected}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "one kind of GPU")
     forget()

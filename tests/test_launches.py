@@ -32,8 +32,8 @@ def backward_of(case: Case, mode: Mode, library: frozenset[int], submit: Callabl
     x, params, spec = case.build(torch.bfloat16, torch.channels_last)
     tensors = autograd.flatten(params, x)
     policy = Policy(CHIPS["h100"], mode, library, submit)
-    out, outputs, statistics = residual_block.forward(spec, tensors, policy)
     needs = [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
+    out, outputs, statistics = residual_block.forward(spec, tensors, needs, policy)
     dout = torch.empty_like(out)
     return lambda: residual_block.backward(spec, dout, out, outputs, statistics, tensors, needs, policy)
 

@@ -353,16 +353,16 @@ def test_operators_refuse_what_would_read_out_of_bounds() -> None:
 def test_launches(skip: str) -> None:
     """One a direction in single mode; one a phase in phased mode, library convolutions in between."""
     tensors = autograd.flatten(*reversed(bottleneck(skip).build(torch.float32, torch.channels_last)[:2]))
-    spec = bottleneck(skip).spec
+    spec, needs = bottleneck(skip).spec, [False] * len(tensors)
     for mode, expected in (("single", 1), ("phased", 4 + (skip == "projection"))):
         launches: list[Launch] = []
-        forward(spec, tensors, Policy(chips.INTERPRETER, mode, submit=launches.append))  # type: ignore[arg-type]
+        forward(spec, tensors, needs, Policy(chips.INTERPRETER, mode, submit=launches.append))  # type: ignore[arg-type]
         assert len(launches) == expected
     launches = []
-    forward(spec, tensors, Policy(chips.INTERPRETER, "single", frozenset({1}), launches.append))
+    forward(spec, tensors, needs, Policy(chips.INTERPRETER, "single", frozenset({1}), launches.append))
     assert len(launches) == 2, "one before the library's convolution and one after"
     launches = []
-    forward(spec, tensors, Policy(chips.INTERPRETER, "phased", frozenset(range(4)), launches.append))
+    forward(spec, tensors, needs, Policy(chips.INTERPRETER, "phased", frozenset(range(4)), launches.append))
     passes = ["conv1: statistics", "conv2: input", "conv2: statistics", "conv3: input", "conv3: statistics", "join"]
     assert [name for launch in launches for name in launch.names if "projection" not in name] == passes
 

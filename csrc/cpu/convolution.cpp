@@ -93,20 +93,23 @@ bool is_small_weight_product(const at::Tensor& p, const at::Tensor& weight, cons
 
 at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
+at::Tensor product(const at::Tensor& p, const at::Tensor& weight, const Bias& bias) {
+  auto y = at::empty({p.size(0), weight.size(0), p.size(2), p.size(3)}, p.options().memory_format(kLayout));
+  auto rows = as_rows(y);
+  const auto transposed = as_matrix(weight).t();
+  if (bias)
+    at::addmm_out(rows, *bias, as_rows(p), transposed);
+  else
+    at::mm_out(rows, as_rows(p), transposed);
+  return y;
+}
+
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given) {
   const auto [p, stage] = sound(given_p, weight, given);
-  if (is_small_product(p, weight, stage)) {
-    auto y = at::empty({p.size(0), weight.size(0), p.size(2), p.size(3)}, p.options().memory_format(kLayout));
-    auto rows = as_rows(y);
-    const auto transposed = as_matrix(weight).t();
-    if (bias)
-      at::addmm_out(rows, *bias, as_rows(p), transposed);
-    else
-      at::mm_out(rows, as_rows(p), transposed);
-    return y;
-  }
+  // wider types gain nothing: PyTorch does not take a few pixels of theirs to oneDNN
+  if (p.element_size() == 2 && is_small_product(p, weight, stage)) return product(p, weight, bias);
   return at::convolution(p, weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups)
       .contiguous(kLayout);
 }
@@ -172,7 +175,7 @@ at::Tensor convolution_act(
     const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given, bool relu) {
   const auto [p, stage] = sound(given_p, weight, given);
   if (is_small_product(p, weight, stage)) {
-    auto y = convolution(p, weight, bias, stage);
+    auto y = product(p, weight, bias);
     return relu ? y.relu_() : y;
   }
   static const auto op = mkldnn_op<at::Tensor(
@@ -190,7 +193,7 @@ at::Tensor convolution_add_act(
     bool in_place, bool relu) {
   const auto [p, stage] = sound(given_p, weight, given);
   if (is_small_product(p, weight, stage)) {
-    auto y = convolution(p, weight, bias, stage).add_(other);
+    auto y = product(p, weight, bias).add_(other);
     return relu ? y.relu_() : y;
   }
   const auto unary = relu ? std::optional<std::string_view>("relu") : std::nullopt;

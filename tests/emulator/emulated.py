@@ -34,7 +34,8 @@ NAME = "emulated"
 
 
 def sources(cuda: Path) -> list[Path]:
-    return sorted([*HERE.glob("*.h"), HERE / "launcher.cpp", cuda / "launch.h", *(cuda / "kernels").iterdir()])
+    mine, kernels = sorted(HERE.glob("*.h")), sorted((cuda / "kernels").iterdir())
+    return [*mine, HERE / "launcher.cpp", cuda / "launch.h", *kernels]
 
 
 def built() -> Path:
