@@ -13,15 +13,15 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import autograd, benchmark, fuse, named_models, operators
-from resnet_fused.backends import folding
+from resnet_fused import benchmark, fuse, named_models, operators
 from resnet_fused.info import extension, machine
 from resnet_fused.models.resnet import Bottleneck
 from resnet_fused.tables import table
@@ -51,18 +51,21 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of one call, medians over rounds; ratio: fused over eager within a round (p20, median, p80)."""
+    """Microseconds of one call, medians over rounds; ratio: fused over eager within a round (p20, median, p80).
+
+    overhead: of the fused call, what is left when the compiled operators answer at once.
+    """
 
     what: str
     eager: float
     fused: float
-    operators: float | None
+    overhead: float | None
     ratio: tuple[float, float, float]
 
     def cells(self) -> list[str]:
         low, middle, high = self.ratio
-        alone = ["", ""] if self.operators is None else [f"{self.operators:.0f}", f"{self.fused - self.operators:.0f}"]
-        return [self.what, f"{self.eager:.0f}", f"{self.fused:.0f}", *alone, f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+        left = "" if self.overhead is None else f"{self.overhead:.0f}"
+        return [self.what, f"{self.eager:.0f}", f"{self.fused:.0f}", left, f"{middle:.2f} ({low:.2f} to {high:.2f})"]
 
 
 def main() -> None:
@@ -70,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [block(kind, train, args.channels, args.rounds) for kind in KINDS for train in (False, True)]
-    header = ("call", "eager us", "fused us", "operators alone", "overhead", "fused / eager")
+    header = ("call", "eager us", "fused us", "overhead us", "fused / eager")
     print(table(f"A bottleneck of {args.channels} channels and one pixel", header, [row.cells() for row in rows]))
     networks = [network(args.model, kind, size, args.rounds) for size in args.sizes for kind in KINDS]
     print(table(f"{args.model}, evaluation, batch 1", header, [row.cells() for row in networks]))
@@ -87,7 +90,13 @@ def block(kind: Kind, train: bool, channels: int, rounds: int) -> Row:
     x = x.contiguous(memory_format=LAST)
     run = _training if train else _evaluation
     steps = {name: _many(run(module, x), kind) for name, module in {"eager": eager, "fused": fused}.items()}
-    steps["operators"] = _many(_operators(fused, x, kind, train), kind)
+    alone = _many(run(fused, x), kind)
+
+    def overhead() -> None:
+        with _operators_answer_at_once(fused, x, kind, train):
+            alone()
+
+    steps["overhead"] = overhead
     what = f"{kind.name}, {'training, forward and backward' if train else 'evaluation'}"
     return _row(what, steps, rounds, CALLS)
 
@@ -115,26 +124,37 @@ def _training(module: nn.Module, x: Tensor) -> benchmark.Step:
     return step
 
 
-def _operators(fused: nn.Module, x: Tensor, kind: Kind, train: bool) -> benchmark.Step:
-    """The compiled operators with everything at hand."""
-    with kind.context():
-        params, spec = fused.fused_describe()  # type: ignore[operator]
-    if not train:
-        folded = folding.folded(params, x, spec)
+@contextlib.contextmanager
+def _operators_answer_at_once(fused: nn.Module, x: Tensor, kind: Kind, train: bool) -> Iterator[None]:
+    """The compiled operators replaced by what they returned before, so that all the rest of a call is left."""
+    kept: dict[str, object] = {}
+    originals = {name: getattr(operators, f"residual_block_{name}") for name in ("forward", "backward", "infer")}
 
-        def infer() -> None:
-            operators.residual_block_infer(x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec)
+    def keeping(name: str) -> Callable[..., object]:
+        def run(*args: object, **kwargs: object) -> object:
+            kept[name] = originals[name](*args, **kwargs)
+            return kept[name]
 
-        return torch.no_grad()(infer)
-    tensors = autograd.flatten(params, x)
-    flat = [t if t is None or i % 6 != 3 else t.detach().to(x.dtype) for i, t in enumerate(tensors)]  # as autocast does
-    given, needs = tuple(flat), [i == 0 or (i > 2 and (i - 3) % 6 in (0, 2, 3)) for i in range(len(flat))]
+        return run
 
-    def both() -> None:
-        out, saved, stats = operators.residual_block_forward(spec, given, needs)
-        operators.residual_block_backward(spec, x, out, saved, stats, given, needs)
+    def answer(name: str) -> Callable[..., object]:
+        return lambda *_, **__: kept[name] if name != "forward" else fresh(kept[name])
 
-    return torch.no_grad()(both)
+    def fresh(result: Any) -> object:  # autograd makes its own of what a Function returns
+        out, saved, statistics = result
+        return out.detach(), saved, [t.detach() for t in statistics]
+
+    try:
+        for name in originals:
+            setattr(operators, f"residual_block_{name}", keeping(name))
+        with kind.context():
+            (_training if train else _evaluation)(fused, x)()
+        for name in originals:
+            setattr(operators, f"residual_block_{name}", answer(name))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(operators, f"residual_block_{name}", original)
 
 
 def _many(step: benchmark.Step, kind: Kind, calls: int = CALLS) -> benchmark.Step:
@@ -151,8 +171,8 @@ def _row(what: str, steps: dict[str, benchmark.Step], rounds: int, calls: int) -
     micro: Callable[[str], float] = lambda name: statistics.median(seconds[name]) / calls * 1e6  # noqa: E731
     ratios = [ours / theirs for ours, theirs in zip(seconds["fused"], seconds["eager"], strict=True)]
     low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
-    alone = micro("operators") if "operators" in steps else None
-    return Row(what, micro("eager"), micro("fused"), alone, (low, statistics.median(ratios), high))
+    overhead = micro("overhead") if "overhead" in steps else None
+    return Row(what, micro("eager"), micro("fused"), overhead, (low, statistics.median(ratios), high))
 
 
 def _arguments() -> argparse.Namespace:

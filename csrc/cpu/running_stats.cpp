@@ -8,19 +8,27 @@
 namespace resnet_fused::cpu {
 namespace {
 
-bool plain(const at::Tensor& t, at::ScalarType type, int64_t numel) {
-  return t.defined() && t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == type &&
-         t.is_contiguous() && t.numel() == numel && !t.is_inference() && !t.key_set().has(c10::DispatchKey::Python);
+bool plain(const at::Tensor& t, int64_t numel) {
+  return t.defined() && t.device().is_cpu() && t.layout() == at::kStrided && t.is_contiguous() && t.numel() == numel &&
+         !t.is_inference() && !t.key_set().has(c10::DispatchKey::Python);
 }
 
-// As at::lerp_: exact at both ends.
+// Whether running statistics of this type can be blended with a batch's of type `batch`.
+bool narrower(at::ScalarType running, at::ScalarType batch) {
+  return running == batch || running == at::kBFloat16 || running == at::kHalf;
+}
+
+// As at::lerp_, exact at both ends; in the statistics' precision, rounded once.
 template <class A>
 void blend(const at::Tensor& running, const A* batch, A unbiased, A factor) {
-  A* r = running.mutable_data_ptr<A>();
-  for (int64_t c = 0; c < running.numel(); ++c) {
-    const A value = batch[c] * unbiased, difference = value - r[c];
-    r[c] = std::abs(factor) < A(0.5) ? r[c] + factor * difference : value - difference * (A(1) - factor);
-  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, running.scalar_type(), "update_running_stats", [&] {
+    auto* r = running.mutable_data_ptr<scalar_t>();
+    for (int64_t c = 0; c < running.numel(); ++c) {
+      const A before = static_cast<A>(r[c]), value = batch[c] * unbiased, difference = value - before;
+      const A after = std::abs(factor) < A(0.5) ? before + factor * difference : value - difference * (A(1) - factor);
+      r[c] = static_cast<scalar_t>(after);
+    }
+  });
   running.unsafeGetTensorImpl()->bump_version();
 }
 
@@ -42,9 +50,9 @@ bool update_running_stats(
     if (untracked(i)) continue;
     if ((type != at::kFloat && type != at::kDouble) || stats.dim() != 2 || stats.size(0) != 2) return false;
     const int64_t channels = stats.size(1);
-    if (!plain(stats, type, 2 * channels) || !plain(means[i], type, channels) || !plain(vars[i], type, channels))
-      return false;
-    if (counters[i].defined() && !plain(counters[i], at::kLong, 1)) return false;
+    if (!plain(stats, 2 * channels) || !plain(means[i], channels) || !plain(vars[i], channels)) return false;
+    if (!narrower(means[i].scalar_type(), type) || !narrower(vars[i].scalar_type(), type)) return false;
+    if (counters[i].defined() && (!plain(counters[i], 1) || counters[i].scalar_type() != at::kLong)) return false;
   }
   for (size_t i = 0; i < norms; ++i) {
     const auto& stats = batch_stats[i];
