@@ -12,7 +12,7 @@ namespace resnet_fused::cpu {
 //
 // batch_stats: [2, C] mean and biased variance; counts: the values per channel behind them. A norm that keeps no
 // running statistics has undefined tensors; one that keeps them may have no counter. Returns false, and writes nothing,
-// where a tensor is not a contiguous one on the CPU of batch_stats' dtype.
+// where a tensor is not a contiguous one on the CPU or is wider than batch_stats.
 bool update_running_stats(
     const std::vector<at::Tensor>& means, const std::vector<at::Tensor>& vars, const std::vector<at::Tensor>& counters,
     const std::vector<at::Tensor>& batch_stats, const std::vector<double>& factors, const std::vector<int64_t>& counts);
