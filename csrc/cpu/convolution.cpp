@@ -197,12 +197,13 @@ at::Tensor convolution_add_act(
     return relu ? y.relu_() : y;
   }
   const auto unary = relu ? std::optional<std::string_view>("relu") : std::nullopt;
-  if (in_place) {
+  const bool pixel = other.size(2) * other.size(3) == 1;  // of which torch 2.11's form out of place makes no bfloat16
+  if (in_place || pixel) {
     static const auto op = mkldnn_op<at::Tensor&(
         at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef,
         at::IntArrayRef, int64_t, std::string_view, std::optional<at::Scalar>, std::optional<std::string_view>,
         ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise_", "binary");
-    at::Tensor sum = other;
+    at::Tensor sum = in_place ? other : other.clone(kLayout);
     return op.call(
         sum, p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, "add", at::Scalar(1.0), unary,
         ScalarList(), std::nullopt);
