@@ -102,7 +102,7 @@ def _stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
         _padding(f"{name}.conv", conv),
         conv.dilation,  # type: ignore[arg-type]
         conv.groups,
-        bool(norm),
+        len(norm) > 0,  # Dynamo of torch 2.11 cannot take the truth of a dict
         batch_stats,
         eps,
         _activation(f"{name}.act", modules.act),
