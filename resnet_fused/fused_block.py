@@ -32,21 +32,44 @@ class Settings:
     memory: Memory
 
 
+Block = tuple[BlockParams, BlockSpec] | None
+
+
 class Description:
     """What a module last was: its tensors and spec, or None where its own forward has to run, and while that holds.
 
     The tensors carry what is known of them (`params.Kept`): folded weights, shapes that have been checked.
     """
 
-    __slots__ = ("block", "narrowed", "snapshot")
+    __slots__ = ("_last",)
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        self.block: tuple[BlockParams, BlockSpec] | None = None
-        self.snapshot: module_state.Snapshot | None = None
-        self.narrowed = False  # described under autocast, on which the fate of a FrozenBatchNorm2d depends
+        self._last: tuple[Block, module_state.Snapshot | None, bool] = (None, None, False)
+
+    @property
+    def block(self) -> Block:
+        return self._last[0]
+
+    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Block, bool]:
+        """The last description, and whether it is of this very module as it is now.
+
+        narrowed: under autocast, on which the fate of a FrozenBatchNorm2d depends.
+        """
+        block, snapshot, before = self._last
+        # a shallow copy, as nn.DataParallel makes them, brings the original's description along
+        if snapshot is None or snapshot[0][0] is not module or before != narrowed:
+            return block, False
+        return block, module_state.unchanged(snapshot)
+
+    def keep(self, block: Block, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
+        """All at once, since threads may share a module.
+
+        snapshot: it begins with the module; None: the description is for this call only.
+        """
+        self._last = block, snapshot, narrowed
 
     def __reduce__(self) -> tuple[type[Description], tuple[()]]:
         return Description, ()  # a copy has other tensors
@@ -87,15 +110,15 @@ class FusedModule(nn.Module):
         if torch.compiler.is_compiling():  # has its own guards
             return self._fused_describe_or_log()
         kept, narrowed = self._fused_description, torch.is_autocast_enabled(x.device.type)
-        if kept.snapshot is not None and kept.narrowed == narrowed and module_state.unchanged(kept.snapshot):
-            return kept.block
-        block, before = self._fused_describe_or_log(), kept.block
-        if block is not None and before is not None and block[1] == before[1] and same(block[0], before[0]):
-            block = before  # with what is known of its tensors
+        last, holds = kept.recall(self, narrowed)
+        if holds:
+            return last
+        block = self._fused_describe_or_log()
+        if block is not None and last is not None and block[1] == last[1] and same(block[0], last[0]):
+            block = last  # with what is known of its tensors
         # a registered adapter may read anything, so it is asked every time
         lasts = adapters.is_built_in(self._fused_from)
-        kept.snapshot = module_state.snapshot(self._fused_parts()) if lasts else None
-        kept.block, kept.narrowed = block, narrowed
+        kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None, narrowed)
         return block
 
     def _fused_describe_or_log(self) -> tuple[BlockParams, BlockSpec] | None:

@@ -12,7 +12,17 @@ from blocks import block as any_block
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from resnet_fused import BlockModules, StageModules, adapters, functional, fuse, models, register_block, validation
+from resnet_fused import (
+    BlockModules,
+    StageModules,
+    adapters,
+    functional,
+    fuse,
+    models,
+    register_block,
+    unfuse,
+    validation,
+)
 from resnet_fused.fused_block import FusedModule
 from resnet_fused.models.resnet import BasicBlock
 
@@ -148,6 +158,19 @@ def test_a_global_hook_is_seen(described: list[str]) -> None:
     assert seen.count("Conv2d") == 3
     fused(picture())
     assert described == ["FusedBasicBlock"] * 3
+
+
+def test_a_shallow_copy_is_described_for_itself() -> None:
+    """``copy.copy`` and nn.DataParallel's replicas share what the original keeps."""
+    fused = fuse(basic_block()).eval()
+    fused(picture())
+    copied = copy.copy(fused)
+    copied._modules = dict(fused._modules)
+    copied.bn2 = nn.BatchNorm2d(6, eps=0.5).double().eval()
+    for _ in range(2):
+        eager = unfuse(copy.deepcopy(copied))
+        torch.testing.assert_close(copied(picture()), eager(picture()), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(fused(picture()), unfuse(copy.deepcopy(fused))(picture()), rtol=1e-10, atol=1e-10)
 
 
 def test_the_stem_is_described_once(described: list[str]) -> None:
