@@ -2,7 +2,7 @@
 //
 // Each check throws ValueError (shapes, counts, devices) or TypeError (dtypes); what passes can be read within bounds:
 // x, residual and dout are [N, C, H, W] of one dtype with any strides; mean, var, weight and bias are [C] of x's dtype
-// or of `statistics_type`, and need not be contiguous; a mask is contiguous; all are on x's device.
+// or of `statistics_type`, and need not be contiguous; a mask too, kernels get it contiguous; all are on x's device.
 #pragma once
 
 #include <ATen/core/Tensor.h>

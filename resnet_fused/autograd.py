@@ -35,6 +35,14 @@ def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def trains(spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
+    """Whether a call runs the operators of training: with the batch's statistics, and where a gradient may follow.
+
+    So it does within torch.compile: what evaluation folds and keeps is no business of a traced graph.
+    """
+    return spec.batch_stats or torch.compiler.is_compiling() or needs_grad((x, *params.tensors))
+
+
 def _scale(scale: Scale, x: Tensor) -> Tensor | None:
     """None stands for 1, which costs nothing."""
     if isinstance(scale, Tensor):

@@ -97,7 +97,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
         notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
-    if backend == "native" and x.device.type == "cpu" and not spec.batch_stats and not folded(params, x, spec).finite:
+    evaluates = not (module.training or spec.batch_stats)
+    if backend == "native" and x.device.type == "cpu" and evaluates and not folded(params, x, spec).finite:
         return "eager", "in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)

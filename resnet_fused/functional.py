@@ -51,17 +51,13 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     refusal = refuses(x, params, spec)
     if dtype is not None and refusal is not _MIXES:
         x = x.to(dtype)
-    traced = torch.compiler.is_compiling()  # what is kept between calls is no business of a graph
-    if traced:
-        counts = validation.values_per_channel(x, validation.check(x, params, spec, dtype), spec)
-    else:
-        counts = validation.check_once(x, params, spec, dtype)
+    counts = validation.check_once(x, params, spec, dtype)
     chosen = dispatch.select(backend, x, params, spec, refusal)
     if chosen is None:
         out = reference.residual_block(x, params, spec)
         running_stats.count_batch(params, spec)
         return out
-    if not (traced or spec.batch_stats or autograd.needs_grad((x, *params.tensors))) and type(x) is Tensor:
+    if not autograd.trains(spec, x, params) and type(x) is Tensor:
         folded = chosen.infer(x, params, spec)
         # what is not finite is computed in PyTorch's own order of operations, on which its NaN and infinities depend
         return reference.residual_block(x, params, spec) if folded is None else folded

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from resnet_fused import how, operators, triton_kernels  # type: ignore[attr-defined, unused-ignore]
 from resnet_fused.how import Library, Mode, Wish
-from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
 try:
@@ -61,21 +60,8 @@ def gpu_of(x: Tensor) -> GPU:
     return x.device.index if x.device.type == "cuda" else None
 
 
-def trains(spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
-    """Whether this call runs the operators of training, which it does where a gradient may follow.
-
-    So it does within torch.compile (`functional.residual_block`): folded weights are no business of a traced graph.
-    """
-    if spec.batch_stats or torch.compiler.is_compiling():
-        return True
-    tensors: list[object] = [x, params.branch_scale, params.skip_scale]
-    for p in params.convs:
-        tensors += [p.weight, p.bias, p.norm_weight, p.norm_bias]
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-
-
 def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool) -> Key:
-    """What a decision is found by. weights: of the block's convolutions. train: as `trains` says."""
+    """What a decision is found by. weights: of the block's convolutions. train: as `autograd.trains` says."""
     return (
         gpu_of(x),
         train,

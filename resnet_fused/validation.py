@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, bfloat16, dtype, float16, float32, float64
 
 from resnet_fused import operators
@@ -70,7 +71,8 @@ MOST_INPUTS = 64  # of different shapes, dtypes or devices
 
 def check_once(x: Tensor, params: BlockParams, spec: BlockSpec, autocast: dtype | None) -> list[int]:
     """`check`, then `values_per_channel`; kept with params until the shape or dtype of x or of a parameter changes."""
-    metadata = operators.fingerprint(params.tensors, "metadata") if type(x) is Tensor else None
+    plain = type(x) is Tensor and not torch.compiler.is_compiling()  # what is kept is no business of a traced graph
+    metadata = operators.fingerprint(params.tensors, "metadata") if plain else None
     if metadata is None:
         return values_per_channel(x, check(x, params, spec, autocast), spec)
     known: Checked | None = params.kept.checked

@@ -118,6 +118,15 @@ def one_norm(module: nn.Module) -> None:
     module.bn2.running_var.data[5] = 3.0  # type: ignore[union-attr, index]
 
 
+@pytest.mark.parametrize("write", [write_through_data, write_through_numpy, replace_data, average, one_norm])
+def test_writes_behind_pytorchs_back(write: Callable[[nn.Module], None]) -> None:
+    eager, fused = both()
+    for _ in range(2):
+        write(eager)
+        write(fused)
+        assert_fresh(eager, fused, pictures())
+
+
 def test_a_single_value_of_a_wide_norm() -> None:
     bn = nn.BatchNorm2d(4096).eval()
     params = BlockParams(
@@ -129,15 +138,6 @@ def test_a_single_value_of_a_wide_norm() -> None:
         functional.residual_block(x, params, spec)
         bn.running_mean.data[33] = 5.0  # type: ignore[index]
         assert float(functional.residual_block(x, params, spec)[0, 33]) < -3
-
-
-@pytest.mark.parametrize("write", [write_through_data, write_through_numpy, replace_data, average, one_norm])
-def test_writes_behind_pytorchs_back(write: Callable[[nn.Module], None]) -> None:
-    eager, fused = both()
-    for _ in range(2):
-        write(eager)
-        write(fused)
-        assert_fresh(eager, fused, pictures())
 
 
 def test_averaged_models() -> None:

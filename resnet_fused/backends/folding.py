@@ -75,13 +75,12 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -
     pack: into oneDNN's layout, where it will run them.
     """
     packs = pack and _packs(x)
-    few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return _fold(source, x, spec, packs)  # into the graph, so that its replays see the weights of then
     samples = operators.fingerprint(source.tensors, "samples")
     if samples is None:
         return _fold(source, x, spec, packs)
-    key = (x.dtype, x.device, packs, few)
+    key = (x.dtype, x.device, packs, _few(x))
     kept: _Kept | None = source.kept.folded
     if (
         kept is not None
@@ -174,9 +173,13 @@ def _runs_in_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+def _few(x: Tensor) -> bool:
+    return x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
+
+
 def _pack(weights: list[Tensor], x: Tensor, spec: BlockSpec) -> list[Tensor]:
     """The weights in the layout that oneDNN prefers for inputs of x's size; other sizes work, with a reorder."""
-    few = x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
+    few = _few(x)
     packed, shape = [], list(x.shape)
     for i, (stage, weight) in enumerate(zip(spec.convs, weights, strict=True)):
         source = list(x.shape) if i == len(spec.stages) else shape

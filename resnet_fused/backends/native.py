@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from resnet_fused import how, measured, operators
+from resnet_fused import autograd, how, measured, operators
 from resnet_fused.backends import folding
 from resnet_fused.how import Way
 from resnet_fused.operators import TensorList
@@ -35,7 +35,7 @@ class NativeBackend:
         if x.device.type == "cpu":
             return None
         weights = [p.weight for p in params.convs]
-        return measured.declines("native", measured.lookup(spec, x, weights, measured.trains(spec, x, params)))
+        return measured.declines("native", measured.lookup(spec, x, weights, autograd.trains(spec, x, params)))
 
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         if x.device.type == "cpu":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import (
+    autograd,
     how,
     measured,
     operators,
@@ -49,7 +50,7 @@ class TritonBackend:
         if _interpreted():
             return "Triton's interpreter is for tests"
         weights = [p.weight for p in params.convs]
-        return measured.declines("triton", measured.lookup(spec, x, weights, measured.trains(spec, x, params)))
+        return measured.declines("triton", measured.lookup(spec, x, weights, autograd.trains(spec, x, params)))
 
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         return how.ways([p.weight for p in params.convs])
