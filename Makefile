@@ -59,7 +59,7 @@ OUT ?= benches/results
 GPU_MINUTES ?= 5
 GPU_RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" timeout
 GPU_PYTHON := $(or $(PYTHON),python3)
-GPU_TESTS := $(GPU_PYTHON) -m pytest tests/test_gpu.py -m gpu -rf --no-header -k
+GPU_TESTS := $(GPU_PYTHON) -m pytest tests/gpu/test_gpu.py -m gpu -rf --no-header -k
 GPU_ALONE := one_launch or int32
 GPU_REST := not family and not resnet50 and not $(GPU_ALONE:or=and not)
 GPU_FAMILY = $(foreach mode,single phased,$(foreach kind,ieee tf32 fp16 bf16,\

@@ -39,7 +39,7 @@ except ModuleNotFoundError as missing:
 
 ROOT = Path(__file__).parent
 BUILT_WITH = Path("resnet_fused", "_built_with.py")  # operators.py reads it before it loads the extension
-CUDA = Path("csrc", "cuda")
+SOURCES = Path("csrc")
 
 ARCHS = "RESNET_FUSED_ARCHS"
 CACHE = "RESNET_FUSED_CACHE"
@@ -136,8 +136,8 @@ def kept_objects() -> Path:
 def content_key(command: str, source: Path) -> str:
     """Of all that decides an object: the command, the source, and every header that it might include."""
     digest = hashlib.sha256(command.encode())
-    for file in (source, *sorted(p for p in source.parent.rglob("*") if p.suffix in (".h", ".cuh"))):
-        digest.update(f" {file.relative_to(source.parent)} ".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for file in (source, *sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cuh") and "cpu" not in p.parts)):
+        digest.update(f" {file} ".encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:32]
 
 
@@ -201,7 +201,7 @@ class BuildWithCuda(BuildExtension):
         wanted = os.environ.get(ARCHS, "").strip()
         nvcc = None if wanted == "none" else find_nvcc()
         archs = architectures(wanted, nvcc)
-        sources = sorted(CUDA.glob("*.cu"))
+        sources = sorted(SOURCES.rglob("*.cu"))
         if nvcc and archs and sources:
             # Nothing of Python or torch is in these objects.
             extension.extra_objects += compile_cuda(nvcc, archs, sources, kept_objects())
@@ -214,6 +214,11 @@ class BuildWithCuda(BuildExtension):
 
 def files(*suffixes: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
+
+
+def packages(folder: str) -> list[str]:
+    """The dotted names of a folder's packages, its own first."""
+    return sorted(".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / folder).rglob("__init__.py"))
 
 
 VERSION = found(r'__version__ = "(.+)"', (ROOT / "resnet_fused" / "__init__.py").read_text())
@@ -240,13 +245,7 @@ extension = CppExtension(
 if __name__ == "__main__":
     setup(
         version=VERSION,
-        packages=[
-            "resnet_fused",
-            "resnet_fused.adapters",
-            "resnet_fused.backends",
-            "resnet_fused.models",
-            "resnet_fused.triton_kernels",
-        ],
+        packages=[*packages("resnet_fused"), *(f"resnet_fused.{name}" for name in packages("triton_kernels"))],
         # The folder stays at the top, the package does not: a top-level `triton_kernels` would shadow Triton's own.
         package_dir={"resnet_fused.triton_kernels": "triton_kernels"},
         package_data={"resnet_fused": ["py.typed"]},

@@ -13,11 +13,11 @@ import sys
 import torch
 
 import resnet_fused
-from resnet_fused import named_models
-from resnet_fused.info import machine
-from resnet_fused.pictures import photographs
-from resnet_fused.tables import table
-from resnet_fused.verification import SEEDS, Report
+from resnet_fused.tools import named_models
+from resnet_fused.tools.info import machine
+from resnet_fused.tools.pictures import photographs
+from resnet_fused.tools.tables import table
+from resnet_fused.tools.verification import SEEDS, Report
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 HEADER = ("", "tensors", "output", "folded", "buffer", "gradient", "", "linear", "beyond", "worst", "")

@@ -35,12 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused import adapters, functional, fuse, how, models, named_models, triton_kernels, tune
-from resnet_fused.backends import native
-from resnet_fused.block import BlockModules, StageModules, describe
-from resnet_fused.info import extension, machine
+from resnet_fused import functional, fuse, models, triton_kernels, tune
+from resnet_fused.backends import how, native
+from resnet_fused.modules import adapters
+from resnet_fused.modules.block_modules import BlockModules, StageModules, describe
 from resnet_fused.spec import BlockSpec, StageSpec
-from resnet_fused.triton_kernels import chips, policies, resnet50
+from resnet_fused.tools import named_models
+from resnet_fused.tools.info import extension, machine
+from resnet_fused.triton_kernels.host import chips, policies
+from resnet_fused.triton_kernels.offline import resnet50
 
 PEER = "eager"
 BENCHMARKED = "eager, cudnn.benchmark"
@@ -601,7 +604,7 @@ def precompile(setting: Setting, seconds: float) -> dict[str, float]:
 def _compile(
     shape: resnet50.BlockShape, direction: resnet50.Direction, batch: int, mode: str | None, library: str | None
 ) -> None:
-    from resnet_fused.triton_kernels import ahead_of_time
+    from resnet_fused.triton_kernels.offline import ahead_of_time
 
     launches: list[Any] = []
     x, _, _, *flat = shape.tensors(batch, DTYPE)
@@ -692,7 +695,7 @@ def counted_costs(
 ) -> Callable[[str, int, str], dict[str, float]]:
     """Flops, bytes and floors of a block, empty without the cost model; bytes of a pass, and a copy's bandwidth."""
     try:
-        from resnet_fused.triton_kernels import cost_model
+        from resnet_fused.triton_kernels.offline import cost_model
     except ImportError:
         cost_model = None  # type: ignore[assignment]
     passes = setting.passes()

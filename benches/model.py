@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from resnet_fused import backends, benchmark, named_models
-from resnet_fused.info import extension, machine
-from resnet_fused.pictures import photographs
+from resnet_fused import backends
+from resnet_fused.tools import benchmark, named_models
+from resnet_fused.tools.info import extension, machine
+from resnet_fused.tools.pictures import photographs
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 MODES = {"training": True, "evaluation": False}

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import benchmark, fuse, named_models, operators
-from resnet_fused.info import extension, machine
+from resnet_fused import fuse
 from resnet_fused.models.resnet import Bottleneck
-from resnet_fused.tables import table
+from resnet_fused.ops import operators
+from resnet_fused.tools import benchmark, named_models
+from resnet_fused.tools.info import extension, machine
+from resnet_fused.tools.tables import table
 
 LAST = torch.channels_last
 CALLS = 100  # per round and contestant

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import benchmark, named_models
-from resnet_fused.info import machine
-from resnet_fused.pictures import photographs
-from resnet_fused.tables import table
+from resnet_fused.tools import benchmark, named_models
+from resnet_fused.tools.info import machine
+from resnet_fused.tools.pictures import photographs
+from resnet_fused.tools.tables import table
 
 
 def main() -> int:

@@ -9,16 +9,17 @@ operators, `models` the ResNet family.
 
 from __future__ import annotations
 
-from resnet_fused import dispatch, functional, models
-from resnet_fused.adapters import register_block
-from resnet_fused.block import BlockModules, StageModules
+from resnet_fused import functional, models
+from resnet_fused.backends import dispatch
+from resnet_fused.backends.tune import tune
 from resnet_fused.errors import BackendError, NotFusable
-from resnet_fused.explain import explain
-from resnet_fused.fuse import fuse, unfuse
+from resnet_fused.modules.adapters import register_block
+from resnet_fused.modules.block_modules import BlockModules, StageModules
+from resnet_fused.modules.fuse import fuse, unfuse
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
-from resnet_fused.tune import tune
-from resnet_fused.verification import verify
+from resnet_fused.tools.explain import explain
+from resnet_fused.tools.verification import verify
 
 __version__ = "0.1.0"
 

@@ -13,21 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from resnet_fused import (
-    autograd,
-    batch_norm,
-    dispatch,
-    norm_operators,
-    reference,
-    running_stats,
-    sync_batch_norm,
-    validation,
-)
-from resnet_fused.batch_norm import BatchNorm
-from resnet_fused.block import require_no_hooks
+from resnet_fused.backends import dispatch
 from resnet_fused.errors import NotFusable
+from resnet_fused.modules.block_modules import require_no_hooks
+from resnet_fused.ops import autograd, norm_operators, reference, running_stats, sync_batch_norm, validation
 from resnet_fused.params import BlockParams, StageParams
-from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec
+from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec, batch_norm
+from resnet_fused.spec.batch_norm import BatchNorm
 
 
 def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: str = "auto") -> Tensor:

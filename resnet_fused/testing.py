@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from resnet_fused.comparison import Inputs, Source
 from resnet_fused.spec import Memory
-from resnet_fused.verification import SEEDS, Report, verify
+from resnet_fused.tools.comparison import Inputs, Source
+from resnet_fused.tools.verification import SEEDS, Report, verify
 
 SHOWN = 8
 

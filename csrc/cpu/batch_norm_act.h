@@ -4,7 +4,7 @@
 // format; masks are laid out as ../batch_norm_act.h says.
 #pragma once
 
-#include "../batch_norm_act.h"
+#include "../ops/batch_norm_act.h"
 
 namespace resnet_fused::cpu {
 

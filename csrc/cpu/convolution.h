@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "../block_spec.h"
+#include "../block/spec.h"
 
 namespace resnet_fused::cpu {
 

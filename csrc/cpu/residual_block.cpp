@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "../result_format.h"
+#include "../block/result_format.h"
 #include "convolution.h"
 #include "passes.h"
 

@@ -1,9 +1,9 @@
 // The residual block on the CPU: training forward, backward and evaluation, one call each.
-// Symbols and phases follow docs/architecture.md; x and the results are described in resnet_fused/operators.py.
+// Symbols and phases follow docs/architecture.md; x and the results are described in resnet_fused/ops/operators.py.
 #pragma once
 
-#include "../block_spec.h"
-#include "../block_tensors.h"
+#include "../block/spec.h"
+#include "../block/tensors.h"
 
 namespace resnet_fused::cpu {
 

@@ -1,4 +1,4 @@
-// The running statistics of a block's batch norms, in one call: the same blend as resnet_fused/running_stats.py, which
+// The running statistics of a block's batch norms, in one call: the same blend as resnet_fused/ops/running_stats.py, which
 // costs a launch of PyTorch's for each tensor.
 #pragma once
 

@@ -1,10 +1,10 @@
 // What torch.ops.resnet_fused.* run on a GPU; their overload `cuda` also takes tensors on the CPU, for the tests'
 // emulator.
-#include "../operators.h"
+#include "../ops/operators.h"
 
 #include <torch/library.h>
 
-#include "residual_block.h"
+#include "plan/residual_block.h"
 
 namespace resnet_fused {
 

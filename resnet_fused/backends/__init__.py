@@ -1,1 +1,1 @@
-"""Backends: each answers whether it runs a block, and runs it. Chosen in `resnet_fused.dispatch`."""
+"""Backends: each answers whether and how it runs a block, and runs it; `dispatch` chooses."""

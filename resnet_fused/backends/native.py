@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from resnet_fused import autograd, how, measured, operators
-from resnet_fused.backends import folding
-from resnet_fused.how import Way
-from resnet_fused.operators import TensorList
+from resnet_fused.backends import folding, how, measured
+from resnet_fused.backends.how import Way
+from resnet_fused.ops import autograd, operators
+from resnet_fused.ops.operators import TensorList
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
@@ -131,7 +131,7 @@ def _known(device: torch.device) -> str | None:
 
 
 def _too_large(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
-    """As csrc/cuda/block.cpp (check_size), which counts a picture's rows in 14 bits and what its tiles span in 31."""
+    """As csrc/cuda/plan/block.cpp (check_size), which counts a picture's rows in 14 bits and what its tiles span in 31."""
     batch, _, *given = x.shape
     height, width = given
     for i, (stage, tensors) in enumerate(zip(spec.convs, params.convs, strict=True)):

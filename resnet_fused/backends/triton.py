@@ -11,17 +11,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from resnet_fused import (
-    autograd,
-    how,
-    measured,
-    operators,
-    triton_kernels,  # type: ignore[attr-defined, unused-ignore]
-    validation,
-)
-from resnet_fused.backends import folding
-from resnet_fused.how import Way
-from resnet_fused.operators import TensorList
+from resnet_fused import triton_kernels
+from resnet_fused.backends import folding, how, measured
+from resnet_fused.backends.how import Way
+from resnet_fused.ops import autograd, operators, validation
+from resnet_fused.ops.operators import TensorList
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec
 
@@ -138,7 +132,7 @@ def _forward(
     ints: Sequence[int],
     eps: Sequence[float],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    from resnet_fused.triton_kernels import policies, residual_block
+    from resnet_fused.triton_kernels.host import policies, residual_block
 
     spec = _spec(tuple(ints), tuple(eps))
     _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
@@ -165,7 +159,7 @@ def _backward(
     ints: Sequence[int],
     eps: Sequence[float],
 ) -> list[Tensor]:
-    from resnet_fused.triton_kernels import policies, residual_block
+    from resnet_fused.triton_kernels.host import policies, residual_block
 
     spec = _spec(tuple(ints), tuple(eps))
     shapes = _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
@@ -189,7 +183,7 @@ def _infer(
     skip_scale: Tensor | None,
     ints: Sequence[int],
 ) -> Tensor:
-    from resnet_fused.triton_kernels import policies, residual_block
+    from resnet_fused.triton_kernels.host import policies, residual_block
 
     spec = _spec(tuple(ints), ())
     nothing = [None] * len(weights)

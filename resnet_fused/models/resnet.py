@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.fuse import fuse
+from resnet_fused.modules.fuse import fuse
 from resnet_fused.spec import Memory
 
 NormLayer = Callable[[int], nn.Module]

@@ -16,9 +16,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from resnet_fused import _C, dispatch, operators  # type: ignore[attr-defined]
-from resnet_fused.backends import folding
-from resnet_fused.operators import TensorList
+from resnet_fused import _C  # type: ignore[attr-defined]
+from resnet_fused.backends import dispatch, folding
+from resnet_fused.ops import operators
+from resnet_fused.ops.operators import TensorList
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
 
@@ -35,7 +36,7 @@ NAME = "emulated"
 
 def sources(cuda: Path) -> list[Path]:
     mine, kernels = sorted(HERE.glob("*.h")), sorted((cuda / "kernels").iterdir())
-    return [*mine, HERE / "launcher.cpp", cuda / "launch.h", *kernels]
+    return [*mine, HERE / "launcher.cpp", cuda / "launch" / "launch.h", *kernels]
 
 
 def built() -> Path:
@@ -83,7 +84,7 @@ def compiled(name: str, *flags: str, cuda: Path = CUDA) -> Path:
 def outdated() -> str | None:
     """Why the extension and a launcher compiled now would not understand each other, or None."""
     extension = Path(_C.__file__)
-    for header in (CUDA / "launch.h", CUDA / "kernels" / "phase.h", CUDA / "kernels" / "scalars.cuh"):
+    for header in (CUDA / "launch" / "launch.h", CUDA / "kernels" / "phase.h", CUDA / "kernels" / "scalars.cuh"):
         if header.stat().st_mtime > extension.stat().st_mtime:
             return f"{extension.name} is older than {header.name}: build it again"
     return None

@@ -87,7 +87,8 @@ OVERRUN = Fault(
 def planted(fault: Fault, place: Path) -> Path:
     """A copy of csrc/cuda, as far as the emulator needs it, with the fault in it."""
     shutil.copytree(CUDA / "kernels", place / "kernels")
-    shutil.copy(CUDA / "launch.h", place)
+    (place / "launch").mkdir()
+    shutil.copy(CUDA / "launch" / "launch.h", place / "launch")
     file = place / "kernels" / fault.file
     source = file.read_text()
     found = source.count(fault.text) if fault.text else 1

@@ -1,8 +1,8 @@
-// A launcher (csrc/cuda/launch.h) that runs the kernels of csrc/cuda on this machine's CPU, thread by thread.
+// A launcher (csrc/cuda/launch/launch.h) that runs the kernels of csrc/cuda on this machine's CPU, thread by thread.
 // emulated.py compiles and drives it, `install_emulator` of resnet_fused._C takes it.
 //
 // With RESNET_FUSED_EMULATOR_TYPE=bf16 it is compiled for that type of activation alone, in a third of the time.
-#include "launch.h"
+#include "launch/launch.h"
 
 #include <exception>
 #include <memory>

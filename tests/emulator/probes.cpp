@@ -1,4 +1,4 @@
-// Small kernels that try the emulator out, one exported function a question; tests/test_emulator.py asks them.
+// Small kernels that try the emulator out, one exported function a question; tests/cuda/test_emulator.py asks them.
 //
 // Each function returns the error of its launch, or an empty string.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from blocks import Case, block, run
 from emulator.emulated import Emulator, installed
+from support.blocks import Case, block, run
 
 TRAINED = [
     block(3, "projection", channels=5, width=3, out_channels=7, stride=2, size=(9, 6), bias=True, memory="low"),

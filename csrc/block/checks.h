@@ -1,0 +1,33 @@
+// Checks that keep a bad call of an operator from reading out of bounds; user-facing errors come from validation.py.
+// All throw ValueError or TypeError that say what was given and what is accepted.
+#pragma once
+
+#include "spec.h"
+#include "tensors.h"
+
+namespace resnet_fused {
+
+using Shape = std::vector<int64_t>;  // [N, C, H, W]
+
+// The shape of each convolution's output.
+std::vector<Shape> check_convolutions(
+    const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const BlockSpec& spec);
+
+// The same, with everything else that forward takes.
+std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec, at::ArrayRef<double> eps);
+
+// Which gradients are wanted: a flag each.
+void check_needs(const Needs& needs, const BlockSpec& spec);
+
+// What backward takes besides; shapes: of `check_block`.
+void check_backward(
+    const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
+    const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec,
+    const std::vector<Shape>& shapes);
+
+// What evaluation takes besides convolutions; channels: of the result.
+void check_infer(
+    const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
+    const std::optional<at::Tensor>& skip_scale, int64_t channels);
+
+}  // namespace resnet_fused

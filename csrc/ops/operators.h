@@ -1,0 +1,100 @@
+// The residual block's operators over the kernels of one device: decode, check, run. Templates, because the dispatcher
+// wants a plain function for each device.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/List.h>
+
+#include <tuple>
+
+#include "../block/checks.h"
+
+namespace resnet_fused {
+
+inline constexpr auto kForward =
+    "(Tensor x, Tensor? branch_scale, Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, "
+    "Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, bool[] needs, int[] spec, float[] eps) "
+    "-> (Tensor out, Tensor[] conv_outputs, Tensor[] batch_stats)";
+inline constexpr auto kBackward =
+    "(Tensor dout, Tensor? out, Tensor[] conv_outputs, Tensor[] batch_stats, Tensor x, Tensor? branch_scale, "
+    "Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases, "
+    "Tensor?[] running_means, Tensor?[] running_vars, bool[] needs, int[] spec, float[] eps) -> Tensor[] grads";
+inline constexpr auto kInfer =
+    "(Tensor x, Tensor? pre_scale, Tensor? pre_shift, Tensor[] weights, Tensor?[] biases, Tensor? skip_scale, "
+    "int[] spec) -> Tensor out";
+
+using OptionalList = c10::List<std::optional<at::Tensor>>;
+
+inline OptionalTensors to_vector(const OptionalList& list) { return {list.begin(), list.end()}; }
+
+inline BlockTensors block_tensors(
+    const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
+    at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights,
+    const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars) {
+  BlockTensors block{
+      x,
+      branch_scale,
+      skip_scale,
+      weights.vec(),
+      to_vector(biases),
+      to_vector(norm_weights),
+      to_vector(norm_biases),
+      to_vector(running_means),
+      to_vector(running_vars)};
+  for (const auto* list : {&block.norm_weights, &block.norm_biases, &block.running_means, &block.running_vars})
+    TORCH_CHECK_VALUE(list->size() == block.weights.size(), "every list of tensors needs one entry a convolution");
+  return block;
+}
+
+// Kernels: a type with the static functions residual_block_forward, _backward and _infer of cpu/residual_block.h. They
+// run below autograd: the gradient is an operator of ours, and what they call of ATen's needs no detour over autograd.
+template <class Kernels>
+std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residual_block_forward(
+    const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
+    at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights,
+    const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars,
+    const c10::List<bool>& flags, at::IntArrayRef ints, at::ArrayRef<double> eps) {
+  const auto spec = BlockSpec::decode(ints, eps);
+  const auto block = block_tensors(
+      x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
+  const Needs needs({flags.begin(), flags.end()});
+  check_block(block, spec, eps);
+  check_needs(needs, spec);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto result = Kernels::residual_block_forward(block, needs, spec);
+  return {result.out, result.conv_outputs, result.batch_stats};
+}
+
+template <class Kernels>
+std::vector<at::Tensor> residual_block_backward(
+    const at::Tensor& dout, const std::optional<at::Tensor>& out, at::TensorList conv_outputs,
+    at::TensorList batch_stats, const at::Tensor& x, const std::optional<at::Tensor>& branch_scale,
+    const std::optional<at::Tensor>& skip_scale, at::TensorList weights, const OptionalList& biases,
+    const OptionalList& norm_weights, const OptionalList& norm_biases, const OptionalList& running_means,
+    const OptionalList& running_vars, const c10::List<bool>& flags, at::IntArrayRef ints, at::ArrayRef<double> eps) {
+  const auto spec = BlockSpec::decode(ints, eps);
+  const auto block = block_tensors(
+      x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
+  const Needs needs({flags.begin(), flags.end()});
+  check_needs(needs, spec);
+  auto ys = conv_outputs.vec();
+  const auto stats = batch_stats.vec();
+  check_backward(dout, out, ys, stats, block, needs, spec, check_block(block, spec, eps));
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  for (auto& y : ys) y = y.contiguous(at::MemoryFormat::ChannelsLast);  // a saved-tensor hook may change the layout
+  return Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
+}
+
+template <class Kernels>
+at::Tensor residual_block_infer(
+    const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
+    at::TensorList weights, const OptionalList& biases, const std::optional<at::Tensor>& skip_scale,
+    at::IntArrayRef ints) {
+  const auto spec = BlockSpec::decode(ints, {});
+  const auto shapes = check_convolutions(x, weights, to_vector(biases), spec);
+  check_infer(x, pre_scale, pre_shift, skip_scale, shapes[spec.stages - 1][1]);
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return Kernels::residual_block_infer(x, pre_scale, pre_shift, weights.vec(), to_vector(biases), skip_scale, spec);
+}
+
+}  // namespace resnet_fused

@@ -1,0 +1,85 @@
+// The Python module resnet_fused._C: importing it registers the operators; it tells what it was built with.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/version.h>
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../cpu/kernels/row_kernels.h"
+#include "../cpu/running_stats.h"
+#include "../cuda/plan/plan.h"
+#include "fingerprint.h"
+#include "module_state.h"
+
+namespace {
+
+// A sequence of tensors; None stands for an undefined one.
+std::vector<at::Tensor> tensors(const pybind11::sequence& sequence) {
+  std::vector<at::Tensor> result;
+  result.reserve(sequence.size());
+  for (const auto item : sequence) {
+    if (item.is_none()) {
+      result.emplace_back();
+      continue;
+    }
+    TORCH_CHECK_TYPE(THPVariable_Check(item.ptr()), "expected a tensor, got ", Py_TYPE(item.ptr())->tp_name);
+    result.push_back(THPVariable_Unpack(item.ptr()));
+  }
+  return result;
+}
+
+std::map<std::string, std::string> build_info() {
+  std::map<std::string, std::string> info{
+      {"version", RESNET_FUSED_VERSION},
+      {"compiler", __VERSION__},
+      {"c++", std::to_string(__cplusplus / 100 % 100)},
+      {"torch", TORCH_VERSION},
+      {"instruction set", resnet_fused::cpu::row_kernel_isa()},
+      {"openmp",
+#ifdef _OPENMP
+       std::to_string(_OPENMP)
+#else
+       "no"
+#endif
+      },
+      {"cuda", "no"},
+  };
+  if (&resnet_fused::cuda::cuda_version != nullptr) {
+    info["cuda"] = resnet_fused::cuda::cuda_version();
+    info["cuda architectures"] = resnet_fused::cuda::architectures();
+  }
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of resnet_fused; see resnet_fused.ops.operators.";
+  m.def("build_info", &build_info, "What this extension was built with and the instruction set it picked.");
+  m.def("unchanged", &resnet_fused::unchanged, "See csrc/python/module_state.h.");
+  m.def(
+      "fingerprint",
+      [](const pybind11::sequence& of, int64_t reads) -> std::optional<uint64_t> {
+        return resnet_fused::fingerprint(tensors(of), static_cast<resnet_fused::Reads>(reads));
+      },
+      "See csrc/python/fingerprint.h; no entry may be None.");
+  m.def(
+      "update_running_stats",
+      [](const pybind11::sequence& means, const pybind11::sequence& vars, const pybind11::sequence& counters,
+         const pybind11::sequence& batch_stats, const std::vector<double>& factors,
+         const std::vector<int64_t>& counts) {
+        return resnet_fused::cpu::update_running_stats(
+            tensors(means), tensors(vars), tensors(counters), tensors(batch_stats), factors, counts);
+      },
+      "See csrc/cpu/running_stats.h.");
+  m.def(
+      "install_emulator",
+      [](uintptr_t launcher) {
+        resnet_fused::cuda::install_emulator(reinterpret_cast<const resnet_fused::cuda::Launcher*>(launcher));
+      },
+      "Address of a csrc/cuda/launch/launch.h Launcher that runs CUDA kernels on CPU tensors, for tests; 0 removes it.");
+}

@@ -1,0 +1,104 @@
+"""How a block runs on a GPU, whichever backend runs it: in how many launches, and with whose convolutions.
+
+A backend runs a block as was asked for here, else as was measured to be its fastest way (`resnet_fused.backends.measured`),
+else as it chooses by size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Mode = Literal["single", "phased"]  # one launch between two convolutions of the library's, or one for each phase
+Library = Literal["none", "spatial", "all"]  # which convolutions are the vendor library's: spatial have several taps
+
+MODES: tuple[Mode, ...] = ("single", "phased")
+LIBRARIES: tuple[Library, ...] = ("none", "spatial", "all")
+
+
+class Way(NamedTuple):
+    mode: Mode
+    library: Library
+
+
+class Wish(NamedTuple):
+    """None: as the backend chooses."""
+
+    mode: Mode | None
+    library: Library | None
+
+
+# What every open `with` block asks for, in the order of entering. Process-wide and not thread-local: autograd runs
+# backward in a thread of its own. Blocks of several threads interleave, so each takes away its own entry when it ends.
+_open: dict[object, Wish] = {}
+
+
+def launch_mode(mode: Mode) -> AbstractContextManager[None]:
+    """ "single" or "phased" for every block within, in all threads; of several the one entered last and still open.
+
+    Raises ValueError for another mode.
+    """
+    return _asking("launch mode", mode, MODES, Wish(mode, None))
+
+
+def library_convolutions(library: Library) -> AbstractContextManager[None]:
+    """Leave none, those with more than one tap ("spatial"), or all convolutions to the vendor's library; as above."""
+    return _asking("choice of library convolutions", library, LIBRARIES, Wish(None, library))
+
+
+@contextmanager
+def _asking(what: str, name: str, accepted: tuple[str, ...], wish: Wish) -> Iterator[None]:
+    if name not in accepted:
+        raise ValueError(f"unknown {what} {name!r}; accepted: {', '.join(map(repr, accepted))}")
+    token = object()
+    _open[token] = wish
+    try:
+        yield
+    finally:
+        del _open[token]
+
+
+def asked() -> Wish:
+    """What the context managers ask for now."""
+    mode: Mode | None = None
+    library: Library | None = None
+    for wish in tuple(_open.values()):  # a copy: meanwhile another thread may enter or leave
+        mode, library = wish.mode or mode, wish.library or library
+    return Wish(mode, library)
+
+
+def precision() -> Literal["ieee", "tf32"]:
+    """Of a block's float32 products, our kernels' and the library's: what PyTorch's own convolution now takes.
+
+    With cuDNN that is torch.backends.cudnn.conv.fp32_precision, "tf32" unless it was changed, there or by
+    torch.backends.cudnn.allow_tf32. Where cuDNN is switched off, PyTorch forms convolutions as products of matrices.
+    """
+    cudnn = torch.backends.cudnn
+    setting = cudnn.conv if cudnn.enabled else torch.backends.cuda.matmul  # type: ignore[attr-defined, unused-ignore]
+    return "tf32" if setting.fp32_precision == "tf32" else "ieee"
+
+
+def encode(wish: Wish) -> int:
+    """`how` of `BlockSpec.encode`, with the precision of now; csrc/block/spec.h decodes it (struct How)."""
+    launch = 0 if wish.mode is None else 1 + MODES.index(wish.mode)
+    library = 0 if wish.library is None else 1 + LIBRARIES.index(wish.library)
+    return launch | library << 2 | (precision() == "tf32") << 4
+
+
+def spatial(weights: Sequence[Tensor]) -> frozenset[int]:
+    """The convolutions with more than one tap."""
+    return frozenset(i for i, w in enumerate(weights) if w.shape[2] * w.shape[3] > 1)
+
+
+def ways(weights: Sequence[Tensor], always: frozenset[int] = frozenset()) -> list[Way]:
+    """Every way to run a block of these convolution weights that differs from the others.
+
+    always: the convolutions that the backend leaves to the library in any case.
+    """
+    left = {"none": always, "spatial": always | spatial(weights), "all": frozenset(range(len(weights)))}
+    libraries = [lib for i, lib in enumerate(LIBRARIES) if left[lib] not in [left[b] for b in LIBRARIES[:i]]]
+    return [Way(mode, library) for mode in MODES for library in libraries]

@@ -1,0 +1,55 @@
+"""Adapters: for a block class, which children play which part.
+
+Classes of optional dependencies stand here by name, so nothing is imported to recognise them. Only the exact class
+matches: a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from resnet_fused.modules.adapters import resnet, timm
+from resnet_fused.modules.block_modules import BlockModules, class_path
+
+Adapter = Callable[[nn.Module], BlockModules]
+
+BUILT_IN: dict[str, Adapter] = {
+    "resnet_fused.models.resnet.BasicBlock": resnet.basic_block,
+    "resnet_fused.models.resnet.Bottleneck": resnet.bottleneck,
+    "resnet_fused.models.resnet.ResNet": resnet.stem,
+    "torchvision.models.resnet.BasicBlock": resnet.basic_block,
+    "torchvision.models.resnet.Bottleneck": resnet.bottleneck,
+    "torchvision.models.resnet.ResNet": resnet.stem,
+    "timm.models.resnet.BasicBlock": timm.basic_block,
+    "timm.models.resnet.Bottleneck": timm.bottleneck,
+    "timm.models.resnet.ResNet": timm.stem,
+}
+_registered: dict[type[nn.Module], Adapter] = {}
+
+
+def find(cls: type[nn.Module]) -> Adapter | None:
+    """The adapter of exactly this class; one registered by the user comes before a built-in one."""
+    return _registered.get(cls) or BUILT_IN.get(class_path(cls))
+
+
+def is_built_in(cls: type[nn.Module]) -> bool:
+    """Whether `find` gives one of ours, which reads nothing but the module's and its children's attributes."""
+    return cls not in _registered
+
+
+def register_block(cls: type[nn.Module], adapter: Adapter) -> None:
+    """Teach `fuse` a block class, for this process.
+
+    cls:     its ``forward(x)`` computes one of the formulas of `resnet_fused.spec`; subclasses need their own entry.
+    adapter: ``adapter(module) -> BlockModules`` names the children; it raises `NotFusable` with a reason for a
+             variant that is not that formula. Called at every forward, so it should only read attributes.
+
+    Raises TypeError if cls is not a module class or the adapter cannot be called.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a subclass of nn.Module, got {cls!r}")
+    if not callable(adapter):
+        raise TypeError(f"adapter must be callable, as adapter(module) -> BlockModules, got {adapter!r}")
+    _registered[cls] = adapter

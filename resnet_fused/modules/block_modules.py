@@ -1,0 +1,173 @@
+"""From modules to what `functional.residual_block` takes: the tensors and the spec of a block's children.
+
+A description holds until one of the modules changes (`module_state`), so replaced children, loaded weights, frozen
+statistics and hooks are seen at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resnet_fused.errors import NotFusable
+from resnet_fused.modules.module_state import GLOBAL_HOOKS, HOOKS
+from resnet_fused.params import BlockParams, Scale, StageParams
+from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec, batch_norm
+
+FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"  # timm freezes with the same class
+RELUS = ("relu", F.relu, F.relu_, torch.relu, torch.relu_)
+
+
+@dataclass(frozen=True)
+class StageModules:
+    """The children behind one stage; in pre-activation order `norm` and `act` precede `conv`.
+
+    act: a module (nn.ReLU, nn.Identity), a function (``F.relu``, ``torch.relu``), "relu", "identity", or None.
+    """
+
+    conv: nn.Module
+    norm: nn.Module | None
+    act: nn.Module | Callable[[Tensor], Tensor] | str | None
+
+
+@dataclass(frozen=True)
+class BlockModules:
+    """The children behind one block: what an adapter returns. The other fields are those of `BlockSpec`/`BlockParams`.
+
+    branch_scale, skip_scale: a float, or a tensor (a parameter, say), for scaled residuals such as ReZero.
+    in_place_add:             forward adds by ``out += skip``, which keeps out's dtype.
+    """
+
+    stages: tuple[StageModules, ...]
+    skip: Skip
+    projection: StageModules | None = None
+    order: Order = "post"
+    branch_scale: Scale = 1.0
+    skip_scale: Scale = 1.0
+    in_place_add: bool = False
+
+
+def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockSpec]:
+    """The tensors and the spec that compute what `modules` would compute, in their present state.
+
+    Raises NotFusable, naming the part, where the fused block would compute something else: modules of other types,
+    hooks (they would not run), asymmetric or non-zero padding.
+    """
+    if any(GLOBAL_HOOKS):
+        raise NotFusable("global module hooks are registered and would not run for the block's children")
+    stages = [_stage(f"stages[{i}]", stage) for i, stage in enumerate(modules.stages)]
+    projection = None if modules.projection is None else _stage("projection", modules.projection)
+    params = BlockParams(
+        tuple(tensors for tensors, _ in stages),
+        None if projection is None else projection[0],
+        modules.branch_scale,
+        modules.skip_scale,
+    )
+    spec = BlockSpec(
+        tuple(stage for _, stage in stages),
+        modules.skip,
+        None if projection is None else projection[1],
+        modules.order,
+        memory,
+        modules.in_place_add,
+    )
+    return params, spec
+
+
+def require_no_hooks(name: str, module: nn.Module) -> None:
+    """Raises NotFusable if calling `module` runs more than its class's forward."""
+    if any(getattr(module, kind) for kind in HOOKS):
+        raise NotFusable(f"{name} ({type(module).__name__}) has hooks, which would not run")
+    if "forward" in module.__dict__:
+        raise NotFusable(f"{name} ({type(module).__name__}) has its forward replaced on the instance")
+
+
+def class_path(cls: type) -> str:
+    """The class's dotted name, by which classes of optional dependencies are recognised without importing them."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
+    conv = _conv(f"{name}.conv", modules.conv)
+    norm, batch_stats, eps = _norm(f"{name}.norm", modules.norm, conv.weight.device.type)
+    params = StageParams(conv.weight, conv.bias, **norm)
+    spec = StageSpec(
+        conv.stride,  # type: ignore[arg-type]  # typed tuple[int, ...]
+        _padding(f"{name}.conv", conv),
+        conv.dilation,  # type: ignore[arg-type]
+        conv.groups,
+        len(norm) > 0,  # Dynamo of torch 2.11 cannot take the truth of a dict
+        batch_stats,
+        eps,
+        _activation(f"{name}.act", modules.act),
+    )
+    return params, spec
+
+
+def _conv(name: str, conv: nn.Module) -> nn.Conv2d:
+    if type(conv) is not nn.Conv2d:  # a subclass may compute anything
+        raise NotFusable(f"{name} is {type(conv).__name__}; accepted: nn.Conv2d itself")
+    require_no_hooks(name, conv)
+    return conv
+
+
+def _padding(name: str, conv: nn.Conv2d) -> IntPair:
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        raise NotFusable(f"{name} has padding_mode={conv.padding_mode!r}; accepted: 'zeros'")
+    if padding == "valid":
+        return 0, 0
+    if padding == "same":  # the stride is 1, nn.Conv2d sees to that
+        height, width = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+        if height % 2 or width % 2:
+            raise NotFusable(f"{name} has padding='same' with an even kernel, which pads one side more than the other")
+        return height // 2, width // 2
+    return padding  # type: ignore[return-value]
+
+
+def _norm(name: str, norm: nn.Module | None, device: str) -> tuple[dict[str, Any], bool, float]:
+    """(fields of StageParams, batch_stats, eps); no fields stands for no norm."""
+    if norm is None:
+        return {}, False, 0.0
+    require_no_hooks(name, norm)
+    if type(norm) is nn.Identity:
+        return {}, False, 0.0
+    if type(norm) is nn.BatchNorm2d:
+        return _batch_norm(norm)
+    if class_path(type(norm)) == FROZEN_NORM:
+        if torch.is_autocast_enabled(device):
+            raise NotFusable(f"{name} is FrozenBatchNorm2d, whose result is float32 under autocast")
+        fields = ("running_mean", "running_var")
+        affine = {"norm_weight": norm.weight, "norm_bias": norm.bias}
+        return affine | {field: getattr(norm, field) for field in fields}, False, float(norm.eps)  # type: ignore[arg-type]
+    raise NotFusable(f"{name} is {type(norm).__name__}; accepted: nn.BatchNorm2d itself, FrozenBatchNorm2d")
+
+
+def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
+    """As ``nn.BatchNorm2d.forward`` decides from `training`, `track_running_stats` and the presence of buffers."""
+    state = batch_norm.read(norm)
+    fields: dict[str, Any] = {
+        "norm_weight": state.weight,
+        "norm_bias": state.bias,
+        "running_mean": state.running_mean,
+        "running_var": state.running_var,
+        "num_batches_tracked": state.num_batches_tracked,
+        "momentum": state.momentum,
+    }
+    return fields, state.batch_stats, state.eps
+
+
+def _activation(name: str, act: object) -> Activation:
+    if isinstance(act, nn.Module):
+        require_no_hooks(name, act)
+    if act is None or act == "identity" or type(act) is nn.Identity:
+        return "identity"
+    if act in RELUS or type(act) is nn.ReLU:
+        return "relu"
+    given = type(act).__name__ if isinstance(act, nn.Module) else repr(act)
+    raise NotFusable(f"{name} is {given}; accepted: nn.ReLU, F.relu, 'relu', nn.Identity, 'identity', None")

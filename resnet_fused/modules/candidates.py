@@ -1,0 +1,111 @@
+"""Which modules of a model are residual blocks, whether `fuse` knows their class or not."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+from torch import nn
+
+from resnet_fused.modules import adapters
+from resnet_fused.modules.block_modules import FROZEN_NORM, class_path
+from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.stem import STEMS
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+class Candidate(NamedTuple):
+    """name: qualified, "" for the model itself; whole: a block, and not perhaps a piece of one."""
+
+    name: str
+    module: nn.Module
+    whole: bool
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """The blocks of a model, in the order of ``model.named_modules()``.
+
+    Those of a known class; of the others the innermost that holds a convolution and a batch norm, at any depth, and
+    whose forward adds (its source tells), so that a block made of sub-modules is shown and not its pieces; and
+    what has a convolution and a batch norm as children without being part of either. What holds blocks is a network.
+    """
+    unique = {id(candidate.module): candidate for candidate in reversed(list(_within("", model)))}
+    return list(reversed(unique.values()))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class before `fuse`."""
+    return module._fused_from if isinstance(module, FusedModule) else type(module)
+
+
+def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
+    inner = [
+        candidate
+        for child_name, child in module.named_children()
+        for candidate in _within(f"{name}.{child_name}" if name else child_name, child)
+    ]
+    cls = original_class(module)
+    if adapters.find(cls) is not None:
+        yield Candidate(name, module, whole=True)
+        if class_path(cls) in STEMS:  # the one kind of block that has others beside it
+            yield from inner
+    elif _is_block(module, inner):
+        yield Candidate(name, module, whole=True)
+    elif not inner and _holds(list(module.children())) and not _is_network(module):
+        yield Candidate(name, module, whole=False)
+    else:
+        yield from inner
+
+
+def _is_block(module: nn.Module, inner: list[Candidate]) -> bool:
+    parts_only = not any(candidate.whole for candidate in inner)
+    return parts_only and not _is_network(module) and _adds(type(module)) and _holds(list(module.modules()))  # type: ignore[arg-type]
+
+
+def _is_network(module: nn.Module) -> bool:
+    """A container, or what ends in a classifier: no formula of a block."""
+    return isinstance(module, CONTAINERS) or any(type(child) is nn.Linear for child in module.children())
+
+
+def _holds(modules: list[nn.Module]) -> bool:
+    """A convolution and a batch norm."""
+    conv = any(isinstance(module, nn.Conv2d) for module in modules)
+    return conv and any(isinstance(m, NORMS) or class_path(type(m)) == FROZEN_NORM for m in modules)
+
+
+@cache
+def _adds(cls: type[nn.Module]) -> bool:
+    """Whether forward, or a method of the class that it calls, adds two values; False where there is no source."""
+    waiting, seen = ["forward"], set(dir(nn.Module)) - {"forward"}
+    while waiting:
+        name = waiting.pop()
+        method = getattr(cls, name, None)
+        if name in seen or not callable(method):
+            continue
+        seen.add(name)
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for node in ast.walk(tree):
+            if _is_addition(node):
+                return True
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                waiting.append(node.attr)
+    return False
+
+
+def _is_addition(node: ast.AST) -> bool:
+    """x + y, x += y, x.add(y) or torch.add(x, y); a constant (a counter's 1) or a list is no path of a block."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Attribute) and node.func.attr in ("add", "add_")
+    if not (isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.Add)):
+        return False
+    terms = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.target, node.value]
+    return not any(isinstance(term, (ast.Constant, ast.List, ast.Tuple, ast.JoinedStr)) for term in terms)

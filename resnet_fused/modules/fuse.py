@@ -1,0 +1,115 @@
+"""`fuse` and `unfuse`: a model's residual blocks, and its stem, switched to fused operators and back, in place."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import TypeVar, get_args
+
+from torch import nn
+
+from resnet_fused.backends import dispatch
+from resnet_fused.errors import NotFusable
+from resnet_fused.modules import adapters
+from resnet_fused.modules.block_modules import class_path, describe
+from resnet_fused.modules.candidates import candidates
+from resnet_fused.modules.fused_block import FusedBlock, FusedModule, Settings, eject, inject
+from resnet_fused.modules.stem import STEMS
+from resnet_fused.ops import operators
+from resnet_fused.spec import Memory
+
+__all__ = ["FusedBlock", "fuse", "require_module", "unfuse", "why_not"]
+
+Model = TypeVar("Model", bound=nn.Module)
+SHOWN = 3  # reasons in a warning
+
+
+def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> Model:
+    """Switch every block of a known class to the fused operators, in place, and return the model.
+
+    Known are torchvision's and timm's BasicBlock, Bottleneck and ResNet (its stem), this package's own, and what
+    `register_block` has added. Parameters, buffers, names, hooks on the block and `state_dict` stay as they are.
+    A block of another class, or one with a part that has no fused form, is left alone: `explain(model)` says why.
+    A block that becomes such later runs its original forward, and the reason is logged to "resnet_fused".
+    Fusing again changes the settings. Not supported: ``torch.jit.script`` of a fused model (unfuse it first).
+
+    backend: "auto", or a name from `resnet_fused.backends()`; one that cannot run raises BackendError in forward.
+    memory:  "default", or "low" to recompute in backward instead of keeping (`BlockSpec.memory`).
+
+    Warns where nothing is fused, with the first reasons; where a block is sharded already, which hides its class; and
+    once where backend is "auto" and the C++ extension is missing, so that PyTorch runs.
+    Raises TypeError if model is not a module, ValueError for an unknown backend or memory.
+    """
+    require_module(model)
+    dispatch.check_name(backend)
+    if memory not in get_args(Memory):
+        raise ValueError(f"memory must be one of {', '.join(map(repr, get_args(Memory)))}, got {memory!r}")
+    for module in model.modules():
+        if isinstance(module, FusedModule) or why_not(module) is None:
+            inject(module, STEMS.get(class_path(type(module)), FusedBlock), Settings(backend, memory))
+    _warn_of_what_is_left(model)
+    if backend == "auto" and (reason := operators.load_error()) is not None:
+        _warn_once(f"fused blocks run in plain PyTorch: {reason}")
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give every fused module of the model its original class back, in place, and return the model.
+
+    Raises TypeError if model is not a module, or where a fused module's class was changed again since (parametrized,
+    sharded).
+    """
+    require_module(model)
+    for module in model.modules():
+        if isinstance(module, FusedModule):
+            eject(module)
+    return model
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why `fuse` leaves this (unfused) module alone, or None."""
+    adapter = adapters.find(type(module))
+    if adapter is None and _is_sharded(module):
+        return "sharded by fully_shard, which has changed its class: call fuse before fully_shard"
+    if adapter is None:
+        return "unknown block class; register_block(cls, adapter) teaches it"
+    try:
+        describe(adapter(module), "default")
+    except NotFusable as reason:
+        return str(reason)
+    return None
+
+
+def require_module(model: object) -> None:
+    """Raises TypeError for what is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """By ``torch.distributed.fsdp.fully_shard``; told by name, so that nothing distributed is imported."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+
+
+def _warn_of_what_is_left(model: nn.Module) -> None:
+    """Where nothing is fused, or a block is sharded. That a part of a model stays as it is, is usual."""
+    fused = any(isinstance(module, FusedModule) for module in model.modules())
+    if fused and not any(_is_sharded(module) for module in model.modules()):
+        return
+    left = [candidate for candidate in candidates(model) if not isinstance(candidate.module, FusedModule)]
+    if fused:
+        left = [candidate for candidate in left if _is_sharded(candidate.module)]
+    if left:
+        reasons = [f"{name or '(model)'} ({type(module).__name__}): {why_not(module)}" for name, module, _ in left]
+        more = ["and more, see resnet_fused.explain(model)"] if len(reasons) > SHOWN else []
+        told = "; ".join([*reasons[:SHOWN], *more])
+        warnings.warn(f"fuse left blocks of this {type(model).__name__} unfused: {told}", stacklevel=3)
+    elif not fused:
+        warnings.warn(
+            f"fuse found no block in this {type(model).__name__}: no convolution with a batch norm", stacklevel=3
+        )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

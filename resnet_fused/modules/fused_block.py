@@ -1,0 +1,192 @@
+"""The class that a fused module gets, and how it gets it.
+
+As ``torch.nn.utils.parametrize`` does, fusing changes a module's class in place, to a subclass of its own. Children,
+names, parameters, hooks, buffers and ``isinstance`` stay as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import functional
+from resnet_fused.errors import NotFusable
+from resnet_fused.modules import adapters, module_state
+from resnet_fused.modules.block_modules import describe
+from resnet_fused.params import BlockParams, same
+from resnet_fused.spec import BlockSpec, Memory
+
+log = logging.getLogger("resnet_fused")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `fuse` was asked for."""
+
+    backend: str
+    memory: Memory
+
+
+Block = tuple[BlockParams, BlockSpec] | None
+
+
+class Description:
+    """What a module last was: its tensors and spec, or None where its own forward has to run, and while that holds.
+
+    The tensors carry what is known of them (`params.Kept`): folded weights, shapes that have been checked.
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._last: tuple[Block, module_state.Snapshot | None, bool] = (None, None, False)
+
+    @property
+    def block(self) -> Block:
+        return self._last[0]
+
+    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Block, bool]:
+        """The last description, and whether it is of this very module as it is now.
+
+        narrowed: under autocast, on which the fate of a FrozenBatchNorm2d depends.
+        """
+        block, snapshot, before = self._last
+        # a shallow copy, as nn.DataParallel makes them, brings the original's description along
+        if snapshot is None or snapshot[0][0] is not module or before != narrowed:
+            return block, False
+        return block, module_state.unchanged(snapshot)
+
+    def keep(self, block: Block, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
+        """All at once, since threads may share a module.
+
+        snapshot: it begins with the module; None: the description is for this call only.
+        """
+        self._last = block, snapshot, narrowed
+
+    def __reduce__(self) -> tuple[type[Description], tuple[()]]:
+        return Description, ()  # a copy has other tensors
+
+
+class FusedModule(nn.Module):
+    """Mixin that stands before the original class; `FusedBlock` and `resnet_fused.modules.stem` say what it then computes."""
+
+    _fused_from: ClassVar[type[nn.Module]]
+    _fused_class: ClassVar[type[FusedModule]]  # made of the mixin and `_fused_from` by `_make_class`
+    _fused_settings: Settings
+    _fused_description: Description
+
+    def train(self, mode: bool = True) -> FusedModule:
+        """As ``nn.Module.train``; on a change of mode, what evaluation folded is dropped, to be folded afresh."""
+        if mode != self.training:
+            self._fused_description.forget()
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedModule:
+        """As ``nn.Module._apply`` (``to``, ``half``, ``cuda``); what was folded of the tensors is dropped first."""
+        self._fused_description.forget()
+        return super()._apply(*args, **kwargs)
+
+    def fused_describe(self) -> tuple[BlockParams, BlockSpec]:
+        """The block's tensors and spec in its present state; raises NotFusable."""
+        adapter = adapters.find(self._fused_from)
+        if adapter is None:  # unpickled where nobody has registered it
+            raise NotFusable(f"{self._fused_from.__name__} is not registered here; call register_block")
+        return describe(adapter(self), self._fused_settings.memory)
+
+    def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
+        """`fused_describe`, kept while it holds; or None, the reason logged, where the original runs."""
+        # torch.fx (its x is a Proxy) and torch.jit trace the original
+        if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return None
+        if torch.compiler.is_compiling():  # has its own guards
+            return self._fused_describe_or_log()
+        kept, narrowed = self._fused_description, torch.is_autocast_enabled(x.device.type)
+        last, holds = kept.recall(self, narrowed)
+        if holds:
+            return last
+        block = self._fused_describe_or_log()
+        if block is not None and last is not None and block[1] == last[1] and same(block[0], last[0]):
+            block = last  # with what is known of its tensors
+        # a registered adapter may read anything, so it is asked every time
+        lasts = adapters.is_built_in(self._fused_from)
+        kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None, narrowed)
+        return block
+
+    def _fused_describe_or_log(self) -> tuple[BlockParams, BlockSpec] | None:
+        try:
+            return self.fused_describe()
+        except NotFusable as reason:
+            _log_once(self._fused_from.__name__, str(reason))
+            return None
+
+    def _fused_parts(self) -> Iterable[nn.Module]:
+        """The modules that `fused_describe` reads."""
+        return self.modules()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}: call resnet_fused.unfuse(model) first, or use "
+            "torch.jit.trace, which takes the block's own forward, or torch.export, which keeps the fused operators"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """The class is made at run time, so pickle and deepcopy get its two ingredients."""
+        mixin = self._fused_class.__bases__[0]
+        return _blank, (mixin, self._fused_from), self.__getstate__()
+
+
+class FusedBlock(FusedModule):
+    """A block: forward runs the fused operator, or the class's own forward where that cannot be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        described = self._fused_or_none(x)
+        if described is None:
+            return super().forward(x)
+        return functional.residual_block(x, *described, backend=self._fused_settings.backend)
+
+
+def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> None:
+    """Fuse one module, or give a fused one new settings."""
+    if not isinstance(module, FusedModule):
+        module.__class__ = _make_class(mixin, type(module))  # type: ignore[arg-type]
+    module._fused_settings = settings  # type: ignore[assignment]
+    module._fused_description = Description()  # type: ignore[assignment]
+
+
+def eject(module: FusedModule) -> None:
+    """Undo `inject`. Raises TypeError where something else has changed the class since."""
+    if type(module) is not module._fused_class:
+        raise TypeError(
+            f"the fused module has become {type(module).__name__} (parametrized or sharded?); undo that before unfuse"
+        )
+    del module._fused_settings, module._fused_description
+    module.__class__ = module._fused_from  # type: ignore[assignment]
+
+
+@cache
+def _make_class(mixin: type[FusedModule], original: type[nn.Module]) -> type[FusedModule]:
+    namespace = {"__module__": original.__module__, "__doc__": original.__doc__, "_fused_from": original}
+    cls: type[FusedModule] = type(f"Fused{original.__name__}", (mixin, original), namespace)
+    cls._fused_class = cls
+    return cls
+
+
+def _blank(mixin: type[FusedModule], original: type[nn.Module]) -> FusedModule:
+    """An instance without state, for pickle to fill."""
+    cls = _make_class(mixin, original)  # type: ignore[arg-type]
+    return cls.__new__(cls)
+
+
+@lru_cache(maxsize=1024)
+def _log_once(block: str, reason: str) -> None:
+    log.info("%s runs unfused: %s", block, reason)

@@ -1,0 +1,100 @@
+"""A ResNet's stem: conv1, bn1, act and max pooling fused where they are called, which is in the model itself.
+
+Each mixin repeats its original's few lines around the stem. Without a fusable stem the original runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import functional
+from resnet_fused.errors import NotFusable
+from resnet_fused.modules import adapters
+from resnet_fused.modules.block_modules import require_no_hooks
+from resnet_fused.modules.fused_block import FusedModule
+
+
+class FusedStem(FusedModule):
+    """What the two mixins share."""
+
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def _fused_parts(self) -> Iterable[nn.Module]:
+        modules = adapters.find(self._fused_from)(self)  # type: ignore[misc]  # described with it just now
+        stem = modules.stages[0]
+        parts = (self, stem.conv, stem.norm, stem.act, self.maxpool)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    def _fused_stem(self, x: Tensor) -> Tensor | None:
+        """The pooled stem, or None if it is not fusable."""
+        described = self._fused_or_none(x)
+        if described is None:
+            return None
+        backend = self._fused_settings.backend
+        x = functional.residual_block(x, *described, backend=backend)
+        if pool_reason(self.maxpool) is None:
+            # a backend asked for by name may have no pooling for this device
+            return functional.max_pool2d(x, 3, 2, 1, backend="eager" if backend == "eager" else "auto")
+        return self.maxpool(x)
+
+
+class FusedResNet(FusedStem):
+    """For torchvision's ResNet and this package's own."""
+
+    avgpool: nn.Module
+    fc: nn.Module
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        stem = self._fused_stem(x)
+        if stem is None:
+            return super()._forward_impl(x)  # type: ignore[misc]
+        features = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
+        return self.fc(torch.flatten(self.avgpool(features), 1))
+
+
+class FusedTimmResNet(FusedStem):
+    """For timm's ResNet, with its gradient checkpointing."""
+
+    grad_checkpointing: bool
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        stem = self._fused_stem(x)
+        if stem is None:
+            return super().forward_features(x)  # type: ignore[misc]
+        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.grad_checkpointing:
+            from timm.models import checkpoint_seq
+
+            return checkpoint_seq(layers, stem, flatten=True)
+        for layer in layers:
+            stem = layer(stem)
+        return stem
+
+
+STEMS: dict[str, type[FusedModule]] = {
+    "resnet_fused.models.resnet.ResNet": FusedResNet,
+    "torchvision.models.resnet.ResNet": FusedResNet,
+    "timm.models.resnet.ResNet": FusedTimmResNet,
+}
+
+
+def pool_reason(pool: nn.Module) -> str | None:
+    """Why this module is not the max pooling that `functional.max_pool2d` computes, or None."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"maxpool is {type(pool).__name__}; accepted: nn.MaxPool2d itself"
+    window = [v if isinstance(v, int) else tuple(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    plain = all(v in (wanted, (wanted, wanted)) for v, wanted in zip(window, (3, 2, 1), strict=True))
+    if not plain or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        return f"maxpool is {pool}; accepted: a 3x3 window, stride 2, padding 1"
+    try:
+        require_no_hooks("maxpool", pool)
+    except NotFusable as reason:
+        return str(reason)
+    return None

@@ -1,0 +1,1 @@
+"""The fused operators as PyTorch sees them: schemas, fakes, autograd, checks, and the formulas in plain PyTorch."""

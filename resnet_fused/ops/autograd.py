@@ -1,0 +1,243 @@
+"""The autograd Functions of the fused operators: what is saved, and which gradients come back.
+
+Saved for a block: x, each stage's convolution output (with memory="low" not the last stage's nor the projection's),
+and `out`, which is the next block's x anyway, for the mask of the final activation. Batch statistics are [2, C].
+Saved for a batch norm with activation and residual: x, and a bit a value for the activation's mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from resnet_fused.ops import norm_operators, operators, sync_batch_norm
+from resnet_fused.params import BlockParams, Scale
+from resnet_fused.spec import BlockSpec
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from resnet_fused.backends.dispatch import Backend
+
+
+def flatten(params: BlockParams, x: Tensor) -> tuple[Tensor | None, ...]:
+    """(x, branch_scale, skip_scale, then six tensors for each convolution), the order of the operators' gradients."""
+    tensors: list[Tensor | None] = [x, _scale(params.branch_scale, x), _scale(params.skip_scale, x)]
+    for p in params.convs:
+        tensors += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var]
+    return tuple(tensors)
+
+
+def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def trains(spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
+    """Whether a call runs the operators of training: with the batch's statistics, and where a gradient may follow.
+
+    So it does within torch.compile: what evaluation folds and keeps is no business of a traced graph.
+    """
+    return spec.batch_stats or torch.compiler.is_compiling() or needs_grad((x, *params.tensors))
+
+
+def _scale(scale: Scale, x: Tensor) -> Tensor | None:
+    """None stands for 1, which costs nothing."""
+    if isinstance(scale, Tensor):
+        return scale
+    if scale == 1.0:
+        return None
+    # filled on the device: copied there, it could not be captured in a CUDA graph
+    return torch.full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+
+
+def residual_block(
+    spec: BlockSpec, backend: Backend, tensors: tuple[Tensor | None, ...]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(out, batch statistics), with gradients for every entry of `tensors`, which is `flatten(params, x)`."""
+    given = list(tensors)
+    for i, stage in enumerate(spec.convs):
+        if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
+            given[3 + 6 * i + 4] = given[3 + 6 * i + 5] = None
+    if torch.compiler.is_exporting():  # an exported program is for inference, and holds operators and no Function
+        out, _, batch_stats = backend.forward(spec, tuple(given), [False] * len(given))
+        return out, tuple(stats.detach() for stats in batch_stats)
+    places = tuple(i for i, t in enumerate(given) if t is not None)
+    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, *(t for t in given if t is not None))
+    return out, tuple(stats)
+
+
+class ResidualBlock(torch.autograd.Function):
+    """One residual block; ``apply(spec, backend, count, places, *tensors)`` -> (out, *batch statistics).
+
+    count, places: how many entries `flatten` has, and which of them `tensors` are; autograd charges for every argument.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: BlockSpec, backend: Backend, count: int, places: tuple[int, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        needs = [False] * count
+        for place, need in zip(places, ctx.needs_input_grad[4:], strict=True):
+            needs[place] = need
+        out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
+        masked_by_out = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
+        ctx.save_for_backward(*tensors, out if masked_by_out else None, *conv_outputs, *batch_stats)
+        ctx.spec, ctx.backend, ctx.count, ctx.places, ctx.needs = spec, backend, count, places, needs
+        ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
+        ctx.mark_non_differentiable(*batch_stats)
+        ctx.set_materialize_grads(False)
+        return out, *batch_stats
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, (a, b) = ctx.saved_tensors, ctx.split
+        with torch.no_grad():
+            grads = ctx.backend.backward(
+                ctx.spec,
+                dout,
+                saved[a],
+                list(saved[a + 1 : b]),
+                list(saved[b:]),
+                _placed(ctx.count, ctx.places, saved[:a]),
+                ctx.needs,
+            )
+        grads = _refuse_second_derivative("residual_block", [grads[i] for i in ctx.places], [dout, *saved[:a]])
+        return None, None, None, None, *grads
+
+
+def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """`tensors` at their places among `count`, the others None."""
+    flat: list[Tensor | None] = [None] * count
+    for place, tensor in zip(places, tensors, strict=True):
+        flat[place] = tensor
+    return tuple(flat)
+
+
+class MaxPool2d(torch.autograd.Function):
+    """Max pooling that saves the position of each maximum within its window, one byte an output."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+        out, positions = operators.max_pool2d(x, kernel_size, stride, padding)
+        ctx.save_for_backward(positions)
+        ctx.window = (kernel_size, stride, padding)
+        ctx.size = x.shape[2:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        with torch.no_grad():
+            dx = operators.max_pool2d_backward(dout, positions, *ctx.size, *ctx.window)
+        return *_refuse_second_derivative("max_pool2d", [dx], [dout]), None, None, None
+
+
+class BatchNormAct(torch.autograd.Function):
+    """act(batch_norm(x) + residual); ``apply(x, residual, weight, bias, mean, var, count, eps, relu, group)`` -> out.
+
+    count: the values per channel behind mean and var, which belong to the batch (of the group's processes, if one is
+           given); None where they are constants.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: int | None,
+        eps: float,
+        relu: bool,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        if x.numel() == 0:  # one process of a group may have nothing to do but to take part in the others' sums
+            out, mask = torch.empty_like(x), None
+        else:
+            out, bits = norm_operators.normalize_act(x, mean, var, weight, bias, residual, eps, relu, save_mask=relu)
+            mask = bits if relu else None
+        # frozen and without parameters to train, backward is dz * scale
+        reads_x = count is not None or any(t is not None and t.requires_grad for t in (weight, bias))
+        ctx.save_for_backward(x if reads_x else None, mask, weight, bias, mean, var)
+        ctx.count, ctx.eps, ctx.group = count, eps, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, weight, bias, mean, var = ctx.saved_tensors
+        with torch.no_grad():
+            grads = BatchNormAct._gradients(ctx, dout, dout if x is None else x, mask, weight, bias, mean, var)
+        grads = _refuse_second_derivative("batch_norm_act", grads, [dout, x, weight])
+        return *grads, None, None, None, None, None, None
+
+    @staticmethod
+    def _gradients(
+        ctx: Any,
+        dout: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+    ) -> list[Tensor | None]:
+        """Of x, residual, weight, bias. Those of weight and bias are this process's own, as in nn.SyncBatchNorm."""
+        needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        through_statistics = needs_x and ctx.count is not None
+        empty = x.numel() == 0
+        dx = d_weight = d_bias = sums = None
+        if needs_weight or needs_bias or through_statistics:
+            if empty:
+                sums = x.new_zeros((2, x.shape[1]), dtype=torch.float64)
+            else:
+                sums = norm_operators.normalize_act_backward_reduce(dout, mask, x, mean)
+            if needs_weight and weight is not None:
+                d_weight = (sums[1] * (var.double() + ctx.eps).rsqrt()).to(weight.dtype)
+            if needs_bias and bias is not None:
+                d_bias = sums[0].to(bias.dtype)
+            if through_statistics and ctx.group is not None:
+                sums = sync_batch_norm.add_up(sums, ctx.group)
+        dz: Tensor | None = dout
+        masks = needs_residual and mask is not None
+        if empty:
+            dx = torch.empty_like(x)
+        elif needs_x or masks:
+            count = float(ctx.count) if through_statistics else 0.0
+            dx, masked = norm_operators.normalize_act_backward_apply(
+                dout, mask, x, mean, var, weight, sums if through_statistics else None, count, ctx.eps, save_dz=masks
+            )
+            dz = masked if masks else dout
+        return [dx if needs_x else None, dz if needs_residual else None, d_weight, d_bias]
+
+
+def _refuse_second_derivative(
+    name: str, grads: list[Tensor | None], sources: list[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients; under create_graph, tied to what they depend on by a node that explains itself when asked."""
+    if not torch.is_grad_enabled():
+        return grads
+    differentiable = [t for t in sources if t is not None and t.requires_grad]
+    present = [g for g in grads if g is not None]
+    tied = iter(_SecondDerivative.apply(name, len(present), *present, *differentiable))
+    return [None if g is None else next(tied) for g in grads]
+
+
+class _SecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(g.view_as(g) for g in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *_: Tensor) -> None:
+        raise RuntimeError(
+            f"resnet_fused has no second derivative of {ctx.name}; "  # type: ignore[attr-defined]
+            "use backend='eager' (or unfuse the model) where a gradient is differentiated again"
+        )

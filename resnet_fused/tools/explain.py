@@ -1,0 +1,118 @@
+"""`explain`: which backend each block of a model runs on, and why not another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.backends import dispatch, how
+from resnet_fused.backends.folding import folded
+from resnet_fused.backends.tune import block_inputs
+from resnet_fused.errors import NotFusable
+from resnet_fused.modules.candidates import candidates, original_class
+from resnet_fused.modules.fuse import require_module, why_not
+from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.stem import FusedStem, pool_reason
+from resnet_fused.tools.tables import table
+
+
+class Row(NamedTuple):
+    """name: qualified, "" for the model itself; block: its original class; backend: "eager" is plain PyTorch."""
+
+    name: str
+    block: str
+    backend: str
+    reason: str
+
+
+class Explanation(list[Row]):
+    """One `Row` for each block, in the order of ``model.named_modules()``; ``str()`` gives the table."""
+
+    def __init__(self, rows: Iterable[Row], fused: Iterable[str]) -> None:
+        """fused: the names of those that `fuse` has switched."""
+        super().__init__(rows)
+        self.fused = frozenset(fused)
+
+    @property
+    def summary(self) -> str:
+        """As in "13 of 17 blocks fused"; and of these how many run in plain PyTorch all the same."""
+        plain = sum(row.backend == "eager" for row in self if row.name in self.fused)
+        text = f"{len(self.fused)} of {len(self)} blocks fused"
+        return f"{text}, {plain} of them in plain PyTorch" if plain else text
+
+    def to_json(self) -> str:
+        """The summary's counts, and every row with "fused"."""
+        blocks = [row._asdict() | {"fused": row.name in self.fused} for row in self]
+        counts = {"blocks": len(self), "fused": len(self.fused), "summary": self.summary}
+        return json.dumps(counts | {"rows": blocks}, indent=1)
+
+    def __str__(self) -> str:
+        rows = [(row.name or "(model)", *row[1:]) for row in self]
+        return table("Residual blocks", Row._fields, rows) + f"\n{self.summary}"
+
+    def __repr__(self) -> str:
+        return f"<Explanation of {len(self)} blocks>"
+
+
+def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
+    """Print and return, for each block of the model, the backend that it runs on now and the reason.
+
+    x: an input of the model. On a GPU the choice depends on each block's input shape, and x tells it; without x a small
+    input stands in. Given x the model runs once, in evaluation mode without gradients, and nothing in it changes.
+
+    Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others.
+    The rest: why they are not fused; what is listed of unknown classes is said at `candidates`.
+    A ResNet's own row is its stem. The last line printed is the summary. Raises TypeError if model is not a module.
+    """
+    require_module(model)
+    inputs: dict[nn.Module, Tensor] = {}
+    if x is not None:
+        inputs = {module: given for _, module, given in block_inputs(model, x)}
+    blocks = candidates(model)
+    rows = [
+        Row(name, original_class(module).__name__, *_backend_and_reason(module, inputs.get(module)))
+        for name, module, _ in blocks
+    ]
+    explanation = Explanation(rows, [name for name, module, _ in blocks if isinstance(module, FusedModule)])
+    print(explanation)
+    return explanation
+
+
+def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
+    if not isinstance(module, FusedModule):
+        return "eager", why_not(module) or "not fused; call fuse(model)"
+    try:
+        params, spec = module.fused_describe()
+    except NotFusable as reason:
+        return "eager", str(reason)
+    if x is None:
+        weight = params.stages[0].weight
+        x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
+    asked = module._fused_settings.backend
+    with torch.set_grad_enabled(module.training):  # evaluation is taken to be without autograd, as `tune` takes it
+        backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
+    if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
+        notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
+    evaluates = not (module.training or spec.batch_stats)
+    if backend == "native" and x.device.type == "cpu" and evaluates and not folded(params, x, spec).finite:
+        return "eager", "in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"
+    if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
+        notes.append(pool)
+    return backend, "; ".join(notes)
+
+
+def _dispatched(asked: str, against: dict[str, str | None]) -> tuple[str, list[str]]:
+    """(backend, notes): for "auto" the first without a reason against it, and the reasons before it."""
+    if asked != "auto":
+        reason = against.get(asked)
+        return asked, ["asked for by name" if reason is None else f"forward raises: {reason}"]
+    notes: list[str] = []
+    for name, reason in against.items():
+        if reason is None:
+            return name, notes
+        notes.append(f"{name}: {reason}")
+    return "eager", notes

@@ -1,0 +1,256 @@
+"""torch.ops.resnet_fused.*: schemas, fakes and the flat form of a spec, as torch.compile and export rely on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.blocks import FORMATS, Case, block, cases, family
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from resnet_fused.ops import autograd, operators
+from resnet_fused.params import BlockParams
+from resnet_fused.spec import BlockSpec
+
+Arguments = tuple[object, ...]
+
+CASES = {
+    "bottleneck": block(3, "projection", channels=4, out_channels=6, stride=2, size=(7, 6)),
+    "basic block": block(2, channels=5, width=3),
+    "stem": block(1, "none", kernel=3, channels=3, out_channels=5),
+    "pre-activation": block(2, "projection", order="pre", channels=4, out_channels=6, branch_scale="[C]"),
+    "pre-activation, identity": block(2, order="pre", channels=4, skip_scale="0-d"),
+    "low memory": block(3, channels=4, memory="low", branch_scale="[C,1,1]", bias=True),
+    "frozen": block(2, "projection", batch_stats=False, bias=True),
+    "no norm": block(2, norm=False),
+    "grouped": block(2, channels=4, width=4, groups=2),
+}
+
+
+def operator(name: str) -> Callable:
+    return getattr(torch.ops.resnet_fused, name).default
+
+
+def forward_arguments(x: Tensor, params: BlockParams, spec: BlockSpec) -> Arguments:
+    tensors = autograd.flatten(params, x)
+    return (*operators._lists(tensors), every_gradient(tensors), *spec.encode())
+
+
+def backward_arguments(
+    x: Tensor, params: BlockParams, spec: BlockSpec, dout: Tensor, needs: Sequence[bool]
+) -> Arguments:
+    tensors = autograd.flatten(params, x)
+    wanted = [need and possible for need, possible in zip(needs, every_gradient(tensors), strict=True)]
+    out, saved, stats = operators.residual_block_forward(spec, tensors, wanted)
+    masked = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
+    return (dout, out if masked else None, saved, stats, *operators._lists(tensors), wanted, *spec.encode())
+
+
+def every_gradient(tensors: Sequence[Tensor | None]) -> list[bool]:
+    """The flags that ask for every gradient there is: of all but the running statistics."""
+    return [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
+
+
+def infer_arguments(x: Tensor, params: BlockParams, spec: BlockSpec) -> Arguments:
+    """Any weights do here: what they mean is tested in test_inference.py."""
+    pre = (torch.rand_like(x[0, :, 0, 0]),) * 2 if spec.order == "pre" and spec.stages[0].norm else (None, None)
+    weights = [p.weight for p in params.convs]
+    biases = [torch.rand_like(w[:, 0, 0, 0]) if i % 2 else None for i, w in enumerate(weights)]
+    scale = torch.rand(weights[len(spec.stages) - 1].shape[0], dtype=x.dtype) if spec.skip == "identity" else None
+    return (x, *pre, weights, biases, scale, spec.encode()[0])
+
+
+def arguments(name: str, case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> Arguments:
+    x, params, spec = case.build(dtype, memory_format)
+    if name == "residual_block_forward":
+        return forward_arguments(x, params, spec)
+    if name == "residual_block_infer":
+        return infer_arguments(x, params, spec)
+    dout = case.upstream(dtype).contiguous(memory_format=memory_format)
+    return backward_arguments(x, params, spec, dout, [True] * (3 + 6 * len(spec.convs)))
+
+
+BLOCK_OPERATORS = ["residual_block_forward", "residual_block_backward", "residual_block_infer"]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", BLOCK_OPERATORS)
+def test_opcheck(name: str, case: str, memory_format: torch.memory_format) -> None:
+    torch.library.opcheck(operator(name), arguments(name, CASES[case], torch.float32, memory_format))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_max_pool(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 9, 7, dtype=dtype).contiguous(memory_format=memory_format)
+    torch.library.opcheck(operator("max_pool2d"), (x, 3, 2, 1))
+    out, positions = operator("max_pool2d")(x, 3, 2, 1)
+    torch.library.opcheck(operator("max_pool2d_backward"), (torch.rand_like(out), positions, 9, 7, 3, 2, 1))
+
+
+def description(results: object) -> list[tuple]:
+    """(shape, strides, dtype) of each tensor of an operator's results, without the strides of single steps."""
+    flat = torch.utils._pytree.tree_leaves(results)
+    return [(tuple(t.shape), [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1], t.dtype) for t in flat]
+
+
+def assert_fake_agrees(name: str, given: Arguments) -> None:
+    with FakeTensorMode() as mode:
+        faked = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given)
+        fake = description(operator(name)(*faked))
+    assert fake == description(operator(name)(*given))
+
+
+@pytest.mark.parametrize("name", BLOCK_OPERATORS)
+@given(
+    case=cases(),
+    last=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    float_norms=st.booleans(),
+)
+@settings(family, max_examples=80)
+def test_fakes_of_any_block(name: str, case: Case, last: bool, dtype: torch.dtype, float_norms: bool) -> None:
+    """Shapes, strides and dtypes of the fake kernels are the real ones'."""
+    assert_fake_agrees(name, arguments(name, case, dtype, FORMATS[last]))
+
+
+@pytest.mark.parametrize("name", BLOCK_OPERATORS)
+@pytest.mark.parametrize("x_last", [False, True])
+@pytest.mark.parametrize("weight_last", [False, True])
+@pytest.mark.parametrize("arrangement", ["dense", "sliced", "transposed"])
+def test_fakes_of_mixed_layouts(arrangement: str, weight_last: bool, x_last: bool, name: str) -> None:
+    case = block(2, "projection", channels=4, out_channels=6, size=(6, 6))
+    x, params, spec = case.build(torch.float32, FORMATS[weight_last])
+    x = x.contiguous(memory_format=FORMATS[x_last])
+    if arrangement == "sliced":
+        x = torch.cat([x, x], 1).contiguous(memory_format=FORMATS[x_last])[:, 2:6]
+    elif arrangement == "transposed":
+        x = x.transpose(2, 3)
+    dout = case.upstream(torch.float32).contiguous(memory_format=FORMATS[not x_last])
+    given = {
+        "residual_block_forward": lambda: forward_arguments(x, params, spec),
+        "residual_block_backward": lambda: backward_arguments(x, params, spec, dout, [True] * 21),
+        "residual_block_infer": lambda: infer_arguments(x, params, spec),
+    }[name]()
+    assert_fake_agrees(name, given)
+
+
+@given(case=cases(), choice=st.lists(st.booleans(), min_size=27, max_size=27))
+@settings(family, max_examples=80)
+def test_backward_gives_the_gradients_asked_for(case: Case, choice: list[bool]) -> None:
+    """One for each need, whichever they are, and the same as when all are asked for."""
+    x, params, spec = case.build()
+    count, dout = 3 + 6 * len(spec.convs), case.upstream()
+    given = backward_arguments(x, params, spec, dout, choice[:count])
+    everything = backward_arguments(x, params, spec, dout, [True] * count)
+    assert_fake_agrees("residual_block_backward", given)
+    wanted, all_wanted = given[-3], everything[-3]
+    grads = iter(operator("residual_block_backward")(*everything))
+    full = [next(grads) if need else None for need in all_wanted]  # type: ignore[attr-defined]
+    some = operator("residual_block_backward")(*given)
+    assert len(some) == sum(wanted)  # type: ignore[call-overload]
+    for grad, expected in zip(some, [g for g, need in zip(full, wanted, strict=True) if need], strict=True):  # type: ignore[call-overload]
+        torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-11)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(3, 9), st.integers(3, 9)),
+    window=st.sampled_from([(3, 2, 1), (2, 2, 0), (3, 1, 0), (1, 1, 0)]),
+    last=st.booleans(),
+    sliced=st.booleans(),
+)
+@settings(family, max_examples=80)
+def test_fakes_of_max_pool(shape: tuple[int, ...], window: tuple[int, int, int], last: bool, sliced: bool) -> None:
+    x = torch.randn(shape).contiguous(memory_format=FORMATS[last])
+    x = x[..., 1:] if sliced and shape[3] > 3 else x
+    assert_fake_agrees("max_pool2d", (x, *window))
+    out, positions = operator("max_pool2d")(x, *window)
+    for memory_format in FORMATS:
+        dout = torch.ones_like(out).contiguous(memory_format=memory_format)
+        assert_fake_agrees("max_pool2d_backward", (dout, positions, *x.shape[2:], *window))
+
+
+@given(case=cases())
+@settings(family, max_examples=300)
+def test_encoding_round_trip(case: Case) -> None:
+    """All but `batch_stats` of a stage without norm, which means nothing there."""
+    ints, eps = case.spec.encode()
+    decoded = operators.decode(ints, eps)
+    stages = tuple(replace(s, batch_stats=s.norm and s.batch_stats) for s in case.spec.stages)
+    projection = case.spec.projection
+    if projection is not None:
+        projection = replace(projection, batch_stats=projection.norm and projection.batch_stats)
+    assert decoded == replace(case.spec, stages=stages, projection=projection)
+    assert decoded.encode() == (ints, eps)
+    assert len(eps) == len(case.spec.convs)
+
+
+@given(a=cases(), b=cases())
+@settings(family, max_examples=300)
+def test_different_blocks_encode_differently(a: Case, b: Case) -> None:
+    decoded = [operators.decode(*case.spec.encode()) for case in (a, b)]
+    assert (decoded[0] == decoded[1]) == (a.spec.encode() == b.spec.encode())
+
+
+def replaced(given: Arguments, index: int, value: object) -> Arguments:
+    return (*given[:index], value, *given[index + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value"),
+    [
+        ("residual_block_forward", 0, torch.randn(2, 4, 7)),
+        ("residual_block_forward", 0, torch.randn(2, 5, 7, 6)),
+        ("residual_block_forward", 0, torch.randn(2, 4, 7, 6, dtype=torch.float64)),
+        ("residual_block_forward", 1, torch.ones(5)),
+        ("residual_block_forward", 3, []),
+        ("residual_block_forward", 5, [torch.ones(2)] * 4),
+        ("residual_block_forward", 8, [None]),
+        ("residual_block_forward", 9, [True]),
+        ("residual_block_forward", 10, []),
+        ("residual_block_forward", 10, [3, 2, 0, 0, 1, 1]),
+        ("residual_block_forward", 11, []),
+        ("residual_block_backward", 0, torch.randn(2, 6, 4, 4)),
+        ("residual_block_backward", 0, torch.randn(2, 6, 4, 3, dtype=torch.float64)),
+        ("residual_block_backward", 1, None),
+        ("residual_block_backward", 1, torch.randn(2, 6, 3, 3)),
+        ("residual_block_backward", 2, []),
+        ("residual_block_backward", 2, [torch.randn(2, 3, 1, 1)] * 4),
+        ("residual_block_backward", 3, []),
+        ("residual_block_backward", 3, [torch.randn(2, 1)] * 4),
+        ("residual_block_backward", 13, [True]),
+        ("residual_block_infer", 0, torch.randn(2, 5, 7, 6)),
+        ("residual_block_infer", 3, []),
+        ("residual_block_infer", 4, [torch.ones(2)] * 4),
+        ("residual_block_infer", 6, [3, 2]),
+    ],
+)
+def test_bad_arguments_are_refused(name: str, index: int, value: object) -> None:
+    """The operators themselves hold their arguments against the spec: nothing is read out of bounds."""
+    given = arguments(name, CASES["bottleneck"], torch.float32, torch.contiguous_format)
+    operator(name)(*given)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        operator(name)(*replaced(given, index, value))
+
+
+def test_bad_pooling_is_refused() -> None:
+    x = torch.randn(1, 4, 6, 6)
+    out, positions = operator("max_pool2d")(x, 3, 2, 1)
+    for bad in ((x, 16, 2, 1), (x, 3, 0, 1), (x, 3, 2, 2), (x[0], 3, 2, 1), (x[:, :, :1, :1], 3, 2, 0)):
+        with pytest.raises((ValueError, RuntimeError)):
+            operator("max_pool2d")(*bad)
+    for bad in (
+        (out, positions.int(), 6, 6, 3, 2, 1),
+        (out, positions[:, :2], 6, 6, 3, 2, 1),
+        (out, positions, 60, 6, 3, 2, 1),
+        (out[:, :2], positions, 6, 6, 3, 2, 1),
+    ):
+        with pytest.raises((ValueError, RuntimeError)):
+            operator("max_pool2d_backward")(*bad)

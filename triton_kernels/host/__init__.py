@@ -1,0 +1,1 @@
+"""From a block to launches: which phases, their tiles, and how they are launched."""
