@@ -19,6 +19,7 @@ from resnet_fused.modules.block_modules import require_no_hooks
 from resnet_fused.ops import autograd, norm_operators, reference, running_stats, sync_batch_norm, validation
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec, batch_norm
+from resnet_fused.spec.activations import IDENTITY, RELU, activation
 from resnet_fused.spec.batch_norm import BatchNorm
 
 
@@ -55,7 +56,7 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
         return reference.residual_block(x, params, spec) if folded is None else folded
     if dtype is not None:
         params = _autocast(params, dtype)
-    out, batch_stats = autograd.residual_block(spec, chosen, autograd.flatten(params, x))
+    out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
     running_stats.update(params, spec, batch_stats, counts)
     return out
 
@@ -84,7 +85,7 @@ def batch_norm_act(
     bn: nn.Module,
     *,
     residual: Tensor | None = None,
-    act: Activation = "relu",
+    act: Activation | str = "relu",
     backend: str = "auto",
 ) -> Tensor:
     """``act(bn(x) + residual)`` in one pass after the statistics; backward keeps x and one bit an output.
@@ -96,7 +97,7 @@ def batch_norm_act(
               SyncBatchNorm takes its statistics over its process group (on CPU tensors too); a process may come with
               an empty batch.
     residual: x's shape, or None.
-    act:      "relu" or "identity".
+    act:      an `Activation` or its name (`spec.activations.KINDS`); prelu, whose slope is learned, is not taken.
     backend:  "auto", or a name from `resnet_fused.backends()`. A residual of another dtype than x's, and a bn with
               hooks, run in plain PyTorch.
 
@@ -108,14 +109,15 @@ def batch_norm_act(
     RuntimeError.
     """
     norm = batch_norm.read(bn)
+    act = activation(act)
     validation.check_batch_norm_act(x, norm, residual, act)
     alone_and_empty = x.numel() == 0 and norm.group is None  # PyTorch's behaviour to keep
-    if alone_and_empty or dispatch.select_norm(backend, x, _norm_refusal(x, bn, residual)) is None:
+    if alone_and_empty or dispatch.select_norm(backend, x, _norm_refusal(x, bn, residual, act)) is None:
         return reference.batch_norm_act(x, bn, residual, act)
     with torch.no_grad():
         mean, var, count = _statistics(x, norm)
     tensors = (x, residual, norm.weight, norm.bias)
-    relu = act == "relu"
+    relu = act == RELU
     if autograd.needs_grad(tensors):
         out = autograd.BatchNormAct.apply(*tensors, mean, var, count, norm.eps, relu, norm.group)
     elif x.numel() == 0:
@@ -133,8 +135,10 @@ def batch_norm_act(
 _MIXES = "under autocast x is wider than the convolutions and reaches the block's norm or skip path as it is"
 
 
-def _norm_refusal(x: Tensor, bn: nn.Module, residual: Tensor | None) -> str | None:
+def _norm_refusal(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activation) -> str | None:
     """Why only PyTorch's own operations compute this call, or None."""
+    if act not in (IDENTITY, RELU):
+        return f"the operators of a batch norm on its own have relu and identity, act is {act.name}"
     reason = differentiated_otherwise(x, (residual, *bn.parameters(recurse=False)))
     if reason is not None:
         return reason

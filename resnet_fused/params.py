@@ -24,6 +24,8 @@ class StageParams:
                           None without tracking
     num_batches_tracked:  0-d int64, incremented in training; optional
     momentum:             of the running statistics; None for the cumulative average
+    slope:                [1] or [C], of an activation that learns it (PReLU); in post-activation order the last stage's
+                          has C_out channels
     """
 
     weight: Tensor
@@ -34,6 +36,7 @@ class StageParams:
     running_var: Tensor | None = None
     num_batches_tracked: Tensor | None = None
     momentum: float | None = 0.1
+    slope: Tensor | None = None
 
 
 class Kept:
@@ -81,7 +84,7 @@ class BlockParams:
         if "_tensors" not in self.__dict__:
             found: list[Scale | None] = [self.branch_scale, self.skip_scale]
             for p in self.convs:
-                found += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var]
+                found += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var, p.slope]
             self.__dict__["_tensors"] = tuple(t for t in found if isinstance(t, Tensor))
         return self.__dict__["_tensors"]
 

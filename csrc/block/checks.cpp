@@ -17,6 +17,17 @@ void check_device(const char* name, const std::optional<at::Tensor>& t, const at
       t->device());
 }
 
+void check_slope(
+    const std::optional<at::Tensor>& slope, const at::Tensor& x, const Stage& stage, int64_t channels, int64_t conv) {
+  TORCH_CHECK_VALUE(
+      slope.has_value() == stage.act.is(ActivationKind::prelu), "convolution ", conv,
+      " needs a slope exactly where its activation is prelu");
+  check_device("slope", slope, x, conv);
+  TORCH_CHECK_VALUE(
+      !slope || (slope->dim() == 1 && (slope->numel() == 1 || slope->numel() == channels)), "the slope of convolution ",
+      conv, " must be [1] or [", channels, "], got ", slope->sizes());
+}
+
 void check_scale(const char* name, const std::optional<at::Tensor>& t, int64_t channels) {
   TORCH_CHECK_VALUE(
       !t || t->numel() == 1 || t->numel() == channels, name, " must hold 1 value or ", channels, ", got ", t->sizes());
@@ -35,7 +46,7 @@ std::vector<Shape> check_convolutions(
   for (size_t i = 0; i < spec.convs.size(); ++i) {
     const auto& stage = spec.convs[i];
     const auto& w = weights[i];
-    const auto in = static_cast<int64_t>(i) == spec.stages ? x.sizes().vec() : source;
+    const auto in = static_cast<int64_t>(i) == spec.projection() ? x.sizes().vec() : source;
     TORCH_CHECK_TYPE(
         w.scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), ", weight ", i, " is ", w.scalar_type());
     TORCH_CHECK_VALUE(
@@ -55,32 +66,35 @@ std::vector<Shape> check_convolutions(
     shapes.push_back(shape);
     source = shape;
   }
-  const auto& branch = shapes[spec.stages - 1];
+  const auto& branch = shapes[spec.last()];
   const auto skip = spec.skip == Skip::none ? branch : spec.has_projection() ? shapes.back() : x.sizes().vec();
   TORCH_CHECK_VALUE(
       skip == branch, "the skip path gives ", at::IntArrayRef(skip), ", the branch ", at::IntArrayRef(branch));
   return shapes;
 }
 
-std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec, at::ArrayRef<double> eps) {
-  TORCH_CHECK_VALUE(
-      eps.size() == spec.convs.size(), "the spec has ", spec.convs.size(), " convolutions, got ", eps.size(), " eps");
+std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec) {
   const auto shapes = check_convolutions(block.x, block.weights, block.biases, spec);
-  for (size_t i = 0; i < spec.convs.size(); ++i) {
-    const auto conv = static_cast<int64_t>(i);
-    const int64_t channels = spec.pre_activation ? block.weights[i].size(1) * spec.convs[i].groups : shapes[i][1];
+  const auto check_stage = [&](int64_t stage, int64_t channels) {
+    if (stage == kNone) return;
     for (const auto& vector :
-         {block.norm_weights[i], block.norm_biases[i], block.running_means[i], block.running_vars[i]})
-      check_device("a norm tensor", vector, block.x, conv);
-    check_vector("norm_weight", block.norm_weights[i], channels, conv);
-    check_vector("norm_bias", block.norm_biases[i], channels, conv);
-    check_vector("running_mean", block.running_means[i], channels, conv);
-    check_vector("running_var", block.running_vars[i], channels, conv);
+         {block.norm_weights[stage], block.norm_biases[stage], block.running_means[stage], block.running_vars[stage]})
+      check_device("a norm tensor", vector, block.x, stage);
+    check_vector("norm_weight", block.norm_weights[stage], channels, stage);
+    check_vector("norm_bias", block.norm_biases[stage], channels, stage);
+    check_vector("running_mean", block.running_means[stage], channels, stage);
+    check_vector("running_var", block.running_vars[stage], channels, stage);
+    check_slope(block.slopes[stage], block.x, spec.convs[stage], channels, stage);
     TORCH_CHECK_VALUE(
-        spec.convs[i].norm != Norm::running || (block.running_means[i] && block.running_vars[i]), "convolution ", i,
-        " normalises with running statistics and has none");
+        spec.convs[stage].statistics != Statistics::running ||
+            (block.running_means[stage] && block.running_vars[stage]),
+        "convolution ", stage, " normalises with running statistics and has none");
+  };
+  for (size_t i = 0; i < spec.convs.size(); ++i) {
+    check_stage(spec.convs[i].input_stage, block.weights[i].size(1) * spec.convs[i].groups);
+    check_stage(spec.convs[i].output_stage, shapes[i][1]);
   }
-  const int64_t width = shapes[spec.stages - 1][1];
+  const int64_t width = shapes[spec.last()][1];
   for (const auto& scale : {block.branch_scale, block.skip_scale})
     TORCH_CHECK_VALUE(
         !scale || scale->device() == block.x.device(), "x is on ", block.x.device(), ", a scale on ", scale->device());
@@ -89,38 +103,42 @@ std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec,
   return shapes;
 }
 
-void check_needs(const Needs& needs, const BlockSpec& spec) {
+Needs check_needs(const std::vector<bool>& flags, const BlockSpec& spec) {
+  Needs needs(spec.convs.size());
+  const auto places = needs.flat();
   TORCH_CHECK_VALUE(
-      needs.flags().size() == 3 + 6 * spec.convs.size(), "needs must have ", 3 + 6 * spec.convs.size(), " flags, got ",
-      needs.flags().size());
+      flags.size() == places.size(), "needs must have ", places.size(), " flags for ", spec.convs.size(),
+      " convolutions, got ", flags.size());
+  for (size_t i = 0; i < flags.size(); ++i) *places[i] = flags[i];
+  return needs;
 }
 
 void check_backward(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
-    const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec,
+    const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const BlockSpec& spec,
     const std::vector<Shape>& shapes) {
   const auto& x = block.x;
-  const at::IntArrayRef shape = shapes[spec.stages - 1];
+  const at::IntArrayRef shape = shapes[spec.last()];
   TORCH_CHECK_VALUE(dout.sizes() == shape, "dout must be ", shape, ", got ", dout.sizes());
   TORCH_CHECK_VALUE(
       dout.device() == x.device() && (!out || out->device() == x.device()), "x is on ", x.device(), ", dout on ",
       dout.device(), "; dout and out must be there, too");
   TORCH_CHECK_TYPE(dout.scalar_type() == x.scalar_type(), "dout is ", dout.scalar_type(), ", x is ", x.scalar_type());
-  const bool masked = spec.last().relu && !spec.pre_activation && spec.skip != Skip::none;
   TORCH_CHECK_VALUE(
-      !masked || (out && out->sizes() == shape && out->scalar_type() == x.scalar_type()),
+      spec.join != JoinReads::output || (out && out->sizes() == shape && out->scalar_type() == x.scalar_type()),
       "backward needs the block's output ", shape);
   size_t saved = 0, stats = 0;
   for (size_t i = 0; i < spec.convs.size(); ++i) {
-    if (spec.saves(static_cast<int64_t>(i), needs)) {
+    if (spec.convs[i].saved) {
       TORCH_CHECK_VALUE(
           saved < conv_outputs.size() && conv_outputs[saved].sizes() == at::IntArrayRef(shapes[i]) &&
               conv_outputs[saved].scalar_type() == x.scalar_type() && conv_outputs[saved].device() == x.device(),
           "the output of convolution ", i, " must be saved as forward, given the same needs, returned it");
       ++saved;
     }
-    if (spec.convs[i].norm == Norm::batch) {
-      const int64_t channels = spec.pre_activation ? block.weights[i].size(1) * spec.convs[i].groups : shapes[i][1];
+    if (spec.uses_batch(static_cast<int64_t>(i))) {
+      const int64_t channels =
+          spec.order == Order::pre ? block.weights[i].size(1) * spec.convs[i].groups : shapes[i][1];
       TORCH_CHECK_VALUE(
           stats < batch_stats.size() && batch_stats[stats].sizes() == at::IntArrayRef({2, channels}) &&
               batch_stats[stats].scalar_type() == (x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) &&
@@ -137,13 +155,23 @@ void check_backward(
 
 void check_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
-    const std::optional<at::Tensor>& skip_scale, int64_t channels) {
-  for (const auto& t : {pre_scale, pre_shift, skip_scale})
+    const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
+    const OptionalTensors& slopes, const BlockSpec& spec, const std::vector<Shape>& shapes) {
+  for (const auto& t : {pre_scale, pre_shift, branch_scale, skip_scale})
     TORCH_CHECK_VALUE(!t || t->device() == x.device(), "x is on ", x.device(), ", a scale or shift on ", t->device());
   check_vector("pre_scale", pre_scale, x.size(1), 0);
   check_vector("pre_shift", pre_shift, x.size(1), 0);
   TORCH_CHECK_VALUE(pre_scale.has_value() == pre_shift.has_value(), "pre_scale and pre_shift come together");
-  check_scale("skip_scale", skip_scale, channels);
+  check_scale("branch_scale", branch_scale, shapes[spec.last()][1]);
+  check_scale("skip_scale", skip_scale, shapes[spec.last()][1]);
+  TORCH_CHECK_VALUE(
+      slopes.size() == spec.convs.size(), "the spec has ", spec.convs.size(), " convolutions, got ", slopes.size(),
+      " slopes");
+  for (size_t i = 0; i < spec.convs.size(); ++i) {
+    const auto conv = static_cast<int64_t>(i);
+    const int64_t channels = spec.order != Order::pre ? shapes[i][1] : conv == 0 ? x.size(1) : shapes[i - 1][1];
+    check_slope(slopes[i], x, spec.convs[i], channels, conv);
+  }
 }
 
 }  // namespace resnet_fused

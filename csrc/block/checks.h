@@ -14,20 +14,21 @@ std::vector<Shape> check_convolutions(
     const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const BlockSpec& spec);
 
 // The same, with everything else that forward takes.
-std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec, at::ArrayRef<double> eps);
+std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec);
 
-// Which gradients are wanted: a flag each.
-void check_needs(const Needs& needs, const BlockSpec& spec);
+// Which gradients are wanted: a flag for each tensor of the block, in flat order.
+Needs check_needs(const std::vector<bool>& flags, const BlockSpec& spec);
 
 // What backward takes besides; shapes: of `check_block`.
 void check_backward(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
-    const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec,
+    const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const BlockSpec& spec,
     const std::vector<Shape>& shapes);
 
 // What evaluation takes besides convolutions; channels: of the result.
 void check_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
-    const std::optional<at::Tensor>& skip_scale, int64_t channels);
+    const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
+    const OptionalTensors& slopes, const BlockSpec& spec, const std::vector<Shape>& shapes);
 
 }  // namespace resnet_fused

@@ -4,23 +4,38 @@
 
 namespace resnet_fused {
 
+bool is_channels_last(
+    bool pre_activation, bool x_is_last, int64_t channels, const std::vector<bool>& processes,
+    const std::vector<bool>& weight_is_last, const std::vector<int64_t>& widths, const std::vector<bool>& one_pixel) {
+  bool is_last = x_is_last;
+  for (size_t i = 0; i < processes.size(); ++i) {
+    if (pre_activation && processes[i] && channels == 1) is_last = false;
+    is_last = is_last || weight_is_last[i];
+    channels = widths[i];
+    if (one_pixel[i] || (!pre_activation && processes[i] && channels == 1)) is_last = false;
+  }
+  return is_last;
+}
+
 at::MemoryFormat result_format(const at::Tensor& x, const std::vector<at::Tensor>& weights, const BlockSpec& spec) {
   constexpr auto last = at::MemoryFormat::ChannelsLast;
-  bool is_last = x.suggest_memory_format() == last;
-  int64_t channels = x.size(1);
+  std::vector<bool> processes, weight_is_last, one_pixel;
+  std::vector<int64_t> widths;
   std::array<int64_t, 2> size{x.size(2), x.size(3)};
   for (int64_t i = 0; i < spec.stages; ++i) {
     const auto& stage = spec.convs[i];
     const auto& w = weights[i];
-    const auto forgets = [&] { return channels == 1 && (stage.norm != Norm::none || stage.relu); };
-    if (spec.pre_activation && forgets()) is_last = false;
     for (int64_t d = 0; d < 2; ++d)
       size[d] = (size[d] + 2 * stage.padding[d] - stage.dilation[d] * (w.size(2 + d) - 1) - 1) / stage.stride[d] + 1;
-    channels = w.size(0);
-    if (!is_last) is_last = !w.is_mkldnn() && w.suggest_memory_format() == last;
-    if (size[0] * size[1] == 1 || (!spec.pre_activation && forgets())) is_last = false;
+    processes.push_back(stage.processes());
+    weight_is_last.push_back(!w.is_mkldnn() && w.suggest_memory_format() == last);
+    widths.push_back(w.size(0));
+    one_pixel.push_back(size[0] * size[1] == 1);
   }
-  return is_last ? last : at::MemoryFormat::Contiguous;
+  const bool x_is_last = x.suggest_memory_format() == last;
+  return is_channels_last(spec.order == Order::pre, x_is_last, x.size(1), processes, weight_is_last, widths, one_pixel)
+             ? last
+             : at::MemoryFormat::Contiguous;
 }
 
 }  // namespace resnet_fused

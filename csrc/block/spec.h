@@ -1,4 +1,5 @@
-// What a block computes, decoded from the flat lists of resnet_fused/spec/block.py (BlockSpec.encode).
+// What a block computes and what follows from it, decoded from the flat lists of resnet_fused/ops/encoding.py.
+// resnet_fused/spec/facts.py decides; nothing is decided here again.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,32 +7,41 @@
 #include <array>
 #include <vector>
 
-#include "tensors.h"
+#include "activations.h"
 
 namespace resnet_fused {
 
-enum class Norm : int64_t { none = 0, running = 1, batch = 2 };
+enum class Statistics : int64_t { none = 0, running = 1, batch = 2 };  // a norm's; none: there is no norm
 enum class Skip : int64_t { none = 0, identity = 1, projection = 2 };
+enum class Order : int64_t { post = 0, pre = 1, branch = 2 };
+// What tells the derivative of the block's last activation: `out`, or its argument, computed again.
+enum class JoinReads : int64_t { nothing = 0, output = 1, sum = 2, branch = 3 };
+enum class Launch : int64_t { single = 0, phased = 1 };
 
+constexpr int64_t kNone = -1;  // no stage
+
+// A convolution and the norm and activation of its stage.
 struct Stage {
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
-  Norm norm;
-  bool relu;
+  Statistics statistics;
+  Activation act;
   double eps;
+  int64_t input_stage;   // whose norm and activation make the convolution's input; kNone: x is the input
+  int64_t output_stage;  // whose norm and activation read its output
+  bool saved;            // forward keeps the output for backward
+  bool read;             // backward reads the output, computed again where it is not saved
+  bool wants_dy;         // backward needs the gradient of the output
+  bool wants_dp;         // ... of the input
+  bool library;          // on a GPU the vendor's convolution runs
+
+  bool normalizes() const { return statistics != Statistics::none; }
+  bool processes() const { return normalizes() || !act.is(ActivationKind::identity); }
 };
 
-// How kernels for a GPU are to run, where somebody has measured or asked; it changes no result but by rounding.
-enum class Launch : int64_t { choose = 0, single = 1, phased = 2 };
-enum class Library : int64_t {
-  choose = 0,
-  none = 1,
-  spatial = 2,
-  all = 3
-};  // convolutions left to the vendor's library
+// How kernels for a GPU run; it changes no result but by rounding.
 struct How {
-  Launch launch = Launch::choose;
-  Library library = Library::choose;
+  Launch launch = Launch::single;
   bool tf32 = false;  // products of float32
 };
 
@@ -39,29 +49,25 @@ struct BlockSpec {
   std::vector<Stage> convs;  // the chain's stages, then the projection
   int64_t stages;            // length of the chain
   Skip skip;
-  bool pre_activation;
-  bool low_memory;
+  Order order;
+  JoinReads join;
   How how;
 
-  const Stage& last() const { return convs[stages - 1]; }
+  int64_t last() const { return stages - 1; }
+  int64_t projection() const { return stages; }
   bool has_projection() const { return skip == Skip::projection; }
+  bool from_x(int64_t conv) const { return conv == 0 || conv == projection(); }
 
-  // Whether backward needs the output of convolution i and forward therefore saves it.
-  // The same rule as `saved_convs` in resnet_fused/ops/operators.py.
-  bool saves(int64_t i, const Needs& needs) const { return i < stages - 1 || (!low_memory && needs_output(i, needs)); }
-
-  // Whether backward needs it at all; recomputed when it is not saved.
-  bool needs_output(int64_t i, const Needs& needs) const {
-    if (i < stages - 1) return true;
-    if (i == stages - 1 ? needs.branch_scale() : needs.skip_scale()) return true;
-    if (pre_activation) return false;
-    // running statistics without a gradient for gamma and beta: dy is dz times a constant
-    const bool through_norm = convs[i].norm == Norm::batch || (convs[i].norm == Norm::running && needs.norm(i));
-    return through_norm || (skip == Skip::none && convs[i].relu);
-  }
+  // The stage whose norm stands before a convolution, or reads its output; kNone where there is no norm.
+  int64_t input_norm(int64_t conv) const { return norm_of(convs[conv].input_stage); }
+  int64_t output_norm(int64_t conv) const { return norm_of(convs[conv].output_stage); }
+  bool uses_batch(int64_t norm) const { return norm >= 0 && convs[norm].statistics == Statistics::batch; }
 
   // Throws ValueError for lists that `encode` cannot have made.
-  static BlockSpec decode(at::IntArrayRef ints, at::ArrayRef<double> eps);
+  static BlockSpec decode(at::IntArrayRef ints, at::ArrayRef<double> floats);
+
+ private:
+  int64_t norm_of(int64_t stage) const { return stage >= 0 && convs[stage].normalizes() ? stage : kNone; }
 };
 
 }  // namespace resnet_fused

@@ -10,31 +10,55 @@ namespace resnet_fused {
 
 using OptionalTensors = std::vector<std::optional<at::Tensor>>;
 
-// The tensors of a block: one entry a convolution, in the order of BlockSpec::convs.
+// The tensors of a block: one entry for each convolution, in the order of BlockSpec::convs.
 struct BlockTensors {
   at::Tensor x;
   std::optional<at::Tensor> branch_scale, skip_scale;
   std::vector<at::Tensor> weights;
-  OptionalTensors biases, norm_weights, norm_biases, running_means, running_vars;
+  OptionalTensors biases, norm_weights, norm_biases, running_means, running_vars, slopes;
 };
 
-// Which gradients are wanted, in the flat order (x, branch_scale, skip_scale, then six a convolution).
-class Needs {
- public:
-  explicit Needs(std::vector<bool> flags) : flags_(std::move(flags)) {}
-  bool x() const { return flags_[0]; }
-  bool branch_scale() const { return flags_[1]; }
-  bool skip_scale() const { return flags_[2]; }
-  bool weight(int64_t conv) const { return flags_[3 + 6 * conv]; }
-  bool bias(int64_t conv) const { return flags_[4 + 6 * conv]; }
-  bool norm_weight(int64_t conv) const { return flags_[5 + 6 * conv]; }
-  bool norm_bias(int64_t conv) const { return flags_[6 + 6 * conv]; }
-  bool norm(int64_t conv) const { return norm_weight(conv) || norm_bias(conv); }
-  bool any(int64_t conv) const { return weight(conv) || bias(conv) || norm(conv); }
-  const std::vector<bool>& flags() const { return flags_; }
+// One value for each of them: whether its gradient is wanted, or the gradient. The flat order is that of the operators'
+// arguments, as in resnet_fused/spec/tensors.py.
+template <class T>
+struct PerTensor {
+  T x{}, branch_scale{}, skip_scale{};
+  std::vector<T> weights, biases, norm_weights, norm_biases, running_means, running_vars, slopes;
 
- private:
-  std::vector<bool> flags_;
+  explicit PerTensor(size_t convs)
+      : weights(convs),
+        biases(convs),
+        norm_weights(convs),
+        norm_biases(convs),
+        running_means(convs),
+        running_vars(convs),
+        slopes(convs) {}
+
+  std::vector<T*> flat() {
+    std::vector<T*> all{&x, &branch_scale, &skip_scale};
+    for (auto* each : {&weights, &biases, &norm_weights, &norm_biases, &running_means, &running_vars, &slopes})
+      for (T& value : *each) all.push_back(&value);
+    return all;
+  }
+};
+
+// Which gradients are wanted.
+struct Needs : PerTensor<uint8_t> {
+  using PerTensor::PerTensor;
+  bool norm(int64_t stage) const { return norm_weights[stage] || norm_biases[stage]; }
+};
+
+using Gradients = PerTensor<at::Tensor>;
+
+// A block for evaluation: its norms are folded into weights and biases, but the one that precedes the first convolution
+// in pre-activation order; branch_scale only where an activation stands before it.
+struct FoldedBlock {
+  at::Tensor x;
+  std::optional<at::Tensor> pre_scale, pre_shift;
+  std::vector<at::Tensor> weights;
+  OptionalTensors biases;
+  std::optional<at::Tensor> branch_scale, skip_scale;
+  OptionalTensors slopes;
 };
 
 struct BlockForward {

@@ -73,8 +73,8 @@ std::tuple<at::Tensor, at::Tensor> normalize_act(
     using A = acc_t<scalar_t>;
     ResidualInput<A> skip;
     if (residual) skip = {residual->contiguous(kLayout), nullptr, std::vector<A>(x.size(1), A(1))};
-    out =
-        normalize<scalar_t>(x.contiguous(kLayout), norm_vectors<A>(norm), relu, skip, save_mask ? mask : at::Tensor());
+    const ActVectors<A> act{{relu ? ActivationKind::relu : ActivationKind::identity}};
+    out = normalize<scalar_t>(x.contiguous(kLayout), norm_vectors<A>(norm), act, skip, save_mask ? mask : at::Tensor());
   });
   return {in_format_of(x, out), mask};
 }
@@ -86,7 +86,7 @@ at::Tensor normalize_act_backward_reduce(
   DISPATCH(x, [&] {
     NormVectors<acc_t<scalar_t>> norm(channels);
     norm.center = to_vector<acc_t<scalar_t>>(mean);
-    ReduceInput in{.dout = dout.contiguous(kLayout), .mask = Mask::none, .out = {}, .y = x.contiguous(kLayout)};
+    ReduceInput in{.dout = dout.contiguous(kLayout), .reads = Reads::nothing, .out = {}, .y = x.contiguous(kLayout)};
     in.bits.bits = mask.value_or(at::Tensor());
     const auto sums = backward_reduce<scalar_t>(in, norm);
     double* target = result.mutable_data_ptr<double>();
@@ -106,7 +106,8 @@ std::tuple<at::Tensor, at::Tensor> normalize_act_backward_apply(
     const auto k = apply_vectors(vectors, sums, count);
     const BitMask bits{mask.value_or(at::Tensor()), mask && save_dz ? dz : at::Tensor()};
     backward_apply<scalar_t>(
-        dout.contiguous(kLayout), Mask::none, sums ? x.contiguous(kLayout) : at::Tensor(), vectors, k, {}, dx, bits);
+        dout.contiguous(kLayout), Reads::nothing, sums ? x.contiguous(kLayout) : at::Tensor(), vectors, k, {}, dx,
+        bits);
   });
   return {in_format_of(x, dx), save_dz ? in_format_of(x, dz) : dz};
 }

@@ -76,12 +76,6 @@ Sound without_stride(const Sound& given, const at::Tensor& weight) {
       unit};
 }
 
-// Up to so many pixels a matrix product beats oneDNN's convolution, whose making takes 10 to 50 microseconds a call and
-// which, without AMX, is slow at bfloat16 there (2 x 7 x 7 pixels, 2048 to 512 channels: 2.4 ms against 1.0, its weight
-// gradient 4.5 against 1.0; measured with torch 2.13 on Zen 4). FEW_PIXELS in resnet_fused/backends/folding.py is the
-// same.
-constexpr int64_t kFewPixels = 128;
-
 bool is_small_product(const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
   return !weight.is_mkldnn() && is_matrix_product(weight, stage) && p.numel() <= kFewPixels * p.size(1);
 }

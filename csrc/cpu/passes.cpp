@@ -86,7 +86,22 @@ std::vector<double> merge_sums(const std::vector<Sum>& partial, const Chunks& ch
   return total;
 }
 
+template <class A>
+Affine<A> skip_affine(const ResidualInput<A>& residual) {
+  return residual.norm ? residual.norm->affine() : Affine<A>{nullptr, residual.scale.data(), nullptr};
+}
+
 }  // namespace
+
+template <class A>
+ActVectors<A> act_vectors(const Activation& act, const std::optional<at::Tensor>& slope, int64_t channels) {
+  ActVectors<A> vectors{act};
+  if (vectors.pointers().is_plain()) return vectors;
+  if (slope) vectors.slope = to_vector<A>(*slope);
+  if (vectors.slope.size() != static_cast<size_t>(channels))
+    vectors.slope.assign(channels, vectors.slope.empty() ? static_cast<A>(act.parameter) : vectors.slope[0]);
+  return vectors;
+}
 
 template <class A>
 std::vector<A> to_vector(const at::Tensor& t) {
@@ -140,53 +155,62 @@ at::Tensor batch_statistics(const at::Tensor& y) {
 
 template <class S>
 at::Tensor normalize(
-    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual,
-    const at::Tensor& bits) {
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
+    const ResidualInput<acc_t<S>>& residual, const at::Tensor& bits) {
   using A = acc_t<S>;
   auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Chunks chunks(y);
   const auto& kernels = row_kernels<element_t<S>>();
-  const Affine<A> skip_norm =
-      residual.norm ? residual.norm->affine() : Affine<A>{nullptr, residual.scale.data(), nullptr};
+  const Affine<A> skip_norm = skip_affine(residual);
   const auto *source = data<S>(y), *skip = data<S>(residual.skip);
   auto* target = mutable_data<S>(out);
   uint8_t* passing = bits.defined() ? bits.mutable_data_ptr<uint8_t>() : nullptr;
   chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
     const int64_t channels = chunks.channels, offset = row * channels;
     kernels.normalize(
-        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, relu, target + offset}, rows, channels);
+        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, act.pointers(), target + offset}, rows,
+        channels);
     if (passing) kernels.passing_bits(target + offset, rows, channels, passing + row * bytes_of(channels));
   });
   return out;
 }
 
 template <class S>
-Sums backward_reduce(const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2) {
+Sums backward_reduce(
+    const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
+    const NormVectors<acc_t<S>>* norm2, const ResidualInput<acc_t<S>>& residual) {
   using Sum = sum_t<element_t<S>>;
   const Chunks chunks(in.y);
-  const int64_t channels = chunks.channels, kinds = norm2 ? 3 : 2;
+  const int64_t channels = chunks.channels;
+  int64_t kinds = 2;
+  const int64_t of_y2 = norm2 ? kinds++ : 0, of_slope = in.sums_slope ? kinds++ : 0, of_act = in.sums_act ? kinds++ : 0;
+  TORCH_INTERNAL_ASSERT(!keeps_dz(act) || in.dz.defined());
+  const auto skip_norm = skip_affine(residual);
   std::vector<Sum> partial(chunks.count * kinds * channels);
   const auto& kernels = row_kernels<element_t<S>>();
-  const auto *out = data<S>(in.out), *y = data<S>(in.y), *y2 = data<S>(in.y2);
+  const auto *out = data<S>(in.out), *y = data<S>(in.y), *y2 = data<S>(in.y2), *skip = data<S>(residual.skip);
   auto *dz = mutable_data<S>(in.dz), *p = mutable_data<S>(in.p);
   chunks.parallel([&](int64_t i, int64_t row, int64_t rows) {
     const int64_t offset = row * channels;
     Sum* sums = partial.data() + i * kinds * channels;
     DzChunk<S> dz_rows(in.dout, in.bits, channels);
     kernels.backward_reduce(
-        {dz_rows(row, rows), in.mask, at_offset(out, offset), y + offset, norm.affine(), in.mask == Mask::affine,
-         at_offset(y2, offset), norm2 ? norm2->center.data() : nullptr, at_offset(dz, offset), at_offset(p, offset),
-         sums, sums + channels, norm2 ? sums + 2 * channels : nullptr},
+        {dz_rows(row, rows), in.reads, at_offset(out, offset), y + offset, norm.affine(), act.pointers(),
+         at_offset(skip, offset), skip_norm, at_offset(y2, offset), norm2 ? norm2->center.data() : nullptr,
+         at_offset(dz, offset), at_offset(p, offset), sums, sums + channels, of_y2 ? sums + of_y2 * channels : nullptr,
+         of_slope ? sums + of_slope * channels : nullptr, of_act ? sums + of_act * channels : nullptr},
         rows, channels);
   });
-  Sums sums{merge_sums(partial, chunks, kinds, 0), merge_sums(partial, chunks, kinds, 1), {}};
-  if (norm2) sums.dz_y2 = merge_sums(partial, chunks, kinds, 2);
+  Sums sums{merge_sums(partial, chunks, kinds, 0), merge_sums(partial, chunks, kinds, 1)};
+  if (of_y2) sums.dz_y2 = merge_sums(partial, chunks, kinds, of_y2);
+  if (of_slope) sums.slope = merge_sums(partial, chunks, kinds, of_slope);
+  if (of_act) sums.act = merge_sums(partial, chunks, kinds, of_act);
   return sums;
 }
 
 template <class S>
 void backward_apply(
-    const at::Tensor& dz, Mask mask, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
+    const at::Tensor& dz, Reads reads, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
     const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx, const BitMask& bits) {
   const Chunks chunks(dz);
   const auto& kernels = row_kernels<element_t<S>>();
@@ -196,7 +220,7 @@ void backward_apply(
     const int64_t offset = row * chunks.channels;
     DzChunk<S> dz_rows(dz, bits, chunks.channels);
     kernels.backward_apply(
-        {dz_rows(row, rows), mask, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(),
+        {dz_rows(row, rows), reads, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(),
          k.k.data(), at_offset(add_data, offset), k.k_add.data(), target + offset},
         rows, chunks.channels);
   });
@@ -218,16 +242,21 @@ bool all_finite(const at::Tensor& x) {
   template bool all_finite<S>(const at::Tensor&);                                                                   \
   template at::Tensor batch_statistics<S>(const at::Tensor&);                                                       \
   template at::Tensor normalize<S>(                                                                                 \
-      const at::Tensor&, const NormVectors<acc_t<S>>&, bool, const ResidualInput<acc_t<S>>&, const at::Tensor&);    \
-  template Sums backward_reduce<S>(const ReduceInput&, const NormVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*); \
+      const at::Tensor&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const ResidualInput<acc_t<S>>&, \
+      const at::Tensor&);                                                                                           \
+  template Sums backward_reduce<S>(                                                                                 \
+      const ReduceInput&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*,  \
+      const ResidualInput<acc_t<S>>&);                                                                              \
   template void backward_apply<S>(                                                                                  \
-      const at::Tensor&, Mask, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,      \
+      const at::Tensor&, Reads, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,     \
       const at::Tensor&, const at::Tensor&, const BitMask&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(c10::BFloat16)
 INSTANTIATE(c10::Half)
 #undef INSTANTIATE
+template ActVectors<float> act_vectors<float>(const Activation&, const std::optional<at::Tensor>&, int64_t);
+template ActVectors<double> act_vectors<double>(const Activation&, const std::optional<at::Tensor>&, int64_t);
 template std::vector<float> to_vector<float>(const at::Tensor&);
 template std::vector<double> to_vector<double>(const at::Tensor&);
 

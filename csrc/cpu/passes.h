@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "kernels/row_kernels.h"
@@ -47,9 +48,22 @@ struct ResidualInput {
   std::vector<A> scale = {};             // of the identity skip, [C]
 };
 
-// Per channel: sum of dz, of dz * (y - center), of dz * (y2 - center2).
+// The activation of a pass, with its vectors [C]; see Act. They are empty where nothing reads them.
+template <class A>
+struct ActVectors {
+  Activation act = {};
+  std::vector<A> slope = {}, branch_scale = {};
+
+  Act<A> pointers() const { return {act, slope.data(), branch_scale.empty() ? nullptr : branch_scale.data()}; }
+};
+
+// Of `channels`; slope: what prelu has learned, one value or [C].
+template <class A>
+ActVectors<A> act_vectors(const Activation& act, const std::optional<at::Tensor>& slope, int64_t channels);
+
+// Per channel: sum of dz, of dz * (y - center), of dz * (y2 - center2), and those of BackwardReduceArgs.
 struct Sums {
-  std::vector<double> dz, dz_y, dz_y2;
+  std::vector<double> dz, dz_y, dz_y2, slope, act;
 };
 
 // A saved mask: dz = dout where the bit is set, else 0.
@@ -60,13 +74,15 @@ struct BitMask {
 
 struct ReduceInput {
   at::Tensor dout;
-  Mask mask;
-  at::Tensor out;  // for Mask::output
+  Reads reads;
+  at::Tensor out;  // for Reads::output
   at::Tensor y;
-  at::Tensor y2 = {};  // the projection's, or undefined
-  at::Tensor dz = {};  // written for Mask::output
-  at::Tensor p = {};   // written where defined
-  BitMask bits = {};   // on top of Mask::none
+  at::Tensor y2 = {};       // the projection's, or undefined
+  at::Tensor dz = {};       // written where defined; may be dout
+  at::Tensor p = {};        // written where defined
+  BitMask bits = {};        // on top of Reads::nothing
+  bool sums_slope = false;  // whether these sums are wanted
+  bool sums_act = false;
 };
 
 // dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
@@ -88,19 +104,26 @@ at::Tensor batch_statistics(const at::Tensor& y);
 // act(norm(y) [+ residual]) as a new tensor. bits, uint8 [rows, ceil(C / 8)], are set where it is not <= 0.
 template <class S>
 at::Tensor normalize(
-    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, bool relu, const ResidualInput<acc_t<S>>& residual = {},
-    const at::Tensor& bits = {});
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
+    const ResidualInput<acc_t<S>>& residual = {}, const at::Tensor& bits = {});
 
-// The sums behind a normalisation's gradients; norm2 is the projection's.
+// The sums behind a normalisation's gradients; norm2 is the projection's. residual: of a sum that is the argument.
 template <class S>
 Sums backward_reduce(
-    const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const NormVectors<acc_t<S>>* norm2 = nullptr);
+    const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act = {},
+    const NormVectors<acc_t<S>>* norm2 = nullptr, const ResidualInput<acc_t<S>>& residual = {});
 
-// Writes dx, which may be dz itself. y serves the mask and the y term, and may be undefined without them, as may add.
-// With bits, which go with Mask::none, the first argument is dout.
+// Whether `backward_reduce` has to keep dz for this activation, which the passes that follow do not compute again.
+template <class A>
+bool keeps_dz(const ActVectors<A>& act) {
+  return !act.pointers().is_plain();
+}
+
+// Writes dx, which may be dz itself. y serves the argument of a ReLU and the y term, and may be undefined without them,
+// as may add. With bits, which go with Reads::nothing, the first argument is dout.
 template <class S>
 void backward_apply(
-    const at::Tensor& dz, Mask mask, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
+    const at::Tensor& dz, Reads reads, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
     const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx, const BitMask& bits = {});
 
 // Whether no element is infinite or NaN.

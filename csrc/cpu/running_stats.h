@@ -1,5 +1,5 @@
-// The running statistics of a block's batch norms, in one call: the same blend as resnet_fused/ops/running_stats.py, which
-// costs a launch of PyTorch's for each tensor.
+// The running statistics of a block's batch norms, in one call: the same blend as resnet_fused/ops/running_stats.py,
+// which costs a launch of PyTorch's for each tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>

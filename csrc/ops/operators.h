@@ -11,17 +11,21 @@
 
 namespace resnet_fused {
 
+// A block's tensors, and what it computes (resnet_fused/ops/encoding.py).
+#define BLOCK_TENSORS                                                                                                \
+  "Tensor x, Tensor? branch_scale, Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, " \
+  "Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, Tensor?[] slopes, "
+#define BLOCK_SPEC "int[] spec, float[] constants"
 inline constexpr auto kForward =
-    "(Tensor x, Tensor? branch_scale, Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, "
-    "Tensor?[] norm_biases, Tensor?[] running_means, Tensor?[] running_vars, bool[] needs, int[] spec, float[] eps) "
-    "-> (Tensor out, Tensor[] conv_outputs, Tensor[] batch_stats)";
+    "(" BLOCK_TENSORS BLOCK_SPEC ") -> (Tensor out, Tensor[] conv_outputs, Tensor[] batch_stats)";
 inline constexpr auto kBackward =
-    "(Tensor dout, Tensor? out, Tensor[] conv_outputs, Tensor[] batch_stats, Tensor x, Tensor? branch_scale, "
-    "Tensor? skip_scale, Tensor[] weights, Tensor?[] biases, Tensor?[] norm_weights, Tensor?[] norm_biases, "
-    "Tensor?[] running_means, Tensor?[] running_vars, bool[] needs, int[] spec, float[] eps) -> Tensor[] grads";
+    "(Tensor dout, Tensor? out, Tensor[] conv_outputs, Tensor[] batch_stats, " BLOCK_TENSORS "bool[] needs, " BLOCK_SPEC
+    ") -> Tensor[] grads";
 inline constexpr auto kInfer =
-    "(Tensor x, Tensor? pre_scale, Tensor? pre_shift, Tensor[] weights, Tensor?[] biases, Tensor? skip_scale, "
-    "int[] spec) -> Tensor out";
+    "(Tensor x, Tensor? pre_scale, Tensor? pre_shift, Tensor[] weights, Tensor?[] biases, Tensor? branch_scale, "
+    "Tensor? skip_scale, Tensor?[] slopes, " BLOCK_SPEC ") -> Tensor out";
+#undef BLOCK_TENSORS
+#undef BLOCK_SPEC
 
 using OptionalList = c10::List<std::optional<at::Tensor>>;
 
@@ -30,7 +34,8 @@ inline OptionalTensors to_vector(const OptionalList& list) { return {list.begin(
 inline BlockTensors block_tensors(
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
     at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights,
-    const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars) {
+    const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars,
+    const OptionalList& slopes) {
   BlockTensors block{
       x,
       branch_scale,
@@ -40,9 +45,13 @@ inline BlockTensors block_tensors(
       to_vector(norm_weights),
       to_vector(norm_biases),
       to_vector(running_means),
-      to_vector(running_vars)};
-  for (const auto* list : {&block.norm_weights, &block.norm_biases, &block.running_means, &block.running_vars})
-    TORCH_CHECK_VALUE(list->size() == block.weights.size(), "every list of tensors needs one entry a convolution");
+      to_vector(running_vars),
+      to_vector(slopes)};
+  for (const auto* list :
+       {&block.biases, &block.norm_weights, &block.norm_biases, &block.running_means, &block.running_vars,
+        &block.slopes})
+    TORCH_CHECK_VALUE(
+        list->size() == block.weights.size(), "every list of tensors needs one entry for each convolution");
   return block;
 }
 
@@ -53,15 +62,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residua
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
     at::TensorList weights, const OptionalList& biases, const OptionalList& norm_weights,
     const OptionalList& norm_biases, const OptionalList& running_means, const OptionalList& running_vars,
-    const c10::List<bool>& flags, at::IntArrayRef ints, at::ArrayRef<double> eps) {
-  const auto spec = BlockSpec::decode(ints, eps);
+    const OptionalList& slopes, at::IntArrayRef ints, at::ArrayRef<double> floats) {
+  const auto spec = BlockSpec::decode(ints, floats);
   const auto block = block_tensors(
-      x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
-  const Needs needs({flags.begin(), flags.end()});
-  check_block(block, spec, eps);
-  check_needs(needs, spec);
+      x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars, slopes);
+  check_block(block, spec);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto result = Kernels::residual_block_forward(block, needs, spec);
+  auto result = Kernels::residual_block_forward(block, spec);
   return {result.out, result.conv_outputs, result.batch_stats};
 }
 
@@ -71,15 +78,15 @@ std::vector<at::Tensor> residual_block_backward(
     at::TensorList batch_stats, const at::Tensor& x, const std::optional<at::Tensor>& branch_scale,
     const std::optional<at::Tensor>& skip_scale, at::TensorList weights, const OptionalList& biases,
     const OptionalList& norm_weights, const OptionalList& norm_biases, const OptionalList& running_means,
-    const OptionalList& running_vars, const c10::List<bool>& flags, at::IntArrayRef ints, at::ArrayRef<double> eps) {
-  const auto spec = BlockSpec::decode(ints, eps);
+    const OptionalList& running_vars, const OptionalList& slopes, const c10::List<bool>& flags, at::IntArrayRef ints,
+    at::ArrayRef<double> floats) {
+  const auto spec = BlockSpec::decode(ints, floats);
   const auto block = block_tensors(
-      x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars);
-  const Needs needs({flags.begin(), flags.end()});
-  check_needs(needs, spec);
+      x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars, slopes);
+  const Needs needs = check_needs({flags.begin(), flags.end()}, spec);
   auto ys = conv_outputs.vec();
   const auto stats = batch_stats.vec();
-  check_backward(dout, out, ys, stats, block, needs, spec, check_block(block, spec, eps));
+  check_backward(dout, out, ys, stats, block, spec, check_block(block, spec));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   for (auto& y : ys) y = y.contiguous(at::MemoryFormat::ChannelsLast);  // a saved-tensor hook may change the layout
   return Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
@@ -88,13 +95,16 @@ std::vector<at::Tensor> residual_block_backward(
 template <class Kernels>
 at::Tensor residual_block_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
-    at::TensorList weights, const OptionalList& biases, const std::optional<at::Tensor>& skip_scale,
-    at::IntArrayRef ints) {
-  const auto spec = BlockSpec::decode(ints, {});
-  const auto shapes = check_convolutions(x, weights, to_vector(biases), spec);
-  check_infer(x, pre_scale, pre_shift, skip_scale, shapes[spec.stages - 1][1]);
+    at::TensorList weights, const OptionalList& biases, const std::optional<at::Tensor>& branch_scale,
+    const std::optional<at::Tensor>& skip_scale, const OptionalList& slopes, at::IntArrayRef ints,
+    at::ArrayRef<double> floats) {
+  const auto spec = BlockSpec::decode(ints, floats);
+  const FoldedBlock block{x,          pre_scale,        pre_shift, weights.vec(), to_vector(biases), branch_scale,
+                          skip_scale, to_vector(slopes)};
+  const auto shapes = check_convolutions(x, weights, block.biases, spec);
+  check_infer(x, pre_scale, pre_shift, branch_scale, skip_scale, block.slopes, spec, shapes);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return Kernels::residual_block_infer(x, pre_scale, pre_shift, weights.vec(), to_vector(biases), skip_scale, spec);
+  return Kernels::residual_block_infer(block, spec);
 }
 
 }  // namespace resnet_fused

@@ -9,8 +9,12 @@
 #include <string>
 #include <vector>
 
+#include "../block/activations.h"
+#include "../block/result_format.h"
+#include "../cpu/convolution.h"
 #include "../cpu/kernels/row_kernels.h"
 #include "../cpu/running_stats.h"
+#include "../cuda/plan/limits.h"
 #include "../cuda/plan/plan.h"
 #include "fingerprint.h"
 #include "module_state.h"
@@ -55,11 +59,41 @@ std::map<std::string, std::string> build_info() {
   return info;
 }
 
+std::vector<std::string> activations() {
+#define NAME(name) #name,
+  return {RESNET_FUSED_ACTIVATIONS(NAME)};
+#undef NAME
+}
+
+bool is_channels_last(
+    const std::vector<int64_t>& block, const std::vector<bool>& processes, const std::vector<bool>& weight_is_last,
+    const std::vector<int64_t>& widths, const std::vector<bool>& one_pixel) {
+  TORCH_CHECK_VALUE(
+      block.size() == 3 && weight_is_last.size() >= processes.size() && widths.size() == processes.size() &&
+          one_pixel.size() == processes.size(),
+      "give one value for each stage of the chain");
+  return resnet_fused::is_channels_last(
+      block[0] != 0, block[1] != 0, block[2], processes, weight_is_last, widths, one_pixel);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of resnet_fused; see resnet_fused.ops.operators.";
   m.def("build_info", &build_info, "What this extension was built with and the instruction set it picked.");
+  m.attr("FEW_PIXELS") = resnet_fused::cpu::kFewPixels;
+  m.def("activations", &activations, "The names in csrc/block/activations.h, in the order of their codes.");
+  m.def(
+      "is_channels_last", &is_channels_last, "See csrc/block/result_format.h; first: pre-activation, x is, channels.");
+  m.def("too_large_for_cuda", &resnet_fused::cuda::too_large, "See csrc/cuda/plan/limits.h.");
+  m.def("has_cuda_kernel", &resnet_fused::cuda::has_kernel, "See csrc/cuda/plan/limits.h.");
+  m.def(
+      "has_post_ops",
+      [](const pybind11::handle& x) {
+        TORCH_CHECK_TYPE(THPVariable_Check(x.ptr()), "expected a tensor, got ", Py_TYPE(x.ptr())->tp_name);
+        return resnet_fused::cpu::has_post_ops(THPVariable_Unpack(x.ptr()));
+      },
+      "See csrc/cpu/convolution.h.");
   m.def("unchanged", &resnet_fused::unchanged, "See csrc/python/module_state.h.");
   m.def(
       "fingerprint",
@@ -81,5 +115,6 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t launcher) {
         resnet_fused::cuda::install_emulator(reinterpret_cast<const resnet_fused::cuda::Launcher*>(launcher));
       },
-      "Address of a csrc/cuda/launch/launch.h Launcher that runs CUDA kernels on CPU tensors, for tests; 0 removes it.");
+      "Address of a csrc/cuda/launch/launch.h Launcher that runs CUDA kernels on CPU tensors, for tests; 0 removes "
+      "it.");
 }

@@ -17,8 +17,10 @@ from torch import Tensor
 from resnet_fused.backends import native, triton
 from resnet_fused.backends.how import Way
 from resnet_fused.errors import BackendError
+from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
+from resnet_fused.spec.facts import Needs
 
 log = logging.getLogger("resnet_fused")
 
@@ -40,9 +42,7 @@ class Backend(Protocol):
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         """The ways to run this block among which `tune` may choose; none where there is no choice."""
 
-    def forward(
-        self, spec: BlockSpec, tensors: tuple[Tensor | None, ...], needs: list[bool]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, spec: BlockSpec, tensors: Tensors, needs: Needs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """(out, convolution outputs to save, batch statistics). needs: which gradients `backward` will be asked for."""
 
     def backward(
@@ -52,10 +52,10 @@ class Backend(Protocol):
         out: Tensor | None,
         conv_outputs: list[Tensor],
         batch_stats: list[Tensor],
-        tensors: tuple[Tensor | None, ...],
-        needs: list[bool],
-    ) -> list[Tensor | None]:
-        """The gradient of every entry of `tensors`, None where `needs` is false."""
+        tensors: Tensors,
+        needs: Needs,
+    ) -> Tensors:
+        """The gradient of each of `tensors`, None where `needs` is false."""
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
         """Evaluation with running statistics and no autograd; params as their owner holds them, before autocast.

@@ -14,7 +14,6 @@ Where oneDNN will run them, the weights are also brought into its blocked layout
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from resnet_fused.ops import operators
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
+from resnet_fused.spec.facts import NONE, facts
 
 Affine = tuple[Tensor, Tensor]
-# Up to so many pixels (kFewPixels of csrc/cpu/convolution.cpp) a plain 1x1 weight is multiplied as a matrix: faster
-# than the making of a oneDNN convolution, as long as it is small. Larger ones are read faster in oneDNN's layout.
-FEW_PIXELS, SMALL_WEIGHT = 128, 1 << 16
+# Of few pixels (`operators.few_pixels`) a plain 1x1 weight is multiplied as a matrix: faster than the making of a
+# oneDNN convolution, as long as it is small. Larger ones are read faster in oneDNN's layout.
+SMALL_WEIGHT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class FoldedBlock:
     weights: list[Tensor]  # opaque where packed
     biases: list[Tensor | None]
     pre: Affine | None
+    branch_scale: Tensor | None  # where an activation stands before it
     skip_scale: Tensor | None
     channels_last: bool  # what the weights before packing make of a contiguous x
     finite: bool  # on the CPU, where oneDNN's ReLU would make zeros of NaN; elsewhere not looked at
@@ -74,7 +75,7 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -
     source: the parameters as the caller owns them, not copies cast for one call.
     pack: into oneDNN's layout, where it will run them.
     """
-    packs = pack and _packs(x)
+    packs = pack and x.device.type == "cpu" and operators.has_post_ops(x)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return _fold(source, x, spec, packs)  # into the graph, so that its replays see the weights of then
     samples = operators.fingerprint(source.tensors, "samples")
@@ -109,15 +110,16 @@ def _survives(kept: _Kept, source: BlockParams, x: Tensor) -> bool:
 def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> FoldedBlock:
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms = [_affine(s, p, precision) for s, p in zip(spec.convs, params.convs, strict=True)]
-    pre = None
-    if spec.order == "pre":  # each convolution is followed by the next stage's norm, the last by none
-        pre, *norms = norms[: len(spec.stages)]
-        norms += [None] * (len(spec.convs) - len(norms))
+    pre = norms[0] if spec.order == "pre" else None
+    last, keeps_branch_scale = len(spec.stages) - 1, facts(spec).join == "branch"
     weights, biases = [], []
-    for i, (p, norm) in enumerate(zip(params.convs, norms, strict=True)):
+    for i, (p, conv) in enumerate(zip(params.convs, facts(spec).convs, strict=True)):
         scale: Scale = 1.0
-        if i >= len(spec.stages) - 1:
-            scale = params.branch_scale if i == len(spec.stages) - 1 else params.skip_scale
+        if i > last:
+            scale = params.skip_scale
+        elif i == last and not keeps_branch_scale:
+            scale = params.branch_scale
+        norm = None if conv.output_stage == NONE else norms[conv.output_stage]
         w, c = _fold_conv(p, norm, scale, precision)
         weights.append(w.to(x.dtype))
         biases.append(None if c is None else c.to(x.dtype))
@@ -127,10 +129,15 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> Folde
     finite = x.device.type != "cpu" or all(bool(t.isfinite().all()) for t in made)
     if packs and finite:
         weights = _pack(weights, x, spec)
-    skip_scale = None
-    if spec.skip == "identity" and not (isinstance(params.skip_scale, float) and params.skip_scale == 1.0):
-        skip_scale = torch.as_tensor(params.skip_scale, dtype=precision, device=x.device).detach().reshape(-1)
-    return FoldedBlock(weights, biases, pre, skip_scale, channels_last, finite)
+    branch_scale = _unless_one(params.branch_scale, x, precision) if keeps_branch_scale else None
+    skip_scale = _unless_one(params.skip_scale, x, precision) if spec.skip == "identity" else None
+    return FoldedBlock(weights, biases, pre, branch_scale, skip_scale, channels_last, finite)
+
+
+def _unless_one(scale: Scale, x: Tensor, precision: torch.dtype) -> Tensor | None:
+    if isinstance(scale, float) and scale == 1.0:
+        return None
+    return torch.as_tensor(scale, dtype=precision, device=x.device).detach().reshape(-1)
 
 
 def _affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine | None:
@@ -157,24 +164,8 @@ def _fold_conv(
     return w, c
 
 
-def _packs(x: Tensor) -> bool:
-    """Whether oneDNN runs convolutions of x; csrc/cpu/convolution.cpp (`has_post_ops`) asks the same."""
-    if not (x.device.type == "cpu" and torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
-        return False
-    return _runs_in_onednn(x.dtype)
-
-
-@cache
-def _runs_in_onednn(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
-
-
 def _few(x: Tensor) -> bool:
-    return x.shape[0] * x.shape[2] * x.shape[3] <= FEW_PIXELS
+    return x.shape[0] * x.shape[2] * x.shape[3] <= operators.few_pixels()
 
 
 def _pack(weights: list[Tensor], x: Tensor, spec: BlockSpec) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """How a block runs on a GPU, whichever backend runs it: in how many launches, and with whose convolutions.
 
-A backend runs a block as was asked for here, else as was measured to be its fastest way (`resnet_fused.backends.measured`),
-else as it chooses by size.
+A backend runs a block as was asked for here, else as was measured to be its fastest way (`measured`), else as
+`choose` finds by size.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from resnet_fused.spec import BlockSpec
 
 Mode = Literal["single", "phased"]  # one launch between two convolutions of the library's, or one for each phase
 Library = Literal["none", "spatial", "all"]  # which convolutions are the vendor library's: spatial have several taps
@@ -71,6 +73,7 @@ def asked() -> Wish:
     return Wish(mode, library)
 
 
+@torch.compiler.assume_constant_result  # a graph keeps what was true when it was traced
 def precision() -> Literal["ieee", "tf32"]:
     """Of a block's float32 products, our kernels' and the library's: what PyTorch's own convolution now takes.
 
@@ -82,11 +85,45 @@ def precision() -> Literal["ieee", "tf32"]:
     return "tf32" if setting.fp32_precision == "tf32" else "ieee"
 
 
-def encode(wish: Wish) -> int:
-    """`how` of `BlockSpec.encode`, with the precision of now; csrc/block/spec.h decodes it (struct How)."""
-    launch = 0 if wish.mode is None else 1 + MODES.index(wish.mode)
-    library = 0 if wish.library is None else 1 + LIBRARIES.index(wish.library)
-    return launch | library << 2 | (precision() == "tf32") << 4
+class How(NamedTuple):
+    """Decided: how the launches of one block are cut, whose convolutions it has, and float32's products.
+
+    library: the convolutions (indices into `BlockSpec.convs`) that are the vendor library's.
+    """
+
+    mode: Mode
+    library: frozenset[int]
+    tf32: bool
+
+
+_EMPTY: frozenset[int] = frozenset()
+CHOSEN = How("single", _EMPTY, False)  # where there is nothing to choose: on a CPU
+
+# Activations of one launch up to here, several beyond, each with its own number of workers and with the library's
+# convolutions between them. Derived, not measured: batch 32 of a ResNet-50 at 224 pixels is to stay below in every
+# block, because there launches are a large part of the time.
+SINGLE_LAUNCH_BYTES = 128 << 20
+# A tile of a product has many channels a side: what has fewer in each group would mostly multiply zeros.
+FEWEST_CHANNELS = 16
+
+
+def choose(wish: Wish, spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) -> How:
+    """What was wished for, and the rest by size. weights: of the block's convolutions."""
+    widest = max(w.shape[0] for w in weights)
+    moved = x.element_size() * (x.numel() + x.numel() // x.shape[1] * widest)  # of the larger activations, roughly
+    mode: Mode = wish.mode or ("single" if moved <= SINGLE_LAUNCH_BYTES else "phased")
+    if wish.library is not None:
+        library = _EMPTY if wish.library == "none" else spatial(weights)
+        if wish.library == "all":
+            library = frozenset(range(len(weights)))
+    else:
+        thin = frozenset(
+            i
+            for i, (w, stage) in enumerate(zip(weights, spec.convs, strict=True))
+            if min(w.shape[0] // stage.groups, w.shape[1]) < FEWEST_CHANNELS
+        )
+        library = thin | (spatial(weights) if mode == "phased" else _EMPTY)
+    return How(mode, library, precision() == "tf32")
 
 
 def spatial(weights: Sequence[Tensor]) -> frozenset[int]:

@@ -28,6 +28,7 @@ from resnet_fused import triton_kernels  # type: ignore[attr-defined, unused-ign
 from resnet_fused.backends import how
 from resnet_fused.backends.how import Library, Mode, Wish
 from resnet_fused.ops import operators
+from resnet_fused.ops.encoding import encode
 from resnet_fused.spec import BlockSpec
 
 try:
@@ -38,8 +39,8 @@ except ImportError:  # not on Windows
 BackendName = Literal["native", "triton"]
 GPU = int | None  # its index; None is none, where the tests' emulator and Triton's interpreter run
 
-# the GPU, training or not, `BlockSpec.encode`, the input's shape, its dtype, output channels of each convolution; a
-# plain tuple, because torch.compile passes it on as a constant
+# the GPU, training or not, the spec as `ops.encoding` writes it, the input's shape, its dtype, output channels of each
+# convolution; a plain tuple, because torch.compile passes it on as a constant
 Key = tuple[GPU, bool, tuple[int, ...], tuple[int, ...], str, tuple[int, ...]]
 TileKey = tuple[Any, ...]  # the GPU, and what triton_kernels/host/tuning.py chooses the tile of a phase by
 
@@ -67,7 +68,7 @@ def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool) -> K
     return (
         gpu_of(x),
         train,
-        _numbers(spec.encode()[0]),
+        _numbers([*encode(spec).ints, spec.memory == "low"]),
         _numbers(x.shape),
         str(x.dtype),
         _numbers([w.shape[0] for w in weights]),
@@ -84,6 +85,7 @@ def decision(key: Key | None) -> Decision | None:
     return None if key is None else _decision(key, how.precision())
 
 
+@torch.compiler.assume_constant_result  # as `declines`
 def wish(backend: BackendName, key: Key | None) -> Wish:
     """How a backend is to run this block: as asked for (`how.asked`), else as measured if it then was the fastest."""
     asked, found = how.asked(), decision(key)

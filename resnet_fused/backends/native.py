@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from resnet_fused.backends import folding, how, measured
-from resnet_fused.backends.how import Way
+from resnet_fused.backends.how import How, Way
 from resnet_fused.ops import autograd, operators
-from resnet_fused.ops.operators import TensorList
+from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
+from resnet_fused.spec.facts import Needs
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_ARCHITECTURE = 80  # compute capability 8.0
@@ -40,12 +41,12 @@ class NativeBackend:
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         if x.device.type == "cpu":
             return []
-        return how.ways([p.weight for p in params.convs], always=_always_library(params, spec))
+        return how.ways(
+            [p.weight for p in params.convs], always=_always_library([p.weight for p in params.convs], spec)
+        )
 
-    def forward(
-        self, spec: BlockSpec, tensors: TensorList, needs: list[bool]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return operators.residual_block_forward(spec, tensors, needs, how=_how(spec, *_x_and_weights(tensors)))
+    def forward(self, spec: BlockSpec, tensors: Tensors, needs: Needs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return operators.residual_block_forward(spec, tensors, needs, how=_how_of(spec, tensors))
 
     def backward(
         self,
@@ -54,11 +55,11 @@ class NativeBackend:
         out: Tensor | None,
         conv_outputs: list[Tensor],
         batch_stats: list[Tensor],
-        tensors: TensorList,
-        needs: list[bool],
-    ) -> list[Tensor | None]:
+        tensors: Tensors,
+        needs: Needs,
+    ) -> Tensors:
         return operators.residual_block_backward(
-            spec, dout, out, conv_outputs, batch_stats, tensors, needs, how=_how(spec, *_x_and_weights(tensors))
+            spec, dout, out, conv_outputs, batch_stats, tensors, needs, how=_how_of(spec, tensors)
         )
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
@@ -71,7 +72,9 @@ class NativeBackend:
             folded.weights,
             folded.biases,
             folded.skip_scale,
+            [p.slope for p in params.convs],
             spec,
+            folded.branch_scale,
             how=_how(spec, x, folded.weights, train=False),
         )
         # a packed weight has lost the memory format that, with x's, decides on the output's
@@ -131,49 +134,41 @@ def _known(device: torch.device) -> str | None:
 
 
 def _too_large(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
-    """As csrc/cuda/plan/block.cpp (check_size), which counts a picture's rows in 14 bits and what its tiles span in 31."""
+    """What csrc/cuda/plan/limits.h says of every convolution."""
+    if torch.compiler.is_compiling():  # where sizes may be symbolic; the operator itself refuses
+        return None
     batch, _, *given = x.shape
-    height, width = given
+    size = given
     for i, (stage, tensors) in enumerate(zip(spec.convs, params.convs, strict=True)):
         if i == len(spec.stages):
-            height, width = given
-        ((sh, sw), (ph, pw), _), (k, c, r, s) = stage.geometry, tensors.weight.shape
-        if max(height + 2 * ph, width + 2 * pw) >= 1 << 14:
-            return "the native backend's CUDA kernels take pictures of up to 16383 rows and columns with their padding"
-        out = stage.output_size((height, width), (r, s))
-        fewest = min(out[0] * out[1], -(-height // sh) * -(-width // sw))
-        pixels, channels = max(height * width, out[0] * out[1]), max(k, c * stage.groups)
-        spanned = (128 // fewest + 2) * pixels * channels
-        if pixels * channels > 1 << 29 or spanned >= 1 << 31 or batch * pixels > 1 << 30:
-            return (
-                "the native backend's CUDA kernels count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 "
-                f"values an image, x is {tuple(x.shape)}"
-            )
-        height, width = out
+            size = given
+        kernel = (tensors.weight.shape[2], tensors.weight.shape[3])
+        out = stage.output_size((size[0], size[1]), kernel)
+        channels = max(tensors.weight.shape[0], tensors.weight.shape[1] * stage.groups)
+        reason = operators.too_large_for_cuda(batch, channels, size, out, stage)
+        if reason is not None:
+            return reason
+        size = list(out)
     return None
 
 
-def _always_library(params: BlockParams, spec: BlockSpec) -> frozenset[int]:
-    """The convolutions that csrc/cuda has no kernel for: with groups, or with channels that are no multiple of 8."""
-    weights = [p.weight for p in params.convs]
+def _always_library(weights: Sequence[Tensor], spec: BlockSpec) -> frozenset[int]:
+    """The convolutions that csrc/cuda has no kernel for, and leaves to the library without being told."""
     return frozenset(
         i
         for i, (stage, w) in enumerate(zip(spec.convs, weights, strict=True))
-        if stage.groups > 1 or w.shape[0] % 8 or w.shape[1] % 8
+        if not operators.has_cuda_kernel(w.shape[0], w.shape[1], stage.groups)
     )
 
 
-def _x_and_weights(tensors: TensorList) -> tuple[Tensor, list[Tensor]]:
-    x, _, _, *flat = tensors
-    assert x is not None
-    return x, [weight for weight in flat[::6] if weight is not None]
+def _how_of(spec: BlockSpec, tensors: Tensors) -> How:
+    assert tensors.x is not None
+    return _how(spec, tensors.x, [w for w in tensors.weights if w is not None])
 
 
-def _how(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool = True) -> int:
+def _how(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool = True) -> How:
     """How the kernels are to run, for the same x and weights the same in both directions of training."""
-    return 0 if x.device.type == "cpu" else _encoded(measured.lookup(spec, x, weights, train))
-
-
-@torch.compiler.assume_constant_result  # as `measured.declines`
-def _encoded(key: measured.Key | None) -> int:
-    return how.encode(measured.wish("native", key))
+    if x.device.type == "cpu":
+        return how.CHOSEN
+    wish = measured.wish("native", measured.lookup(spec, x, weights, train))
+    return how.choose(wish, spec, x, weights)

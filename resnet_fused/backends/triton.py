@@ -6,7 +6,7 @@ Its kernels are the `triton` overloads of the operators, registered here; Triton
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from resnet_fused import triton_kernels
 from resnet_fused.backends import folding, how, measured
 from resnet_fused.backends.how import Way
 from resnet_fused.ops import autograd, operators, validation
-from resnet_fused.ops.operators import TensorList
+from resnet_fused.ops.encoding import decode
+from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec
+from resnet_fused.spec.facts import Needs
+from resnet_fused.spec.tensors import SINGLE, BlockTensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_IMAGE, LARGEST_BATCH = 1 << 29, 1 << 30  # values of one image in the widest activation; pixels
@@ -49,9 +52,7 @@ class TritonBackend:
     def ways(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> list[Way]:
         return how.ways([p.weight for p in params.convs])
 
-    def forward(
-        self, spec: BlockSpec, tensors: TensorList, needs: list[bool]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, spec: BlockSpec, tensors: Tensors, needs: Needs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         return operators.residual_block_forward(spec, tensors, needs, "triton")
 
     def backward(
@@ -61,9 +62,9 @@ class TritonBackend:
         out: Tensor | None,
         conv_outputs: list[Tensor],
         batch_stats: list[Tensor],
-        tensors: TensorList,
-        needs: list[bool],
-    ) -> list[Tensor | None]:
+        tensors: Tensors,
+        needs: Needs,
+    ) -> Tensors:
         return operators.residual_block_backward(spec, dout, out, conv_outputs, batch_stats, tensors, needs, "triton")
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
@@ -71,7 +72,15 @@ class TritonBackend:
         if not folded.finite:
             return None
         return operators.residual_block_infer(
-            x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "triton"
+            x,
+            folded.pre,
+            folded.weights,
+            folded.biases,
+            folded.skip_scale,
+            [p.slope for p in params.convs],
+            spec,
+            folded.branch_scale,
+            "triton",
         )
 
 
@@ -87,111 +96,100 @@ def _interpreted() -> bool:
 
 # --- the operators' kernels ------------------------------------------------------------------------------------------
 
-OptionalList = Sequence[Tensor | None]
 
-
-@lru_cache(maxsize=1024)
-def _spec(ints: tuple[int, ...], eps: tuple[float, ...]) -> BlockSpec:
-    return operators.decode(ints, eps)
-
-
-def _flat(x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: OptionalList) -> TensorList:
-    return (x, branch, skip, *(t for six in zip(*lists, strict=True) for t in six))
-
-
-def _check(
-    spec: BlockSpec, x: Tensor, branch: Tensor | None, skip: Tensor | None, *lists: OptionalList
-) -> list[tuple[int, int, int]]:
+def _check(spec: BlockSpec, tensors: Tensors) -> list[tuple[int, int, int]]:
     """`validation.check` for who calls the operator itself: a kernel given wrong shapes would read out of bounds."""
+    lists: Any = tensors.arguments[len(SINGLE) :]
     if any(len(each) != len(spec.convs) for each in lists):
         raise ValueError(f"the spec has {len(spec.convs)} convolutions, got {[len(each) for each in lists]} tensors")
-    stages = tuple(StageParams(*six) for six in zip(*lists, strict=True))
+    stages = tuple(
+        StageParams(weight, bias, gamma, beta, mean, var, slope=slope)
+        for weight, bias, gamma, beta, mean, var, slope in zip(*lists, strict=True)
+    )
     projection = stages[-1] if spec.projection is not None else None
+    branch, skip = tensors.branch_scale, tensors.skip_scale
     scales = (1.0 if branch is None else branch, 1.0 if skip is None else skip)
-    return validation.check(x, BlockParams(stages[: len(spec.stages)], projection, *scales), spec)
+    assert tensors.x is not None
+    return validation.check(tensors.x, BlockParams(stages[: len(spec.stages)], projection, *scales), spec)
 
 
-def _check_saved(x: Tensor, shape: tuple[int, int, int], tensors: Sequence[Tensor | None], what: str) -> None:
-    for t in tensors:
-        if t is None or tuple(t.shape) != (x.shape[0], *shape) or t.dtype != x.dtype or t.device != x.device:
-            given = "None" if t is None else f"{t.dtype} {tuple(t.shape)} on {t.device}"
-            raise ValueError(f"{what} must be {x.dtype} {(x.shape[0], *shape)} on {x.device}, got {given}")
+def _check_like(x: Tensor, shape: tuple[int, int, int], tensor: Tensor | None, what: str) -> None:
+    accepted = (x.shape[0], *shape)
+    if tensor is None or tuple(tensor.shape) != accepted or tensor.dtype != x.dtype or tensor.device != x.device:
+        given = "None" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{what} must be {x.dtype} {accepted} on {x.device}, got {given}")
 
 
-def _forward(
-    x: Tensor,
-    branch: Tensor | None,
-    skip: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: OptionalList,
-    gammas: OptionalList,
-    betas: OptionalList,
-    means: OptionalList,
-    variances: OptionalList,
-    needs: Sequence[bool],
-    ints: Sequence[int],
-    eps: Sequence[float],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    from resnet_fused.triton_kernels.host import policies, residual_block
+def _forward(x: Tensor, *rest: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    from resnet_fused.triton_kernels.host import forward, policies
 
-    spec = _spec(tuple(ints), tuple(eps))
-    _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
-    tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
+    *others, ints, floats = rest
+    spec, facts = decode(ints, floats)
+    tensors: Tensors = BlockTensors(x, *others)
+    _check(spec, tensors)
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever its tensors' is
-        return residual_block.forward(spec, tensors, needs, policies.choose(spec, x, weights))
+        return forward.forward(spec, facts, tensors, policies.choose(spec, x, others[2]))
 
 
 def _backward(
     dout: Tensor,
     out: Tensor | None,
-    ys: Sequence[Tensor],
-    stats: Sequence[Tensor],
+    conv_outputs: Sequence[Tensor],
+    batch_stats: Sequence[Tensor],
     x: Tensor,
-    branch: Tensor | None,
-    skip: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: OptionalList,
-    gammas: OptionalList,
-    betas: OptionalList,
-    means: OptionalList,
-    variances: OptionalList,
-    needs: Sequence[bool],
-    ints: Sequence[int],
-    eps: Sequence[float],
+    *rest: Any,
 ) -> list[Tensor]:
-    from resnet_fused.triton_kernels.host import policies, residual_block
+    from resnet_fused.triton_kernels.host import backward, policies
 
-    spec = _spec(tuple(ints), tuple(eps))
-    shapes = _check(spec, x, branch, skip, weights, biases, gammas, betas, means, variances)
-    masked = spec.order == "post" and spec.skip != "none" and spec.stages[-1].act == "relu"
-    _check_saved(x, shapes[len(spec.stages) - 1], [dout, *([out] if masked else [])], "dout and out")
-    for i, y in zip(operators.saved_convs(spec, needs), ys, strict=True):
-        _check_saved(x, shapes[i], [y], f"the saved output of convolution {i}")
-    tensors = _flat(x, branch, skip, weights, biases, gammas, betas, means, variances)
+    *others, flags, ints, floats = rest
+    spec, facts = decode(ints, floats)
+    tensors: Tensors = BlockTensors(x, *others)
+    shapes = _check(spec, tensors)
+    last = shapes[len(spec.stages) - 1]
+    _check_like(x, last, dout, "dout")
+    if facts.join == "output":
+        _check_like(x, last, out, "out")
+    for i, y in zip(facts.saved, conv_outputs, strict=True):
+        _check_like(x, shapes[i], y, f"the saved output of convolution {i}")
+    needs = BlockTensors.of(list(flags))
     with torch.cuda.device_of(x):
-        policy = policies.choose(spec, x, weights)
-        grads = residual_block.backward(spec, dout, out, ys, stats, tensors, needs, policy)
-    return [g for g in grads if g is not None]
+        policy = policies.choose(spec, x, others[2])
+        grads = backward.backward(spec, facts, dout, out, conv_outputs, batch_stats, tensors, needs, policy)
+    return [grad for grad in grads.flat if grad is not None]
 
 
 def _infer(
     x: Tensor,
     a: Tensor | None,
     b: Tensor | None,
-    weights: Sequence[Tensor],
-    biases: OptionalList,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    branch_scale: Tensor | None,
     skip_scale: Tensor | None,
+    slopes: list[Tensor | None],
     ints: Sequence[int],
+    floats: Sequence[float],
 ) -> Tensor:
-    from resnet_fused.triton_kernels.host import policies, residual_block
+    from resnet_fused.triton_kernels.host import infer, policies
 
-    spec = _spec(tuple(ints), ())
-    nothing = [None] * len(weights)
-    _check(residual_block.folded_spec(spec, False), x, None, skip_scale, weights, biases, *[nothing] * 4)
-    pre = None if a is None or b is None else torch.stack([a, b, torch.zeros_like(a), b]).float()  # NORM_ROWS
+    spec, facts = decode(ints, floats)
+    nothing: list[Tensor | None] = [None] * len(weights)
+    tensors: Tensors = BlockTensors(
+        x, branch_scale, skip_scale, [*weights], biases, nothing, nothing, nothing, nothing, slopes
+    )
+    _check(infer.folded_spec(spec, False), tensors)
+    if branch_scale is not None and spec.order != "branch":
+        raise ValueError(f"branch_scale is folded into the weights of a block in {spec.order!r} order: give None")
+    pre = None
+    if a is not None and b is not None:
+        for name, vector in (("pre_scale", a), ("pre_shift", b)):
+            if vector.shape != (x.shape[1],) or vector.device != x.device:
+                given = f"{list(vector.shape)} on {vector.device}"
+                raise ValueError(f"{name} must be [{x.shape[1]}] on {x.device}, got {given}")
+        pre = torch.stack([a, b, torch.zeros_like(a), b]).float()  # NORM_ROWS
     with torch.cuda.device_of(x):
         policy = policies.choose(spec, x, weights, train=False)
-        return residual_block.infer(x, pre, weights, biases, skip_scale, spec, policy)
+        return infer.infer(spec, facts, x, pre, weights, biases, branch_scale, skip_scale, slopes, policy)
 
 
 if operators.load_error() is None:

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.module_state import GLOBAL_HOOKS, HOOKS
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec, batch_norm
+from resnet_fused.spec.activations import KINDS, recognise
 
 FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"  # timm freezes with the same class
-RELUS = ("relu", F.relu, F.relu_, torch.relu, torch.relu_)
 
 
 @dataclass(frozen=True)
 class StageModules:
     """The children behind one stage; in pre-activation order `norm` and `act` precede `conv`.
 
-    act: a module (nn.ReLU, nn.Identity), a function (``F.relu``, ``torch.relu``), "relu", "identity", or None.
+    act: a module (nn.ReLU, nn.PReLU), a function (``F.relu``, ``torch.relu``), an `Activation` or its name, or None for
+    none. Those that are known are `spec.activations.KINDS`.
     """
 
     conv: nn.Module
@@ -95,7 +95,9 @@ def class_path(cls: type) -> str:
 def _stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
     conv = _conv(f"{name}.conv", modules.conv)
     norm, batch_stats, eps = _norm(f"{name}.norm", modules.norm, conv.weight.device.type)
-    params = StageParams(conv.weight, conv.bias, **norm)
+    act = _activation(f"{name}.act", modules.act)
+    slope = modules.act.weight if isinstance(modules.act, nn.PReLU) else None
+    params = StageParams(conv.weight, conv.bias, **norm, slope=slope)
     spec = StageSpec(
         conv.stride,  # type: ignore[arg-type]  # typed tuple[int, ...]
         _padding(f"{name}.conv", conv),
@@ -104,7 +106,7 @@ def _stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
         len(norm) > 0,  # Dynamo of torch 2.11 cannot take the truth of a dict
         batch_stats,
         eps,
-        _activation(f"{name}.act", modules.act),
+        act,
     )
     return params, spec
 
@@ -165,9 +167,9 @@ def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
 def _activation(name: str, act: object) -> Activation:
     if isinstance(act, nn.Module):
         require_no_hooks(name, act)
-    if act is None or act == "identity" or type(act) is nn.Identity:
-        return "identity"
-    if act in RELUS or type(act) is nn.ReLU:
-        return "relu"
+    found = recognise(act)
+    if found is not None and not (found.kind.learned and not isinstance(act, nn.Module)):
+        return found
     given = type(act).__name__ if isinstance(act, nn.Module) else repr(act)
-    raise NotFusable(f"{name} is {given}; accepted: nn.ReLU, F.relu, 'relu', nn.Identity, 'identity', None")
+    modules = ", ".join(f"nn.{module.__name__}" for kind in KINDS.values() for module in kind.modules)
+    raise NotFusable(f"{name} is {given}; accepted: {modules}, their functions and names, or None")

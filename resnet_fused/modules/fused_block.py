@@ -77,7 +77,7 @@ class Description:
 
 
 class FusedModule(nn.Module):
-    """Mixin that stands before the original class; `FusedBlock` and `resnet_fused.modules.stem` say what it then computes."""
+    """Mixin that stands before the original class; `FusedBlock` and `modules.stem` say what it then computes."""
 
     _fused_from: ClassVar[type[nn.Module]]
     _fused_class: ClassVar[type[FusedModule]]  # made of the mixin and `_fused_from` by `_make_class`

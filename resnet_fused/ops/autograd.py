@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from resnet_fused.ops import norm_operators, operators, sync_batch_norm
+from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams, Scale
 from resnet_fused.spec import BlockSpec
+from resnet_fused.spec.facts import facts
+from resnet_fused.spec.tensors import BlockTensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,12 +26,21 @@ if TYPE_CHECKING:
     from resnet_fused.backends.dispatch import Backend
 
 
-def flatten(params: BlockParams, x: Tensor) -> tuple[Tensor | None, ...]:
-    """(x, branch_scale, skip_scale, then six tensors for each convolution), the order of the operators' gradients."""
-    tensors: list[Tensor | None] = [x, _scale(params.branch_scale, x), _scale(params.skip_scale, x)]
-    for p in params.convs:
-        tensors += [p.weight, p.bias, p.norm_weight, p.norm_bias, p.running_mean, p.running_var]
-    return tuple(tensors)
+def tensors_of(params: BlockParams, x: Tensor) -> Tensors:
+    """As the operators take them."""
+    convs = params.convs
+    return BlockTensors(
+        x,
+        _scale(params.branch_scale, x),
+        _scale(params.skip_scale, x),
+        [p.weight for p in convs],
+        [p.bias for p in convs],
+        [p.norm_weight for p in convs],
+        [p.norm_bias for p in convs],
+        [p.running_mean for p in convs],
+        [p.running_var for p in convs],
+        [p.slope for p in convs],
+    )
 
 
 def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -53,17 +65,15 @@ def _scale(scale: Scale, x: Tensor) -> Tensor | None:
     return torch.full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
-def residual_block(
-    spec: BlockSpec, backend: Backend, tensors: tuple[Tensor | None, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(out, batch statistics), with gradients for every entry of `tensors`, which is `flatten(params, x)`."""
-    given = list(tensors)
+def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(out, batch statistics), with gradients for each of `tensors`, which are `tensors_of(params, x)`."""
     for i, stage in enumerate(spec.convs):
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
-            given[3 + 6 * i + 4] = given[3 + 6 * i + 5] = None
+            tensors.running_means[i] = tensors.running_vars[i] = None
     if torch.compiler.is_exporting():  # an exported program is for inference, and holds operators and no Function
-        out, _, batch_stats = backend.forward(spec, tuple(given), [False] * len(given))
+        out, _, batch_stats = backend.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))
         return out, tuple(stats.detach() for stats in batch_stats)
+    given = tensors.flat
     places = tuple(i for i, t in enumerate(given) if t is not None)
     out, *stats = ResidualBlock.apply(spec, backend, len(given), places, *(t for t in given if t is not None))
     return out, tuple(stats)
@@ -72,19 +82,21 @@ def residual_block(
 class ResidualBlock(torch.autograd.Function):
     """One residual block; ``apply(spec, backend, count, places, *tensors)`` -> (out, *batch statistics).
 
-    count, places: how many entries `flatten` has, and which of them `tensors` are; autograd charges for every argument.
+    count, places: how many tensors a block has, and which of them `tensors` are (in the order of `BlockTensors.flat`);
+    autograd charges for every argument.
     """
 
     @staticmethod
     def forward(
         ctx: Any, spec: BlockSpec, backend: Backend, count: int, places: tuple[int, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        needs = [False] * count
+        wanted = [False] * count
         for place, need in zip(places, ctx.needs_input_grad[4:], strict=True):
-            needs[place] = need
+            wanted[place] = need
+        needs = BlockTensors.of(wanted)
         out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
-        masked_by_out = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
-        ctx.save_for_backward(*tensors, out if masked_by_out else None, *conv_outputs, *batch_stats)
+        reads_out = facts(spec).join == "output"
+        ctx.save_for_backward(*tensors, out if reads_out else None, *conv_outputs, *batch_stats)
         ctx.spec, ctx.backend, ctx.count, ctx.places, ctx.needs = spec, backend, count, places, needs
         ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
         ctx.mark_non_differentiable(*batch_stats)
@@ -106,16 +118,17 @@ class ResidualBlock(torch.autograd.Function):
                 _placed(ctx.count, ctx.places, saved[:a]),
                 ctx.needs,
             )
-        grads = _refuse_second_derivative("residual_block", [grads[i] for i in ctx.places], [dout, *saved[:a]])
-        return None, None, None, None, *grads
+        flat = grads.flat
+        given = _refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], [dout, *saved[:a]])
+        return None, None, None, None, *given
 
 
-def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) -> Tensors:
     """`tensors` at their places among `count`, the others None."""
     flat: list[Tensor | None] = [None] * count
     for place, tensor in zip(places, tensors, strict=True):
         flat[place] = tensor
-    return tuple(flat)
+    return BlockTensors.of(flat)
 
 
 class MaxPool2d(torch.autograd.Function):

@@ -1,4 +1,6 @@
-"""The operators of act(batch_norm(x) + residual): typed calls, fake kernels. Schemas stand in csrc/ops/batch_norm_act.cpp.
+"""The operators of act(batch_norm(x) + residual): typed calls, fake kernels.
+
+Schemas stand in csrc/ops/batch_norm_act.h.
 
 x, residual, dout, out, dx, dz: [N, C, H, W] of one dtype; results are channels_last where x is, else contiguous.
 mean, var, weight, bias:        [C], x's dtype or float32 (float64 for float64).
@@ -22,7 +24,7 @@ from resnet_fused.ops.operators import load_error, require
 def batch_statistics(x: Tensor) -> Tensor:
     """[2, C]: mean and biased variance, float32 (float64 for float64)."""
     require()
-    return torch.ops.resnet_fused.batch_statistics(x)
+    return torch.ops.resnet_fused.batch_statistics.default(x)
 
 
 def normalize_act(
@@ -38,13 +40,13 @@ def normalize_act(
 ) -> tuple[Tensor, Tensor]:
     """(act((x - mean) / sqrt(var + eps) * weight + bias + residual), mask); the mask is [0] where it is not saved."""
     require()
-    return torch.ops.resnet_fused.normalize_act(x, mean, var, weight, bias, residual, eps, relu, save_mask)
+    return torch.ops.resnet_fused.normalize_act.default(x, mean, var, weight, bias, residual, eps, relu, save_mask)
 
 
 def normalize_act_backward_reduce(dout: Tensor, mask: Tensor | None, x: Tensor, mean: Tensor) -> Tensor:
     """[2, C] float64: the sums of dz and of dz * (x - mean); dz is dout where the mask is set, dout without one."""
     require()
-    return torch.ops.resnet_fused.normalize_act_backward_reduce(dout, mask, x, mean)
+    return torch.ops.resnet_fused.normalize_act_backward_reduce.default(dout, mask, x, mean)
 
 
 def normalize_act_backward_apply(
@@ -66,7 +68,7 @@ def normalize_act_backward_apply(
            dx = scale * dz, and of x only the shape and memory format count.
     """
     require()
-    return torch.ops.resnet_fused.normalize_act_backward_apply(
+    return torch.ops.resnet_fused.normalize_act_backward_apply.default(
         dout, mask, x, mean, var, weight, sums, count, eps, save_dz
     )
 

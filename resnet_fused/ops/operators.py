@@ -1,10 +1,9 @@
 """The operators of the C++ extension, ``torch.ops.resnet_fused.*``: loading, typed calls, fake kernels.
 
-Schemas stand in csrc/ops/operators.cpp. `tensors` is always `autograd.flatten`: (x, branch_scale, skip_scale), then
-(weight, bias, norm_weight, norm_bias, running_mean, running_var) for each convolution of the spec. The operators are
-functional: nothing is written in place, no output aliases an input.
+Schemas stand in csrc/ops/operators.h, in the order of `spec.tensors.BlockTensors`. The operators are functional:
+nothing is written in place, no output aliases an input.
 
-conv_outputs: the y_i that backward needs and cannot have cheaply, see `saved_convs`.
+conv_outputs: the y_i that backward needs and cannot have cheaply, see `spec.facts` (saved).
 batch_stats:  [2, C] (mean, biased variance), float32 (float64 for float64), for each norm with batch statistics.
 """
 
@@ -19,10 +18,14 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from resnet_fused.backends.how import CHOSEN, How
 from resnet_fused.errors import BackendError
-from resnet_fused.spec import ACTIVATIONS, BlockSpec, StageSpec
+from resnet_fused.ops.encoding import decode, encode
+from resnet_fused.spec import BlockSpec, StageSpec
+from resnet_fused.spec.facts import Needs
+from resnet_fused.spec.tensors import BlockTensors
 
-TensorList = tuple[Tensor | None, ...]
+Tensors = BlockTensors[Tensor | None]
 # Overloads: csrc's kernels for the tensors' device; csrc/cuda's, for the tests' emulator on CPU tensors, too; or those
 # that backends/triton.py registers.
 Kernels = Literal["default", "cuda", "triton"]
@@ -71,15 +74,15 @@ def binary() -> Path | None:
 
 
 def residual_block_forward(
-    spec: BlockSpec, tensors: TensorList, needs: Sequence[bool], kernels: Kernels = "default", how: int = 0
+    spec: BlockSpec, tensors: Tensors, needs: Needs, kernels: Kernels = "default", how: How = CHOSEN
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, conv_outputs, batch_stats).
 
     needs: of which of `tensors` backward will give the gradient; it decides on conv_outputs.
-    how:   see `BlockSpec.encode`.
+    how:   how kernels for a GPU run.
     """
     require()
-    return _overload("residual_block_forward", kernels)(*_lists(tensors), list(needs), *spec.encode(how))
+    return _overload("residual_block_forward", kernels)(*tensors.arguments, *encode(spec, needs, how))
 
 
 def residual_block_backward(
@@ -88,23 +91,23 @@ def residual_block_backward(
     out: Tensor | None,
     conv_outputs: Sequence[Tensor],
     batch_stats: Sequence[Tensor],
-    tensors: TensorList,
-    needs: Sequence[bool],
+    tensors: Tensors,
+    needs: Needs,
     kernels: Kernels = "default",
-    how: int = 0,
-) -> list[Tensor | None]:
-    """The gradient of every entry of `tensors`, None where `needs` is false (running statistics never need one).
+    how: How = CHOSEN,
+) -> Tensors:
+    """The gradient of each of `tensors`, None where `needs` is false (running statistics never need one).
 
-    needs: as forward was given them.
+    out: forward's, where `facts(spec).join` is "output"; else it may be None. needs: as forward was given them.
     """
     require()
-    needs = list(needs)
+    wanted = needs.flat
     grads = iter(
         _overload("residual_block_backward", kernels)(
-            dout, out, list(conv_outputs), list(batch_stats), *_lists(tensors), needs, *spec.encode(how)
+            dout, out, list(conv_outputs), list(batch_stats), *tensors.arguments, wanted, *encode(spec, needs, how)
         )
     )
-    return [next(grads) if need else None for need in needs]
+    return BlockTensors.of([next(grads) if need else None for need in wanted])
 
 
 def residual_block_infer(
@@ -113,19 +116,24 @@ def residual_block_infer(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     skip_scale: Tensor | None,
+    slopes: Sequence[Tensor | None],
     spec: BlockSpec,
+    branch_scale: Tensor | None = None,
     kernels: Kernels = "default",
-    how: int = 0,
+    how: How = CHOSEN,
 ) -> Tensor:
     """The block with its normalisations folded into `weights` and `biases`.
 
-    pre: scale and shift [C] of the normalisation that precedes the first convolution, in pre-activation order.
+    pre:          scale and shift [C] of the normalisation that precedes the first convolution, in pre-activation order.
+    branch_scale: where an activation stands before it, which keeps it from being folded.
+    slopes:       of activations that learn one, in the order of `BlockSpec.convs`.
     """
     require()
-    ints, _ = spec.encode(how)
     a, b = pre if pre is not None else (None, None)
     operator = _overload("residual_block_infer", kernels)
-    return operator(x, a, b, list(weights), list(biases), skip_scale, ints)
+    return operator(
+        x, a, b, list(weights), list(biases), branch_scale, skip_scale, list(slopes), *encode(spec, None, how)
+    )
 
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
@@ -139,28 +147,6 @@ def max_pool2d_backward(
 ) -> Tensor:
     require()
     return torch.ops.resnet_fused.max_pool2d_backward(dout, positions, height, width, kernel_size, stride, padding)
-
-
-def saved_convs(spec: BlockSpec, needs: Sequence[bool]) -> list[int]:
-    """Indices into `spec.convs` whose outputs are saved for backward (csrc/block/spec.h says the same).
-
-    At the end of the block y is read by the gradient of a scale, and behind a norm by those of its gamma and beta and
-    through the batch's statistics; without any of them dy is dz times a constant. memory="low" recomputes the last
-    stage's and the projection's.
-
-    needs: which gradients are wanted, in the order of `tensors`.
-    """
-    last = len(spec.stages) - 1
-    saved = []
-    for i, stage in enumerate(spec.convs):
-        if i < last:
-            saved.append(i)
-        elif spec.memory == "default":
-            through_norm = stage.norm and (stage.batch_stats or any(needs[5 + 6 * i : 7 + 6 * i]))
-            masked_by_y = spec.skip == "none" and stage.act == "relu"
-            if needs[1 if i == last else 2] or (spec.order == "post" and (through_norm or masked_by_y)):
-                saved.append(i)
-    return saved
 
 
 def unchanged(snapshot: tuple[Any, ...]) -> bool:
@@ -185,6 +171,30 @@ def update_running_stats(
     return _C is not None and _C.update_running_stats(means, variances, counters, batch_stats, factors, counts)
 
 
+def too_large_for_cuda(
+    batch: int, channels: int, size: Sequence[int], out: Sequence[int], stage: StageSpec
+) -> str | None:
+    """Why csrc/cuda cannot count the pixels and values of a convolution, or None; channels: the wider of its sides."""
+    stride, padding, _ = stage.geometry
+    reason = _C.too_large_for_cuda(batch, channels, list(size), list(out), list(stride), list(padding))
+    return None if reason is None else f"the native backend's CUDA kernels {reason}"
+
+
+def has_cuda_kernel(output_channels: int, channels_in_group: int, groups: int) -> bool:
+    """Whether csrc/cuda has a kernel for such a convolution; otherwise the vendor's library runs it."""
+    return _C is not None and _C.has_cuda_kernel(output_channels, channels_in_group, groups)
+
+
+def has_post_ops(x: Tensor) -> bool:
+    """Whether oneDNN runs convolutions of x (csrc/cpu/convolution.h)."""
+    return _C is not None and _C.has_post_ops(x)
+
+
+def few_pixels() -> int:
+    """Up to so many pixels, small 1x1 convolutions are matrix products (csrc/cpu/convolution.h)."""
+    return _C.FEW_PIXELS
+
+
 def require() -> None:
     """Raises BackendError without the extension."""
     if _load_error is not None:
@@ -195,29 +205,7 @@ def _overload(name: str, kernels: Kernels) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.resnet_fused, name), kernels)
 
 
-def _lists(tensors: TensorList) -> tuple[object, ...]:
-    x, branch_scale, skip_scale, *flat = tensors
-    return (x, branch_scale, skip_scale, *(flat[i::6] for i in range(6)))
-
-
 # --- fakes: shapes, dtypes and strides of the real kernels -----------------------------------------------------------
-
-
-def decode(ints: Sequence[int], eps: Sequence[float]) -> BlockSpec:
-    """The inverse of `BlockSpec.encode`."""
-    count, skip, pre, low, _ = ints[:5]
-    stages = []
-    for i in range(len(ints) // 9):
-        sh, sw, ph, pw, dh, dw, groups, norm, act = ints[5 + 9 * i : 14 + 9 * i]
-        each_eps = eps[i] if eps else 0.0
-        stages.append(StageSpec((sh, sw), (ph, pw), (dh, dw), groups, norm > 0, norm == 2, each_eps, ACTIVATIONS[act]))
-    return BlockSpec(
-        tuple(stages[:count]),
-        ("none", "identity", "projection")[skip],
-        stages[count] if skip == 2 else None,
-        "pre" if pre else "post",
-        "low" if low else "default",
-    )
 
 
 def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[tuple[int, int, int, int]]:
@@ -231,29 +219,24 @@ def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[
 
 
 def output_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
-    """The memory format of a block's result, as PyTorch's own operations would give it one after another.
-
-    A convolution's result is channels_last where its input or its weight is, but for a single pixel; a norm or an
-    activation of a single channel forgets it (csrc/block/result_format.h says the same). PyTorch itself departs from this
-    where x has one channel and is a slice.
-    """
-    last, channels = suggest_memory_format(x) == torch.channels_last, x.shape[1]
-    for stage, weight, (_, width, h, w) in zip(spec.stages, weights, _conv_shapes(x, weights, spec), strict=False):
-        passes = stage.norm or stage.act == "relu"
-        if spec.order == "pre" and passes and channels == 1:
-            last = False
-        last, channels = last or suggest_memory_format(weight) == torch.channels_last, width
-        if h * w == 1 or (spec.order == "post" and passes and channels == 1):
-            last = False
+    """The memory format of a block's result, as PyTorch's own operations would give it (csrc/block/result_format.h)."""
+    sizes = _conv_shapes(x, weights, spec)[: len(spec.stages)]
+    last = _C.is_channels_last(
+        [spec.order == "pre", suggest_memory_format(x) == torch.channels_last, int(x.shape[1])],
+        [stage.processes for stage in spec.stages],
+        [suggest_memory_format(weight) == torch.channels_last for weight in weights],
+        [int(width) for _, width, _, _ in sizes],
+        [bool(h * w == 1) for _, _, h, w in sizes],
+    )
     return torch.channels_last if last else torch.contiguous_format
 
 
 def _register_fakes() -> None:
-    def forward(x, branch, skip, weights, biases, gammas, betas, means, variances, needs, ints, eps):  # type: ignore[no-untyped-def]
-        spec = decode(ints, eps)
+    def forward(x, branch, skip, weights, *rest):  # type: ignore[no-untyped-def]
+        spec, facts = decode(*rest[-2:])
         shapes = _conv_shapes(x, weights, spec)
         out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=output_format(x, weights, spec))
-        saved = [x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last) for i in saved_convs(spec, needs)]
+        saved = [x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last) for i in facts.saved]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         widths = [x.shape[1], *(s[1] for s in shapes)] if spec.order == "pre" else [s[1] for s in shapes]
         stats = [
@@ -263,28 +246,25 @@ def _register_fakes() -> None:
         ]
         return out, saved, stats
 
-    def backward(  # type: ignore[no-untyped-def]
-        dout, out, ys, stats, x, branch, skip, weights, biases, gammas, betas, means, variances, needs, ints, eps
-    ):
-        inputs = [x, branch, skip]
-        for six in zip(weights, biases, gammas, betas, means, variances, strict=True):
-            inputs += six
-        grads = []
-        for i, (t, need) in enumerate(zip(inputs, needs, strict=True)):
-            if need and (i == 0 or (i >= 3 and (i - 3) % 6 == 0)):
-                grads.append(t.new_empty(t.shape).contiguous(memory_format=suggest_memory_format(t)))
-            elif need:
-                grads.append(t.new_empty(t.shape))
-        return grads
+    def backward(dout, out, ys, stats, *rest):  # type: ignore[no-untyped-def]
+        *tensors, needs, _, _ = rest
+        inputs = [*tensors[:3], *(t for each in tensors[3:] for t in each)]
+        keeps_format = BlockTensors.filled(False, len(tensors[3]))
+        keeps_format.x, keeps_format.weights = True, [True] * len(tensors[3])
+        return [
+            t.new_empty(t.shape).contiguous(memory_format=suggest_memory_format(t)) if keeps else t.new_empty(t.shape)
+            for t, need, keeps in zip(inputs, needs, keeps_format.flat, strict=True)
+            if need
+        ]
 
-    def infer(x, a, b, weights, biases, skip_scale, ints):  # type: ignore[no-untyped-def]
-        spec = decode(ints, [])
+    def infer(x, a, b, weights, *rest):  # type: ignore[no-untyped-def]
+        spec, _ = decode(*rest[-2:])
         shape = _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
         return x.new_empty(shape).contiguous(memory_format=output_format(x, weights, spec))
 
     for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
         for overload in ("", ".cuda", ".triton"):
-            torch.library.register_fake(f"resnet_fused::residual_block_{name}{overload}", fake)  # type: ignore[arg-type]
+            torch.library.register_fake(f"resnet_fused::residual_block_{name}{overload}", fake)
 
     @torch.library.register_fake("resnet_fused::max_pool2d")
     def _(x, kernel_size, stride, padding):  # type: ignore[no-untyped-def]

@@ -5,7 +5,6 @@ Short on purpose; every other implementation is held against this one.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
     if spec.order == "pre":
         u = x
         for i, (stage, tensors) in enumerate(stages):
-            u = _act(stage, _norm(stage, tensors, u))
+            u = _act(stage, tensors, _norm(stage, tensors, u))
             if i == 0 and spec.projection is not None and params.projection is not None:
                 skip = _conv(spec.projection, params.projection, u)
             u = _conv(stage, tensors, u)
@@ -33,12 +32,14 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
 
     u = x
     for stage, tensors in stages[:-1]:
-        u = _act(stage, _norm(stage, tensors, _conv(stage, tensors, u)))
+        u = _act(stage, tensors, _norm(stage, tensors, _conv(stage, tensors, u)))
     stage, tensors = stages[-1]
     u = _norm(stage, tensors, _conv(stage, tensors, u))
     if spec.projection is not None and params.projection is not None:
         skip = _norm(spec.projection, params.projection, _conv(spec.projection, params.projection, x))
-    return _act(stage, _join(u, skip, params, spec))
+    if spec.order == "branch":
+        return _join(_act(stage, tensors, u), skip, params, spec)
+    return _act(stage, tensors, _join(u, skip, params, spec))
 
 
 def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activation) -> Tensor:
@@ -46,7 +47,7 @@ def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activ
     z = bn(x)
     if residual is not None:
         z = z + residual
-    return torch.relu(z) if act == "relu" else z
+    return act(z)
 
 
 def _conv(stage: StageSpec, tensors: StageParams, x: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ def _norm(stage: StageSpec, tensors: StageParams, y: Tensor) -> Tensor:
     )
 
 
-def _act(stage: StageSpec, z: Tensor) -> Tensor:
-    return torch.relu(z) if stage.act == "relu" else z
+def _act(stage: StageSpec, tensors: StageParams, z: Tensor) -> Tensor:
+    return stage.activation(z, tensors.slope)
 
 
 def _join(branch: Tensor, skip: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:

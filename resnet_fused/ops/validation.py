@@ -10,7 +10,7 @@ from torch import Tensor, bfloat16, dtype, float16, float32, float64
 
 from resnet_fused.ops import operators
 from resnet_fused.params import BlockParams, StageParams
-from resnet_fused.spec import ACTIVATIONS, BlockSpec, IntPair, StageSpec
+from resnet_fused.spec import Activation, BlockSpec, IntPair, StageSpec
 from resnet_fused.spec.batch_norm import BatchNorm
 
 DTYPES = (float32, float64, bfloat16, float16)
@@ -37,6 +37,7 @@ def check(x: Tensor, params: BlockParams, spec: BlockSpec, autocast: dtype | Non
     for i, (stage, tensors) in enumerate(zip(spec.stages, params.stages, strict=True)):
         out = _check_stage(f"stages[{i}]", x, shape, stage, tensors, autocast)
         _check_norm(f"stages[{i}]", x, shape if pre else out, stage, tensors)
+        _check_slope(f"stages[{i}]", x, (shape if pre else out)[0], stage, tensors)
         shapes.append(out)
         shape = out
     if spec.projection is not None and params.projection is not None:
@@ -103,11 +104,11 @@ def check_pool(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
         raise ValueError(f"a {kernel_size}x{kernel_size} window does not fit the input {tuple(x.shape)}")
 
 
-def check_batch_norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: str) -> None:
+def check_batch_norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activation) -> None:
     """Raises ValueError or TypeError for what `batch_norm_act` does not take."""
     check_input(x)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act is {act!r}; accepted: {', '.join(map(repr, ACTIVATIONS))}")
+    if act.kind.learned:
+        raise ValueError(f"act is {act.name!r}, whose slope is learned; accepted: any other activation")
     if x.shape[1] != norm.channels:
         raise ValueError(f"x {tuple(x.shape)} has {x.shape[1]} channels, bn takes {norm.channels}")
     if residual is not None:
@@ -197,6 +198,23 @@ def _check_vector(name: str, tensor: Tensor | None, channels: int, x: Tensor) ->
         )
     if tensor.device != x.device:
         raise ValueError(f"x is on {x.device} but {name} is on {tensor.device}; move one of them")
+
+
+def _check_slope(name: str, x: Tensor, channels: int, stage: StageSpec, tensors: StageParams) -> None:
+    slope, act = tensors.slope, stage.activation
+    if (slope is not None) != act.kind.learned:
+        given = "none" if slope is None else f"a slope {list(slope.shape)}"
+        raise ValueError(
+            f"the activation of {name} is {act.name!r} and params hold {given}; give a slope for prelu only"
+        )
+    if slope is None:
+        return
+    if slope.dim() != 1 or slope.numel() not in (1, channels):
+        raise ValueError(f"{name}.slope must be [1] or [{channels}], got {list(slope.shape)}")
+    if not slope.is_floating_point():
+        raise TypeError(f"{name}.slope must be floating point, got {slope.dtype}")
+    if slope.device != x.device:
+        raise ValueError(f"x is on {x.device} but {name}.slope is on {slope.device}; move one of them")
 
 
 def _one_value(name: str, size: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from resnet_fused.spec.block import ACTIVATIONS, Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec
+from resnet_fused.spec.activations import Activation
+from resnet_fused.spec.block import BlockSpec, IntPair, Memory, Order, Skip, StageSpec
 
-__all__ = ["ACTIVATIONS", "Activation", "BlockSpec", "IntPair", "Memory", "Order", "Skip", "StageSpec"]
+__all__ = ["Activation", "BlockSpec", "IntPair", "Memory", "Order", "Skip", "StageSpec"]

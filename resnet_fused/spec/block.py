@@ -6,14 +6,17 @@ A block is a chain of stages plus a skip path::
                                   out = act_n(branch_scale * norm_n(conv_n(P_n)) + skip_scale * S)
                                   S   = x   or   norm_s(conv_s(x))
 
+    branch activation (YOLO):     out = branch_scale * act_n(norm_n(conv_n(P_n))) + skip_scale * S,  S as above
+
     pre-activation  (ResNet v2):  P_i = act_i(norm_i(u_i)),   u_1 = x,   u_{i+1} = conv_i(P_i)
                                   out = branch_scale * u_{n+1} + skip_scale * S
                                   S   = x   or   conv_s(P_1)
 
 Post-activation is He et al. 2015 (arXiv:1512.03385), pre-activation He et al. 2016 (arXiv:1603.05027),
-whose projection reads the activated input and has no normalisation.
+whose projection reads the activated input and has no normalisation; the branch activation is that of the bottlenecks of
+Redmon & Farhadi 2018 (arXiv:1804.02767).
 
-A spec holds no tensor and knows no module: it keys caches and crosses into C++ as two flat lists.
+A spec holds no tensor and knows no module. What follows from it for those that compute it is in `spec.facts`.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Activation = Literal["relu", "identity"]
-Order = Literal["post", "pre"]
+from resnet_fused.spec.activations import IDENTITY, Activation, activation
+
+Order = Literal["post", "pre", "branch"]
 Skip = Literal["none", "identity", "projection"]
 Memory = Literal["default", "low"]
 IntPair = tuple[int, int]
 
-ACTIVATIONS: tuple[Activation, ...] = ("identity", "relu")  # index = code in csrc/block/spec.h
+ORDERS: tuple[Order, ...] = ("post", "pre", "branch")
+SKIPS: tuple[Skip, ...] = ("none", "identity", "projection")
 
 
 def _pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> IntPair:
@@ -50,7 +55,8 @@ class StageSpec:
     norm:        whether the stage has a BatchNorm at all.
     batch_stats: normalise with the batch's statistics (training) rather than the running ones.
     eps:         added to the variance, as in ``nn.BatchNorm2d``.
-    act:         applied after the normalisation; the last stage's (post order) applies after the residual add.
+    act:         applied after the normalisation; in post order the last stage's applies after the residual addition.
+                 An `Activation` or its name, see `spec.activations.KINDS`.
 
     Raises ValueError for a value out of range.
     """
@@ -62,7 +68,7 @@ class StageSpec:
     norm: bool = True
     batch_stats: bool = True
     eps: float = 1e-5
-    act: Activation = "relu"
+    act: Activation | str = "relu"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", _pair("stride", self.stride, 1))
@@ -72,7 +78,16 @@ class StageSpec:
             raise ValueError(f"groups must be a positive int, got {self.groups!r}")
         if not 0 <= self.eps < float("inf"):  # false for NaN
             raise ValueError(f"eps must be a finite number >= 0, got {self.eps!r}")
-        _one_of("act", self.act, ACTIVATIONS)
+        object.__setattr__(self, "act", activation(self.act))
+
+    @property
+    def activation(self) -> Activation:
+        return self.act  # type: ignore[return-value]
+
+    @property
+    def processes(self) -> bool:
+        """Whether its norm or its activation changes anything."""
+        return self.norm or self.activation.name != "identity"
 
     def output_size(self, size: IntPair, kernel: IntPair) -> IntPair:
         """(H, W) of the convolution's output for an input of `size` and a kernel of `kernel`."""
@@ -93,7 +108,7 @@ class BlockSpec:
     stages:     conv/norm/act triples in the order in which the data meets them.
     skip:       "none" (a plain chain, e.g. the stem), "identity" or "projection".
     projection: the skip path's stage; given exactly when skip is "projection".
-    order:      "post" or "pre" activation.
+    order:      "post", "pre" or "branch" activation.
     in_place_add: the sum is ``branch += skip``, as in torchvision and timm: under autocast, or with parameters that
                 widen the skip path, it keeps the branch's dtype where ``branch + skip`` takes the wider one.
     memory:     what backward keeps: "default" the convolution outputs, "low" recomputes those of the
@@ -117,13 +132,13 @@ class BlockSpec:
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise ValueError("a block needs at least one stage")
-        _one_of("skip", self.skip, ("none", "identity", "projection"))
-        _one_of("order", self.order, ("post", "pre"))
+        _one_of("skip", self.skip, SKIPS)
+        _one_of("order", self.order, ORDERS)
         _one_of("memory", self.memory, ("default", "low"))
         if (self.projection is not None) != (self.skip == "projection"):
             raise ValueError(f"skip={self.skip!r} does not go with projection={self.projection!r}")
-        if self.projection is not None and self.projection.act != "identity":
-            raise ValueError(f"a projection has no activation of its own, got act={self.projection.act!r}")
+        if self.projection is not None and self.projection.act != IDENTITY:
+            raise ValueError(f"a projection has no activation of its own, got act={self.projection.activation.name!r}")
         if self.order == "pre" and self.projection is not None and self.projection.norm:
             raise ValueError("a pre-activation projection reads the activated input and has no norm: set norm=False")
         convs = self.stages if self.projection is None else (*self.stages, self.projection)
@@ -132,27 +147,3 @@ class BlockSpec:
 
     def with_memory(self, memory: Memory) -> BlockSpec:
         return replace(self, memory=memory)
-
-    def encode(self, how: int = 0) -> tuple[list[int], list[float]]:
-        """The flat lists that csrc/block/spec.h decodes: 5 header ints, then 9 ints and one eps a conv.
-
-        how: how CUDA kernels are to run (`resnet_fused.backends.how`), 0 where they choose.
-        """
-        if "_encoded" not in self.__dict__:
-            self.__dict__["_encoded"] = self._encode()
-        ints, eps = self.__dict__["_encoded"]
-        return [*ints[:4], how, *ints[5:]], [*eps]
-
-    def _encode(self) -> tuple[list[int], list[float]]:
-        header = [
-            len(self.stages),
-            ("none", "identity", "projection").index(self.skip),
-            int(self.order == "pre"),
-            int(self.memory == "low"),
-            0,
-        ]
-        for stage in self.convs:
-            (sh, sw), (ph, pw), (dh, dw) = stage.geometry
-            norm = int(stage.norm) + int(stage.norm and stage.batch_stats)  # 0 none, 1 running, 2 batch
-            header += [sh, sw, ph, pw, dh, dw, stage.groups, norm, ACTIVATIONS.index(stage.act)]
-        return header, [stage.eps for stage in self.convs]

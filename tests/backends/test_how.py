@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from support.blocks import block
 
 from resnet_fused.backends import how
-from resnet_fused.backends.how import Way, Wish
-from resnet_fused.ops import operators
-
-HEADER = Path(__file__).parents[2] / "csrc" / "block" / "spec.h"
+from resnet_fused.backends.how import How, Way, Wish
+from resnet_fused.ops.encoding import decode, encode
+from resnet_fused.spec import BlockSpec
 
 
 @pytest.fixture(autouse=True)
@@ -38,23 +35,34 @@ def precision(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def code(enum: str, name: str) -> int:
-    """Of a name in one of csrc/block/spec.h's enums."""
-    (body,) = re.findall(rf"enum class {enum} : int64_t {{([^}}]+)}}", HEADER.read_text())
-    return int(re.findall(rf"\b{name} = (\d+)", body)[0])
+def on(channels: int = 32) -> tuple[torch.Tensor, list[torch.Tensor], BlockSpec]:
+    x, params, spec = block(3, "projection", channels=channels, width=16, out_channels=64).build(torch.float32)
+    return x, [p.weight for p in params.convs], spec
 
 
-@pytest.mark.parametrize("wish", [Wish(*pair) for pair in product((None, *how.MODES), (None, *how.LIBRARIES))], ids=str)
-def test_encoding_is_what_cpp_decodes(wish: Wish, precision: str) -> None:
-    launch, library = code("Launch", wish.mode or "choose"), code("Library", wish.library or "choose")
-    assert how.encode(wish) == launch | library << 2 | (precision == "tf32") << 4
+@pytest.mark.parametrize("wish", [Wish(*pair) for pair in product(how.MODES, how.LIBRARIES)], ids=str)
+def test_what_is_wished_for_is_chosen(wish: Wish, precision: str) -> None:
+    x, weights, spec = on()
+    library = {"none": set(), "spatial": {0, 1, 2}, "all": {0, 1, 2, 3}}[str(wish.library)]
+    assert how.choose(wish, spec, x, weights) == How(wish.mode, library, precision == "tf32")  # type: ignore[arg-type]
 
 
-def test_the_encoding_reaches_the_operators(precision: str) -> None:
-    _, _, spec = block().build()
-    ints, eps = spec.encode(how.encode(Wish("phased", "all")))
-    assert ints[4] == 2 | 3 << 2 | (precision == "tf32") << 4
-    assert operators.decode(ints, eps) == spec
+def test_the_rest_is_chosen_by_size() -> None:
+    x, weights, spec = on()
+    assert how.choose(Wish(None, None), spec, x, weights)[:2] == ("single", frozenset())
+    large = torch.empty(1 << 13, 32, 20, 20, device="meta")
+    assert how.choose(Wish(None, None), spec, large, weights)[:2] == ("phased", {0, 1, 2})
+    assert how.choose(Wish("single", None), spec, large, weights)[:2] == ("single", frozenset())
+    _, thin, spec = on(channels=8)
+    assert how.choose(Wish(None, None), spec, x, thin).library == {0, 3}, "fewer than 16 channels on a side"
+
+
+def test_how_reaches_the_operators(precision: str) -> None:
+    x, weights, spec = on()
+    encoded = encode(spec, how=how.choose(Wish("phased", "spatial"), spec, x, weights))
+    assert encoded.ints[4] == 1 | (precision == "tf32") << 1
+    assert [flags >> 4 & 1 for flags in encoded.ints[16::12]] == [1, 1, 1, 0]
+    assert decode(*encoded).spec == spec
 
 
 def test_what_is_asked_for_is_nested_and_undone() -> None:

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.blocks import block, run
+from support.blocks import block
+from support.runs import run
 from torch import Tensor, nn
 
 import resnet_fused

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulator.emulated import Emulator, compiled
-from ops.test_batch_norm_act import Case, check
+from support.batch_norm_act import Case, check
 
 from resnet_fused import _C  # type: ignore[attr-defined]
 from resnet_fused.ops import norm_operators

@@ -16,19 +16,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fused import explain, functional, fuse, triton_kernels
 from resnet_fused.backends import dispatch, folding, how, measured, native
+from resnet_fused.backends.how import How, Library, Mode, Wish
 from resnet_fused.backends.measured import Decision
 from resnet_fused.errors import BackendError
 from resnet_fused.models.resnet import BasicBlock
 from resnet_fused.ops import autograd, operators
 from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
+from resnet_fused.spec.facts import Needs
+from resnet_fused.spec.tensors import BlockTensors
 
 if operators.load_error() is not None:
     pytest.skip("the extension is not built", allow_module_level=True)
 
 Block = tuple[Tensor, BlockParams, BlockSpec]
 BACKEND = dispatch.BACKENDS["native"]
-TF32 = 1 << 4  # as PyTorch's convolutions, where nothing was set
 CASE = block(3, "projection", channels=16, width=8, out_channels=32, size=(9, 8))
 
 
@@ -202,16 +204,16 @@ def test_auto_takes_the_fastest() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_two_gpus_do_not_answer_for_each_other(told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_gpus_do_not_answer_for_each_other(told: dict[str, How], monkeypatch: pytest.MonkeyPatch) -> None:
     """The current device is cuda:0 throughout."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: f"GPU of kind {device}")
     decide(on("cuda:1"), Decision("native", "phased", "all", 1.5))
     assert dispatch.select("auto", *on("cuda:1")) is BACKEND
     assert dispatch.select("auto", *on("cuda:0")) is None
     assert "not measured on this GPU" in (BACKEND.declines(*on("cuda:0")) or "")
-    for device, expected in (("cuda:1", 2 | 3 << 2 | TF32), ("cuda:0", TF32)):
+    for device, expected in (("cuda:1", way("phased", "all")), ("cuda:0", way())):
         x, params, spec = on(device)
-        BACKEND.forward(spec, autograd.flatten(params, x), [])
+        BACKEND.forward(spec, autograd.tensors_of(params, x), BlockTensors.filled(False, 4))
         assert told == {"forward": expected}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "one kind of GPU")
     forget()
@@ -291,62 +293,69 @@ def test_ways_on_a_gpu() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, How]:
     """How each operator was asked to run; none does."""
-    seen: dict[str, int] = {}
+    seen: dict[str, How] = {}
 
-    def forward(spec: BlockSpec, tensors: operators.TensorList, needs: list[bool], how: int) -> Any:
+    def forward(spec: BlockSpec, tensors: operators.Tensors, needs: Needs, how: How) -> Any:
         seen["forward"] = how
-        return tensors[0], [], []
+        return tensors.x, [], []
 
-    def backward(*_: Any, how: int) -> Any:
+    def backward(*_: Any, how: How) -> Any:
         seen["backward"] = how
         return []
 
-    def infer(x: Tensor, *_: Any, how: int) -> Any:
+    def infer(x: Tensor, *_: Any, how: How) -> Any:
         seen["infer"] = how
         return x
 
     for stub in (forward, backward, infer):
         monkeypatch.setattr(operators, f"residual_block_{stub.__name__}", stub)
-    empty = folding.FoldedBlock([], [], None, None, False, True)
+    empty = folding.FoldedBlock([], [], None, None, None, False, True)
     monkeypatch.setattr(folding, "folded", lambda params, x, spec: replace(empty, weights=weights(params)))
     return seen
 
 
+def way(mode: Mode | None = None, library: Library | None = None, tf32: bool = True) -> How:
+    """What was wished for, and tf32 as PyTorch's convolutions, where nothing was set."""
+    x, params, spec = on("cuda")
+    return how.choose(Wish(mode, library), spec, x, weights(params))._replace(tf32=tf32)
+
+
 def call(given: Block) -> None:
     x, params, spec = given
-    tensors = autograd.flatten(params, x)
-    BACKEND.forward(spec, tensors, [])
-    BACKEND.backward(spec, x, None, [], [], tensors, [])
+    tensors = autograd.tensors_of(params, x)
+    needs = BlockTensors.filled(False, len(spec.convs))
+    BACKEND.forward(spec, tensors, needs)
+    BACKEND.backward(spec, x, None, [], [], tensors, needs)
     BACKEND.infer(x, params, spec)
 
 
 @pytest.mark.usefixtures("gpu")
-def test_every_direction_is_told_the_same(told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def assert_told(device: str, expected: int) -> None:
+def test_every_direction_is_told_the_same(told: dict[str, How], monkeypatch: pytest.MonkeyPatch) -> None:
+    def assert_told(device: str, expected: How) -> None:
         told.clear()
         call(on(device))
         assert told == dict.fromkeys(("forward", "backward", "infer"), expected)
 
-    assert_told("cuda", TF32)
+    assert_told("cuda", way())
     for train in (True, False):
         decide(on("cuda"), Decision("triton", "phased", "all", 1.5), train)
-    assert_told("cuda", TF32)
+    assert_told("cuda", way())
     for train in (True, False):
         decide(on("cuda"), Decision("native", "phased", "all", 1.5), train)
-    assert_told("cuda", 2 | 3 << 2 | TF32)
+    assert_told("cuda", way("phased", "all"))
     with how.launch_mode("single"):
-        assert_told("cuda", 1 | 3 << 2 | TF32)
+        assert_told("cuda", way("single", "all"))
         with how.library_convolutions("none"):
-            assert_told("cuda", 1 | 1 << 2 | TF32)
-            assert_told("cpu", 0)
+            assert_told("cuda", way("single", "none"))
+            assert_told("cpu", how.CHOSEN)
     monkeypatch.setattr(how, "precision", lambda: "ieee")
-    assert_told("cuda", 2 | 3 << 2)
+    assert_told("cuda", way("phased", "all", tf32=False))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, How], monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.compile` traces the choice without a break, with and without measurements."""
     monkeypatch.setattr(native, "why_not_on_gpu", lambda device: None)
     x, params, spec = given = on("cuda")
@@ -355,8 +364,8 @@ def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, int], monk
         chosen = dispatch.select("auto", x, params, spec)
         if chosen is None:
             return None
-        tensors = autograd.flatten(params, x)
-        return chosen.forward(spec, tensors, [False] * len(tensors))[0]
+        tensors = autograd.tensors_of(params, x)
+        return chosen.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))[0]
 
     compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=dynamic)
     torch.compiler.reset()
@@ -364,7 +373,7 @@ def test_graphs_hold_what_was_measured(dynamic: bool, told: dict[str, int], monk
     decide(given, Decision("native", "phased", "none", 1.5))
     torch.compiler.reset()
     assert compiled(x) is not None
-    assert told == {"forward": 2 | 1 << 2 | TF32}
+    assert told == {"forward": way("phased", "none")}
     assert compiled(torch.cat([x, x])) is None, "another shape was not measured"
 
 

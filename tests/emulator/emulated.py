@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,26 +17,28 @@ from typing import Literal
 from torch import Tensor
 
 from resnet_fused import _C  # type: ignore[attr-defined]
-from resnet_fused.backends import dispatch, folding
+from resnet_fused.backends import dispatch, folding, how
+from resnet_fused.backends.how import How, Wish
 from resnet_fused.ops import operators
-from resnet_fused.ops.operators import TensorList
+from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
+from resnet_fused.spec.facts import Needs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CUDA = ROOT / "csrc" / "cuda"
+# What the kernels include from beside csrc/cuda; copies of them find it through the kernels' own folder.
+BESIDE = [ROOT / "csrc" / "block" / name for name in ("activations.h", "activation_functions.h")]
 KEPT_DAYS = 30
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden")
 
-LAUNCHES = ("choose", "single", "phased")
-LIBRARIES = ("choose", "none", "spatial", "all")
 NAME = "emulated"
 
 
 def sources(cuda: Path) -> list[Path]:
     mine, kernels = sorted(HERE.glob("*.h")), sorted((cuda / "kernels").iterdir())
-    return [*mine, HERE / "launcher.cpp", cuda / "launch" / "launch.h", *kernels]
+    return [*mine, HERE / "launcher.cpp", cuda / "launch" / "launch.h", *kernels, *BESIDE]
 
 
 def built() -> Path:
@@ -68,7 +70,8 @@ def compiled(name: str, *flags: str, cuda: Path = CUDA) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             fresh = target.with_suffix(".fresh")
-            command = [compiler, *FLAGS, *flags, f"-I{HERE}", f"-I{cuda}", str(HERE / "launcher.cpp"), "-o", str(fresh)]
+            include = [f"-I{place}" for place in (HERE, cuda, CUDA / "kernels")]
+            command = [compiler, *FLAGS, *flags, *include, str(HERE / "launcher.cpp"), "-o", str(fresh)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600)
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -84,7 +87,8 @@ def compiled(name: str, *flags: str, cuda: Path = CUDA) -> Path:
 def outdated() -> str | None:
     """Why the extension and a launcher compiled now would not understand each other, or None."""
     extension = Path(_C.__file__)
-    for header in (CUDA / "launch" / "launch.h", CUDA / "kernels" / "phase.h", CUDA / "kernels" / "scalars.cuh"):
+    kernels = CUDA / "kernels"
+    for header in (CUDA / "launch" / "launch.h", kernels / "phase.h", kernels / "scalars.cuh", BESIDE[0]):
         if header.stat().st_mtime > extension.stat().st_mtime:
             return f"{extension.name} is older than {header.name}: build it again"
     return None
@@ -126,12 +130,12 @@ class Emulator:
 
 
 class EmulatedBackend:
-    """The `cuda` overloads of the operators. how: see `BlockSpec.encode`."""
+    """The `cuda` overloads of the operators, run as `set_how` says."""
 
     name = NAME
 
     def __init__(self) -> None:
-        self.how = 0
+        self.wish, self.tf32 = Wish(None, None), False
 
     def set_how(
         self,
@@ -139,7 +143,13 @@ class EmulatedBackend:
         library: Literal["choose", "none", "spatial", "all"] = "choose",
         tf32: bool = False,
     ) -> None:
-        self.how = LAUNCHES.index(launch) | LIBRARIES.index(library) << 2 | tf32 << 4
+        self.wish = Wish(None if launch == "choose" else launch, None if library == "choose" else library)
+        self.tf32 = tf32
+
+    def how(self, spec: BlockSpec, x: Tensor | None, weights: Sequence[Tensor | None]) -> How:
+        assert x is not None
+        given = [w for w in weights if w is not None]
+        return how.choose(self.wish, spec, x, given)._replace(tf32=self.tf32)
 
     def unavailable(self) -> str | None:
         return None
@@ -150,10 +160,10 @@ class EmulatedBackend:
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         return "the emulator is for tests"
 
-    def forward(
-        self, spec: BlockSpec, tensors: TensorList, needs: list[bool]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        return operators.residual_block_forward(spec, tensors, needs, "cuda", self.how)
+    def forward(self, spec: BlockSpec, tensors: Tensors, needs: Needs) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        return operators.residual_block_forward(
+            spec, tensors, needs, "cuda", self.how(spec, tensors.x, tensors.weights)
+        )
 
     def backward(
         self,
@@ -162,17 +172,34 @@ class EmulatedBackend:
         out: Tensor | None,
         conv_outputs: list[Tensor],
         batch_stats: list[Tensor],
-        tensors: TensorList,
-        needs: list[bool],
-    ) -> list[Tensor | None]:
+        tensors: Tensors,
+        needs: Needs,
+    ) -> Tensors:
         return operators.residual_block_backward(
-            spec, dout, out, conv_outputs, batch_stats, tensors, needs, "cuda", self.how
+            spec,
+            dout,
+            out,
+            conv_outputs,
+            batch_stats,
+            tensors,
+            needs,
+            "cuda",
+            self.how(spec, tensors.x, tensors.weights),
         )
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
         folded = folding.folded(params, x, spec, pack=False)
         return operators.residual_block_infer(
-            x, folded.pre, folded.weights, folded.biases, folded.skip_scale, spec, "cuda", self.how
+            x,
+            folded.pre,
+            folded.weights,
+            folded.biases,
+            folded.skip_scale,
+            [p.slope for p in params.convs],
+            spec,
+            folded.branch_scale,
+            "cuda",
+            self.how(spec, x, folded.weights),
         )
 
 

@@ -11,7 +11,7 @@ from emulator.emulated import CUDA
 
 @dataclass(frozen=True)
 class Fault:
-    """`text` of a kernel becomes `instead`. block: the one of test_cuda.py's `RUNS` that it must show in."""
+    """`text` of a kernel becomes `instead`. block: the one of `support.emulated_runs.RUNS` that it must show in."""
 
     file: str
     text: str
@@ -70,7 +70,9 @@ FAULTS = {
         "training",
     ),
     "padding after the activation": Fault("chain.cuh", "if (inside(first_row + row) &&", "if (true &&", "evaluation"),
-    "no mask by the norm": Fault("epilogue.cuh", "if (e.mask == Mask::by_norm) {", "if (false) {", "training"),
+    "no mask by the norm": Fault(
+        "epilogue.cuh", "} else if (e.mask == Mask::by_norm) {", "} else if (false) {", "training"
+    ),
     "means of tiles left at what they are relative to": Fault(
         "reductions.cuh", "moments.add(c, near + shift,", "moments.add(c, near,", "training"
     ),

@@ -1,6 +1,6 @@
 """A program that runs blocks on an emulator compiled with AddressSanitizer: ``python sanitized.py launcher.so``.
 
-PyTorch's memory is under its eye when libasan is preloaded; test_cuda.py starts it so.
+PyTorch's memory is under its eye when libasan is preloaded; test_cuda_sanitizer.py starts it so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from emulator.emulated import Emulator, installed
-from support.blocks import Case, block, run
+from support.blocks import Case, block
+from support.runs import run
 
 TRAINED = [
     block(3, "projection", channels=5, width=3, out_channels=7, stride=2, size=(9, 6), bias=True, memory="low"),

@@ -2,7 +2,7 @@
 
 `make gpu` runs this in parts side by side, because compiling Triton's kernels takes most of the time, and some of it
 under compute-sanitizer. Without a GPU, RESNET_FUSED_TEST_DEVICE=cpu (and TRITON_INTERPRET=1) runs what needs no CUDA of
-Triton's, slowly and with fewer seeds; tests/cuda/test_cuda.py runs the native kernels in an emulator.
+Triton's, slowly and with fewer seeds; tests/cuda runs the native kernels in an emulator.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops.test_equivalence import Block, assert_equivalent, in_other_format
-from ops.test_equivalence import poisoned as poisoned  # a fixture
 from support import equivalence
-from support.blocks import Case, Results, block, map_tensors, run, run_exact
-from support.equivalence import pooled, relative_error, root_mean_square_error
+from support.block_equivalence import Block, assert_equivalent, in_other_format
+from support.blocks import Case, block, frozen
+from support.equivalence import Results, pooled, relative_error, root_mean_square_error
+from support.runs import run, run_exact
 from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.backends import dispatch, how
-from resnet_fused.params import BlockParams
+from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
 
 pytest.importorskip("triton")
@@ -114,19 +114,6 @@ def built(
     blocks = [on(device, *case.build(dtype, LAST, seed, norm_dtype)) for seed in seeds]
     douts = [case.upstream(dtype, seed).contiguous(memory_format=LAST).to(device) for seed in seeds]
     return blocks, douts
-
-
-def frozen(case: Case) -> Case:
-    """The block in evaluation."""
-    projection = case.spec.projection
-    return replace(
-        case,
-        spec=replace(
-            case.spec,
-            stages=tuple(replace(s, batch_stats=False) for s in case.spec.stages),
-            projection=None if projection is None else replace(projection, batch_stats=False),
-        ),
-    )
 
 
 def without_relu(case: Case) -> Case:

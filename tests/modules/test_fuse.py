@@ -18,11 +18,12 @@ from support.training import assert_trains_as_eager, train
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused import BackendError, BlockModules, NotFusable, StageModules, explain, fuse, unfuse
+from resnet_fused import BackendError, BlockModules, NotFusable, StageModules, explain, functional, fuse, unfuse
 from resnet_fused.models.resnet import BasicBlock, Bottleneck
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import describe
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule
+from resnet_fused.spec import Activation
 
 FIRST = next(name for name, why_not in resnet_fused.backends().items() if why_not is None)  # what "auto" takes here
 
@@ -398,8 +399,8 @@ REFUSED = {
     r"padding='same' with an even kernel": lambda: stage(nn.Conv2d(4, 4, (3, 2), padding="same")),
     r"stages\[0\].norm is GroupNorm; accepted: nn.BatchNorm2d": lambda: stage(CONV, nn.GroupNorm(2, 4)),
     r"norm is SyncBatchNorm": lambda: stage(CONV, nn.SyncBatchNorm(4)),
-    r"stages\[0\].act is GELU; accepted: nn.ReLU": lambda: stage(CONV, None, nn.GELU()),
-    r"act is ReLU6": lambda: stage(CONV, None, nn.ReLU6()),
+    r"stages\[0\].act is SELU; accepted: nn.Identity, nn.ReLU": lambda: stage(CONV, None, nn.SELU()),
+    r"act is 'prelu'": lambda: stage(CONV, None, "prelu"),
     r"stages\[0\].conv \(Conv2d\) has hooks": lambda: stage(with_hook(nn.Conv2d(4, 4, 3))),
     r"norm \(BatchNorm2d\) has hooks": lambda: stage(CONV, with_hook(nn.BatchNorm2d(4), "register_forward_pre_hook")),
     r"act \(ReLU\) has hooks": lambda: stage(CONV, None, with_hook(nn.ReLU(), "register_full_backward_hook")),
@@ -436,7 +437,7 @@ def test_describe_reads_every_attribute() -> None:
     params, spec = describe(stage(conv, norm, nn.ReLU()), "low")
     (tensors,), (described,) = params.stages, spec.stages
     assert described.geometry == ((2, 1), (0, 0), (1, 2))
-    assert (described.groups, described.eps, described.act, described.norm) == (2, 0.25, "relu", True)
+    assert (described.groups, described.eps, described.act, described.norm) == (2, 0.25, Activation("relu"), True)
     assert (spec.skip, spec.order, spec.memory) == ("none", "post", "low")
     assert tensors.weight is conv.weight
     assert tensors.bias is conv.bias
@@ -452,7 +453,7 @@ def test_same_padding_and_a_norm_folded_away() -> None:
     conv = nn.Conv2d(4, 4, (5, 3), padding="same", dilation=(1, 2))
     _, spec = describe(stage(conv, nn.Identity(), nn.Identity()), "default")
     assert spec.stages[0].padding == (2, 2)
-    assert (spec.stages[0].norm, spec.stages[0].act) == (False, "identity")
+    assert (spec.stages[0].norm, spec.stages[0].act) == (False, Activation("identity"))
 
 
 # --- blocks that are, or become, something else ----------------------------------------------------------------------
@@ -493,7 +494,7 @@ class Doubled(nn.Conv2d):
     [
         ("conv2", Doubled(16, 16, 3, padding=1)),
         ("bn1", nn.GroupNorm(4, 16)),
-        ("relu", nn.Hardswish()),
+        ("relu", nn.SELU()),
         ("downsample", nn.AvgPool2d(1)),
     ],
 )
@@ -811,10 +812,46 @@ def test_sizes_behave_as_in_pytorch(shape: tuple[int, ...], mode: str) -> None:
 )
 def test_activations_by_name_and_by_function(act: object) -> None:
     stage = StageModules(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act)  # type: ignore[arg-type]
-    assert describe(BlockModules((stage,), skip="none"), "default")[1].stages[0].act == "relu"
+    assert describe(BlockModules((stage,), skip="none"), "default")[1].stages[0].act == Activation("relu")
     for none in (None, "identity", nn.Identity()):
         given = StageModules(stage.conv, stage.norm, none)
-        assert describe(BlockModules((given,), skip="none"), "default")[1].stages[0].act == "identity"
-    for other in (F.gelu, "gelu", nn.GELU()):
-        with pytest.raises(NotFusable, match=r"(?i)act is .*gelu.*; accepted: nn.ReLU, F.relu, 'relu'"):
+        assert describe(BlockModules((given,), skip="none"), "default")[1].stages[0].act == Activation("identity")
+    for other in (F.selu, "selu", nn.SELU()):
+        with pytest.raises(NotFusable, match=r"(?i)act is .*selu.*; accepted: nn.Identity, nn.ReLU, .*or None"):
             describe(BlockModules((StageModules(stage.conv, stage.norm, other),), skip="none"), "default")  # type: ignore[arg-type]
+
+
+OTHERS = {
+    "relu6": [nn.ReLU6(), F.relu6, "relu6"],
+    "leaky_relu": [nn.LeakyReLU(), F.leaky_relu, "leaky_relu"],
+    "hardswish": [nn.Hardswish(), F.hardswish],
+    "hardsigmoid": [nn.Hardsigmoid(), F.hardsigmoid],
+    "gelu": [nn.GELU(), F.gelu, "gelu"],
+    "gelu_tanh": [nn.GELU("tanh")],
+    "prelu": [nn.PReLU()],
+}
+
+
+@pytest.mark.parametrize(("name", "act"), [(name, act) for name, acts in OTHERS.items() for act in acts], ids=str)
+def test_other_activations(name: str, act: object) -> None:
+    """A block with them computes what PyTorch's own modules would, in both directions."""
+    children = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+    stage = StageModules(*children, act)  # type: ignore[arg-type]
+    params, spec = describe(BlockModules((stage,), skip="identity"), "default")
+    assert spec.stages[0].activation.name == name
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    got = functional.residual_block(x, params, spec, backend="native")
+    function = {"leaky_relu": F.leaky_relu, "relu6": F.relu6, "gelu": F.gelu}.get(act, act)  # type: ignore[call-overload]
+    expected = function(children[1](children[0](x)) + x)  # type: ignore[operator]
+    torch.testing.assert_close(got, expected)
+    dout = torch.randn_like(got)
+    inputs = [x, *children[0].parameters(), *children[1].parameters()]
+    inputs += list(act.parameters()) if isinstance(act, nn.Module) else []
+    grads = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for out in (got, expected)]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_modules_own_slope_is_read() -> None:
+    stage = StageModules(nn.Conv2d(4, 4, 1), None, nn.LeakyReLU(0.3))
+    assert describe(BlockModules((stage,), skip="none"), "default")[1].stages[0].act == Activation("leaky_relu", 0.3)

@@ -62,7 +62,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
     "stochastic depth": ({"drop_path_rate": 0.1}, "drop_path is DropPath", {"layer1.1", "layer4.0"}),
     "drop block": ({"drop_block_rate": 0.1}, "drop_block is DropBlock2d", {"layer3.0", "layer4.0"}),
     "anti-aliasing": ({"aa_layer": "blurpc"}, "aa is BlurPool2d", {"layer2.0", "layer3.0", "layer4.0"}),
-    "activation": ({"act_layer": "silu"}, "stages[0].act is SiLU", {"", "layer1.0", "layer1.1", "layer4.0"}),
+    "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"", "layer1.0", "layer1.1", "layer4.0"}),
     "norm": ({"norm_layer": "groupnorm"}, "stages[0].norm is GroupNorm", {"", "layer1.0", "layer1.1", "layer4.0"}),
     "norm with activation": ({"norm_layer": "batchnorm2d"}, "is BatchNormAct2d", set()),
     "average downsample": ({"avg_down": True}, "downsample is Sequential(AvgPool2d", {"layer2.0", "layer4.0"}),

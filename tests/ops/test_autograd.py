@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.blocks import BACKENDS, block, is_buffer, leaves, named_tensors, run
+from support.blocks import block
+from support.matrix import BACKENDS
+from support.named_tensors import is_buffer, leaves, named_tensors
+from support.runs import run
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.blocks import BACKENDS, FORMATS, LOW_PRECISION, family
-from support.equivalence import Results, assert_as_accurate, assert_runs_as_accurate, pooled
-from support.kinks import MANY, RARE, Kinks
+from support.batch_norm_act import Case, check, run
+from support.equivalence import assert_as_accurate
+from support.matrix import BACKENDS, FORMATS, LOW_PRECISION, family
 from support.shared_batch import WORLD, Shared, compute, results
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,89 +32,6 @@ formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "
 residuals = pytest.mark.parametrize("residual", [True, False], ids=["residual", "no residual"])
 acts = pytest.mark.parametrize("act", ["relu", "identity"])
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-
-SEEDS = range(8)  # pooled, so that one lucky eager rounding does not set the bar
-
-
-@dataclass(frozen=True)
-class Case:
-    """What to compute; `build` makes its tensors."""
-
-    channels: int = 5
-    size: tuple[int, int] = (5, 6)
-    batch: int = 3
-    residual: bool = True
-    act: str = "relu"
-    training: bool = True
-    affine: bool = True
-    tracked: bool = True
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    mean: float = 0.3
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (self.batch, self.channels, *self.size)
-
-    def build(
-        self,
-        dtype: torch.dtype = torch.float64,
-        memory_format: torch.memory_format = torch.contiguous_format,
-        seed: int = 0,
-        norm_dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor | None, nn.BatchNorm2d, Tensor]:
-        """x, residual, bn and the gradient from above. Drawn in fp64 and rounded, so every dtype sees the same."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, to: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, dtype=torch.float64, generator=generator).to(to)
-
-        bn = nn.BatchNorm2d(self.channels, self.eps, self.momentum, self.affine, self.tracked).to(norm_dtype or dtype)
-        with torch.no_grad():
-            for tensor in bn.state_dict().values():
-                if tensor.is_floating_point():
-                    tensor.copy_(normal(self.channels).abs() + 0.5)
-        if bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.fill_(3)
-        x = (normal(*self.shape, to=torch.float64) * 1.5 + self.mean).to(dtype)
-        residual = normal(*self.shape).contiguous(memory_format=memory_format) if self.residual else None
-        return x.contiguous(memory_format=memory_format), residual, bn.train(self.training), normal(*self.shape)
-
-
-def run(
-    x: Tensor, residual: Tensor | None, bn: nn.Module, dout: Tensor, act: str = "relu", backend: str = "native"
-) -> Results:
-    """The output, every gradient and the buffers afterwards; the module given is left as it is."""
-    return results(x, residual, dout, copy.deepcopy(bn), act, backend)
-
-
-def double(*given: Tensor | nn.Module | None) -> list:
-    return [copy.deepcopy(t).double() if t is not None else None for t in given]
-
-
-def check(
-    case: Case,
-    dtype: torch.dtype,
-    backend: str,
-    memory_format: torch.memory_format = torch.channels_last,
-    norm_dtype: torch.dtype | None = None,
-    given_as: Callable[[Tensor], Tensor] = lambda t: t,
-) -> None:
-    """Every result, pooled over seeds. given_as: x as the backend gets it, with the same values."""
-    runs: dict[str, list[Results]] = {"got": [], "eager": [], "other": [], "flipped": [], "exact": []}
-    for seed in SEEDS:
-        x, residual, bn, dout = case.build(dtype, memory_format, seed, norm_dtype)
-        kinks = Kinks(dtype, MANY if dtype == torch.bfloat16 else RARE)
-        runs["got"].append(run(given_as(x), residual, bn, dout, case.act, backend))
-        with kinks.record():
-            runs["eager"].append(run(x, residual, bn, dout, case.act, "eager"))
-        with kinks.measure():
-            runs["exact"].append(run(*double(x, residual, bn, dout), case.act, "eager"))
-        with kinks.flip():
-            runs["flipped"].append(run(*double(x, residual, bn, dout), case.act, "eager"))
-        other = x.contiguous(memory_format=FORMATS[x.is_contiguous()])
-        runs["other"].append(run(other, residual, bn, dout, case.act, "eager"))
-    assert_runs_as_accurate({kind: pooled(each) for kind, each in runs.items()}, dtype, case.act == "relu")
 
 
 # --- values and gradients --------------------------------------------------------------------------------------------
@@ -158,8 +75,9 @@ def cases(draw: st.DrawFn) -> Case:
 )
 @settings(family, max_examples=80)
 def test_family(case: Case, last: bool, dtype: torch.dtype, float_norm: bool, backend: str) -> None:
-    # one channel's bfloat16 values are added up in float32 one after another: some 6 ulp where PyTorch has 1
-    assume(case.channels > 1 or dtype != torch.bfloat16 or not float_norm)
+    # a channel's bfloat16 values are added up in float32 one after another: some 6 ulp where PyTorch has 1, and of one
+    # or two channels the error is no average
+    assume(case.channels > 2 or dtype != torch.bfloat16 or not float_norm)
     check(case, dtype, backend, FORMATS[last], torch.float32 if float_norm else None)
 
 
@@ -531,7 +449,8 @@ ONE_BUFFER.running_var = None
         (X, ONE_BUFFER, {}, ValueError, r"only one of running_mean and running_var"),
         (X, copy.deepcopy(ONE_BUFFER).eval(), {}, ValueError, r"only one of running_mean and running_var"),
         (X[:1, :, :1, :1], nn.BatchNorm2d(3), {}, ValueError, r"more than 1 value per channel.*\[1, 3, 1, 1\]"),
-        (X, nn.BatchNorm2d(3), {"act": "gelu"}, ValueError, r"act is 'gelu'; accepted: .*'relu'"),
+        (X, nn.BatchNorm2d(3), {"act": "mish"}, ValueError, r"act must be one of .*'relu'.*, got 'mish'"),
+        (X, nn.BatchNorm2d(3), {"act": "prelu"}, ValueError, r"act is 'prelu', whose slope is learned"),
         (X, nn.BatchNorm2d(3), {"residual": X[:1]}, ValueError, r"\(1, 3, 4, 4\), x is \(2, 3, 4, 4\)"),
         (X, nn.BatchNorm2d(3), {"residual": X.long()}, TypeError, r"residual is torch.int64"),
         (X, nn.BatchNorm2d(3), {"residual": 1.0}, TypeError, r"a tensor or None, got float"),

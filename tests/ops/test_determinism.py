@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ops.test_equivalence import assert_equivalent
-from support.blocks import BACKENDS, FORMATS, block, run
+from support.block_equivalence import assert_equivalent
+from support.blocks import block
+from support.matrix import BACKENDS, FORMATS
+from support.runs import run
 
 from resnet_fused import functional
 

@@ -1,83 +1,33 @@
-"""Every dtype against the fp64 reference: no further from it than twice PyTorch's own error (tests/support/equivalence.py)."""
+"""Every dtype against the fp64 reference, by the tolerance of tests/support/equivalence.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.blocks import (
-    BACKENDS,
-    FORMATS,
-    LOW_PRECISION,
-    Case,
-    Results,
-    block,
-    cases,
-    family,
-    map_tensors,
-    run,
-    run_exact,
-    vanishing,
-)
-from support.equivalence import FLOOR_ULPS, assert_runs_as_accurate, pooled, root_mean_square_error
-from support.kinks import MANY, RARE, Kinks
+from support.block_equivalence import assert_equivalent, vanishing
+from support.blocks import Case, block, bottleneck
+from support.eager_crashes import eager_may_crash
+from support.equivalence import FLOOR_ULPS, Results, pooled, root_mean_square_error
+from support.layouts import LAYOUTS, sliced
+from support.matrix import BACKENDS, FORMATS, LOW_PRECISION, family
+from support.random_blocks import cases
+from support.runs import run, run_exact
 from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.errors import BackendError
-from resnet_fused.params import BlockParams
+from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec, StageSpec
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 dtypes = pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 
-Block = tuple[Tensor, BlockParams, BlockSpec]
 SEEDS = range(8)  # pooled, so that one lucky eager rounding does not set the bar
-
-
-def assert_equivalent(blocks: list[Block], douts: list[Tensor], backend: str) -> None:
-    """Everything that `run` returns for these blocks of one spec, pooled over them.
-
-    Gradients that vanish but for rounding are held to that (`assert_vanishes`).
-    """
-    spec, dtype = blocks[0][2], blocks[0][0].dtype
-    relu = any(stage.act == "relu" for stage in spec.stages)
-    runs: dict[str, list[Results]] = {"got": [], "eager": [], "other": [], "flipped": [], "exact": []}
-    for (x, params, _), dout in zip(blocks, douts, strict=True):
-        kinks = Kinks(dtype, MANY if dtype == torch.bfloat16 else RARE)  # of so few values, halves flip one at most
-        runs["got"].append(run(x, params, spec, backend, dout))
-        with kinks.record():
-            runs["eager"].append(run(x, params, spec, "eager", dout))
-        with kinks.measure():
-            runs["exact"].append(run_exact(x, params, spec, dout))
-        with kinks.flip():
-            runs["flipped"].append(run_exact(x, params, spec, dout))
-        runs["other"].append(run(*in_other_format(x, params), spec, "eager", dout))
-    results = {kind: pooled(each) for kind, each in runs.items()}
-    for name in vanishing(spec) & results["exact"].keys():
-        assert_vanishes(name, results["got"], results["eager"])
-        results = {kind: {n: t for n, t in each.items() if n != name} for kind, each in results.items()}
-    assert_runs_as_accurate(results, dtype, relu)
-
-
-def in_other_format(x: Tensor, params: BlockParams) -> tuple[Tensor, BlockParams]:
-    """channels_last for contiguous and the other way round."""
-    other = FORMATS[x.is_contiguous()]
-    change = map_tensors(params, lambda _, t: t.contiguous(memory_format=other) if t.dim() == 4 else t)
-    return x.contiguous(memory_format=other), change
-
-
-def assert_vanishes(name: str, got: Results, eager: Results) -> None:
-    """The gradient of a bias that a batch norm takes away: only rounding, on the scale of what it sums."""
-    bias, weight = got[name], eager[name.replace(".bias", ".weight")]
-    assert bias is not None and weight is not None and bias.dtype == weight.dtype
-    bound = 64 * torch.finfo(weight.dtype).eps * max(1.0, float(weight.abs().max()))
-    assert float(bias.abs().max()) <= bound, f"{name}: {bias} should be 0"
 
 
 def check(
@@ -100,27 +50,7 @@ def check(
 def test_bottleneck_shaped(
     skip: str, order: str, act: str, memory_format: torch.memory_format, dtype: torch.dtype, backend: str
 ) -> None:
-    stride = 2 if skip == "projection" else 1
-    case = Case(
-        BlockSpec(
-            (StageSpec(act=act), StageSpec(stride, 1, act=act), StageSpec(act=act)),  # type: ignore[arg-type]
-            skip,  # type: ignore[arg-type]
-            StageSpec(stride, act="identity", norm=order == "post") if skip == "projection" else None,
-            order,  # type: ignore[arg-type]
-        ),
-        24,
-        (8, 8, 24, 24)[: 3 + (skip == "projection")],
-        ((1, 1), (3, 3), (1, 1), (1, 1))[: 3 + (skip == "projection")],
-        (9, 13),
-    )
-    check(case, dtype, backend, memory_format)
-
-
-def eager_may_crash(stage: StageSpec, kernel: tuple[int, int]) -> bool:
-    """oneDNN 3.12 writes out of bounds in the weight gradient of strided 1x1 convolutions, and reads out of bounds in a
-    bfloat16 convolution whose only tap in a row is dilated."""
-    (rows, columns), _, (_, dilation) = stage.geometry
-    return (kernel == (1, 1) and (rows, columns) != (1, 1)) or (kernel[1] == 1 and dilation > 1 and columns > 1)
+    check(bottleneck(skip, order, act, size=(9, 13)), dtype, backend, memory_format)
 
 
 @backends
@@ -331,26 +261,6 @@ def test_rounds_once_to_nearest_even(
         assert torch.equal(got, (value.double() * (1 + factor)).to(dtype))  # type: ignore[arg-type]
 
 
-def sliced(x: Tensor) -> Tensor:
-    """x's values as a window of a wider tensor whose rest is NaN."""
-    n, c, h, w = x.shape
-    wide = torch.full((n + 1, c + 3, h + 2, 2 * w + 1), torch.nan, dtype=x.dtype)
-    window = wide[1:, 2 : 2 + c, 1 : 1 + h, 1 : 1 + 2 * w : 2]
-    return window.copy_(x)
-
-
-def transposed(x: Tensor) -> Tensor:
-    """x's values with height and width swapped in memory."""
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-LAYOUTS = {
-    "sliced": sliced,
-    "transposed": transposed,
-    "batch inside": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-}
-
-
 @backends
 @dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -411,20 +321,6 @@ def test_mixed_memory_formats(
     for x, params, spec in blocks:
         out = run(x, params, spec, backend)["out"]
         assert out is not None and out.is_contiguous(memory_format=FORMATS[x_last or weight_last])
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Every tensor from at::empty starts as NaN."""
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @backends

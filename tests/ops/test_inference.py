@@ -9,24 +9,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.blocks import (
-    BACKENDS,
-    FORMATS,
-    LOW_PRECISION,
-    Case,
-    block,
-    cases,
-    family,
-    map_tensors,
-    named_tensors,
-    to_double,
-)
+from support.blocks import Case, block
 from support.equivalence import assert_as_accurate
+from support.matrix import BACKENDS, FORMATS, LOW_PRECISION, family
+from support.named_tensors import named_tensors, to_double
+from support.random_blocks import EVERY, cases
 from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.ops import reference
-from resnet_fused.params import BlockParams
+from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -61,7 +53,7 @@ def assert_right(x: Tensor, params: BlockParams, spec: BlockSpec, backend: str) 
 
 
 @backends
-@given(case=cases(), seed=st.integers(0, 3), last=st.booleans())
+@given(case=cases(**EVERY), seed=st.integers(0, 3), last=st.booleans())
 @family
 def test_family_in_fp64(case: Case, seed: int, last: bool, backend: str) -> None:
     assert_right(*frozen(case).build(torch.float64, FORMATS[last], seed), backend)
@@ -69,7 +61,7 @@ def test_family_in_fp64(case: Case, seed: int, last: bool, backend: str) -> None
 
 @backends
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
-@given(case=cases(), last=st.booleans(), float_norms=st.booleans())
+@given(case=cases(**EVERY), last=st.booleans(), float_norms=st.booleans())
 @settings(family, max_examples=40)
 def test_family(case: Case, last: bool, float_norms: bool, dtype: torch.dtype, backend: str) -> None:
     case, norm_dtype = frozen(case), torch.float32 if float_norms else None

@@ -8,8 +8,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from ops.test_equivalence import eager_may_crash
-from support.blocks import BACKENDS, FORMATS, Case, block, cases, family, leaves, named_tensors
+from support.blocks import Case, block
+from support.eager_crashes import eager_may_crash
+from support.matrix import BACKENDS, FORMATS, family
+from support.named_tensors import leaves, named_tensors
+from support.random_blocks import cases
 from torch import Tensor, nn
 
 from resnet_fused import functional

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from support.blocks import BACKENDS, FORMATS, LOW_PRECISION, family
+from support.matrix import BACKENDS, FORMATS, LOW_PRECISION, family
 from torch import Tensor
 
 from resnet_fused import functional

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support.blocks import Case, block, leaves, named_tensors, to_double
+from support.blocks import Case, block
 from support.equivalence import relative_error
+from support.named_tensors import leaves, named_tensors, to_double
 from torch import Tensor
 
 from resnet_fused import functional

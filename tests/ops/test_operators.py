@@ -2,77 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.blocks import FORMATS, Case, block, cases, family
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from support.blocks import Case, block
+from support.fake_kernels import assert_fake_agrees
+from support.matrix import FORMATS, family
+from support.operator_arguments import (
+    CASES,
+    Arguments,
+    arguments,
+    backward_arguments,
+    forward_arguments,
+    infer_arguments,
+    tensors_in,
+)
+from support.random_blocks import EVERY, EXACT, cases
 
-from resnet_fused.ops import autograd, operators
-from resnet_fused.params import BlockParams
-from resnet_fused.spec import BlockSpec
-
-Arguments = tuple[object, ...]
-
-CASES = {
-    "bottleneck": block(3, "projection", channels=4, out_channels=6, stride=2, size=(7, 6)),
-    "basic block": block(2, channels=5, width=3),
-    "stem": block(1, "none", kernel=3, channels=3, out_channels=5),
-    "pre-activation": block(2, "projection", order="pre", channels=4, out_channels=6, branch_scale="[C]"),
-    "pre-activation, identity": block(2, order="pre", channels=4, skip_scale="0-d"),
-    "low memory": block(3, channels=4, memory="low", branch_scale="[C,1,1]", bias=True),
-    "frozen": block(2, "projection", batch_stats=False, bias=True),
-    "no norm": block(2, norm=False),
-    "grouped": block(2, channels=4, width=4, groups=2),
-}
+from resnet_fused.ops.encoding import decode, encode
+from resnet_fused.spec.facts import facts
 
 
 def operator(name: str) -> Callable:
     return getattr(torch.ops.resnet_fused, name).default
-
-
-def forward_arguments(x: Tensor, params: BlockParams, spec: BlockSpec) -> Arguments:
-    tensors = autograd.flatten(params, x)
-    return (*operators._lists(tensors), every_gradient(tensors), *spec.encode())
-
-
-def backward_arguments(
-    x: Tensor, params: BlockParams, spec: BlockSpec, dout: Tensor, needs: Sequence[bool]
-) -> Arguments:
-    tensors = autograd.flatten(params, x)
-    wanted = [need and possible for need, possible in zip(needs, every_gradient(tensors), strict=True)]
-    out, saved, stats = operators.residual_block_forward(spec, tensors, wanted)
-    masked = spec.stages[-1].act == "relu" and spec.order == "post" and spec.skip != "none"
-    return (dout, out if masked else None, saved, stats, *operators._lists(tensors), wanted, *spec.encode())
-
-
-def every_gradient(tensors: Sequence[Tensor | None]) -> list[bool]:
-    """The flags that ask for every gradient there is: of all but the running statistics."""
-    return [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
-
-
-def infer_arguments(x: Tensor, params: BlockParams, spec: BlockSpec) -> Arguments:
-    """Any weights do here: what they mean is tested in test_inference.py."""
-    pre = (torch.rand_like(x[0, :, 0, 0]),) * 2 if spec.order == "pre" and spec.stages[0].norm else (None, None)
-    weights = [p.weight for p in params.convs]
-    biases = [torch.rand_like(w[:, 0, 0, 0]) if i % 2 else None for i, w in enumerate(weights)]
-    scale = torch.rand(weights[len(spec.stages) - 1].shape[0], dtype=x.dtype) if spec.skip == "identity" else None
-    return (x, *pre, weights, biases, scale, spec.encode()[0])
-
-
-def arguments(name: str, case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> Arguments:
-    x, params, spec = case.build(dtype, memory_format)
-    if name == "residual_block_forward":
-        return forward_arguments(x, params, spec)
-    if name == "residual_block_infer":
-        return infer_arguments(x, params, spec)
-    dout = case.upstream(dtype).contiguous(memory_format=memory_format)
-    return backward_arguments(x, params, spec, dout, [True] * (3 + 6 * len(spec.convs)))
 
 
 BLOCK_OPERATORS = ["residual_block_forward", "residual_block_backward", "residual_block_infer"]
@@ -95,22 +51,9 @@ def test_opcheck_max_pool(dtype: torch.dtype, memory_format: torch.memory_format
     torch.library.opcheck(operator("max_pool2d_backward"), (torch.rand_like(out), positions, 9, 7, 3, 2, 1))
 
 
-def description(results: object) -> list[tuple]:
-    """(shape, strides, dtype) of each tensor of an operator's results, without the strides of single steps."""
-    flat = torch.utils._pytree.tree_leaves(results)
-    return [(tuple(t.shape), [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1], t.dtype) for t in flat]
-
-
-def assert_fake_agrees(name: str, given: Arguments) -> None:
-    with FakeTensorMode() as mode:
-        faked = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, given)
-        fake = description(operator(name)(*faked))
-    assert fake == description(operator(name)(*given))
-
-
 @pytest.mark.parametrize("name", BLOCK_OPERATORS)
 @given(
-    case=cases(),
+    case=cases(**EVERY),
     last=st.booleans(),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     float_norms=st.booleans(),
@@ -118,7 +61,7 @@ def assert_fake_agrees(name: str, given: Arguments) -> None:
 @settings(family, max_examples=80)
 def test_fakes_of_any_block(name: str, case: Case, last: bool, dtype: torch.dtype, float_norms: bool) -> None:
     """Shapes, strides and dtypes of the fake kernels are the real ones'."""
-    assert_fake_agrees(name, arguments(name, case, dtype, FORMATS[last]))
+    assert_fake_agrees(operator(name), arguments(name, case, dtype, FORMATS[last]))
 
 
 @pytest.mark.parametrize("name", BLOCK_OPERATORS)
@@ -136,21 +79,21 @@ def test_fakes_of_mixed_layouts(arrangement: str, weight_last: bool, x_last: boo
     dout = case.upstream(torch.float32).contiguous(memory_format=FORMATS[not x_last])
     given = {
         "residual_block_forward": lambda: forward_arguments(x, params, spec),
-        "residual_block_backward": lambda: backward_arguments(x, params, spec, dout, [True] * 21),
+        "residual_block_backward": lambda: backward_arguments(x, params, spec, dout, [True] * tensors_in(spec)),
         "residual_block_infer": lambda: infer_arguments(x, params, spec),
     }[name]()
-    assert_fake_agrees(name, given)
+    assert_fake_agrees(operator(name), given)
 
 
-@given(case=cases(), choice=st.lists(st.booleans(), min_size=27, max_size=27))
+@given(case=cases(**EXACT), choice=st.lists(st.booleans(), min_size=31, max_size=31))
 @settings(family, max_examples=80)
 def test_backward_gives_the_gradients_asked_for(case: Case, choice: list[bool]) -> None:
     """One for each need, whichever they are, and the same as when all are asked for."""
     x, params, spec = case.build()
-    count, dout = 3 + 6 * len(spec.convs), case.upstream()
+    count, dout = tensors_in(spec), case.upstream()
     given = backward_arguments(x, params, spec, dout, choice[:count])
     everything = backward_arguments(x, params, spec, dout, [True] * count)
-    assert_fake_agrees("residual_block_backward", given)
+    assert_fake_agrees(operator("residual_block_backward"), given)
     wanted, all_wanted = given[-3], everything[-3]
     grads = iter(operator("residual_block_backward")(*everything))
     full = [next(grads) if need else None for need in all_wanted]  # type: ignore[attr-defined]
@@ -170,33 +113,33 @@ def test_backward_gives_the_gradients_asked_for(case: Case, choice: list[bool]) 
 def test_fakes_of_max_pool(shape: tuple[int, ...], window: tuple[int, int, int], last: bool, sliced: bool) -> None:
     x = torch.randn(shape).contiguous(memory_format=FORMATS[last])
     x = x[..., 1:] if sliced and shape[3] > 3 else x
-    assert_fake_agrees("max_pool2d", (x, *window))
+    assert_fake_agrees(operator("max_pool2d"), (x, *window))
     out, positions = operator("max_pool2d")(x, *window)
     for memory_format in FORMATS:
         dout = torch.ones_like(out).contiguous(memory_format=memory_format)
-        assert_fake_agrees("max_pool2d_backward", (dout, positions, *x.shape[2:], *window))
+        assert_fake_agrees(operator("max_pool2d_backward"), (dout, positions, *x.shape[2:], *window))
 
 
-@given(case=cases())
+@given(case=cases(**EVERY))
 @settings(family, max_examples=300)
 def test_encoding_round_trip(case: Case) -> None:
     """All but `batch_stats` of a stage without norm, which means nothing there."""
-    ints, eps = case.spec.encode()
-    decoded = operators.decode(ints, eps)
+    encoded = encode(case.spec)
+    decoded, known = decode(*encoded)
     stages = tuple(replace(s, batch_stats=s.norm and s.batch_stats) for s in case.spec.stages)
     projection = case.spec.projection
     if projection is not None:
         projection = replace(projection, batch_stats=projection.norm and projection.batch_stats)
-    assert decoded == replace(case.spec, stages=stages, projection=projection)
-    assert decoded.encode() == (ints, eps)
-    assert len(eps) == len(case.spec.convs)
+    assert decoded == replace(case.spec, stages=stages, projection=projection, memory="default", in_place_add=False)
+    assert known == facts(case.spec)
+    assert encode(replace(decoded, memory=case.spec.memory)) == encoded
 
 
-@given(a=cases(), b=cases())
+@given(a=cases(**EVERY), b=cases(**EVERY))
 @settings(family, max_examples=300)
 def test_different_blocks_encode_differently(a: Case, b: Case) -> None:
-    decoded = [operators.decode(*case.spec.encode()) for case in (a, b)]
-    assert (decoded[0] == decoded[1]) == (a.spec.encode() == b.spec.encode())
+    decoded = [decode(*encode(case.spec)) for case in (a, b)]
+    assert (decoded[0] == decoded[1]) == (encode(a.spec) == encode(b.spec))
 
 
 def replaced(given: Arguments, index: int, value: object) -> Arguments:
@@ -213,7 +156,7 @@ def replaced(given: Arguments, index: int, value: object) -> Arguments:
         ("residual_block_forward", 3, []),
         ("residual_block_forward", 5, [torch.ones(2)] * 4),
         ("residual_block_forward", 8, [None]),
-        ("residual_block_forward", 9, [True]),
+        ("residual_block_forward", 9, [torch.ones(3)] * 4),
         ("residual_block_forward", 10, []),
         ("residual_block_forward", 10, [3, 2, 0, 0, 1, 1]),
         ("residual_block_forward", 11, []),
@@ -225,11 +168,13 @@ def replaced(given: Arguments, index: int, value: object) -> Arguments:
         ("residual_block_backward", 2, [torch.randn(2, 3, 1, 1)] * 4),
         ("residual_block_backward", 3, []),
         ("residual_block_backward", 3, [torch.randn(2, 1)] * 4),
-        ("residual_block_backward", 13, [True]),
+        ("residual_block_backward", 14, [True]),
         ("residual_block_infer", 0, torch.randn(2, 5, 7, 6)),
         ("residual_block_infer", 3, []),
         ("residual_block_infer", 4, [torch.ones(2)] * 4),
-        ("residual_block_infer", 6, [3, 2]),
+        ("residual_block_infer", 5, torch.ones(5)),
+        ("residual_block_infer", 7, [None]),
+        ("residual_block_infer", 8, [3, 2]),
     ],
 )
 def test_bad_arguments_are_refused(name: str, index: int, value: object) -> None:

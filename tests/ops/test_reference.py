@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.blocks import BACKENDS
+from support.matrix import BACKENDS
 from torch import Tensor, nn
 
 from resnet_fused.functional import conv_bn_act

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.blocks import BACKENDS, FORMATS, LOW_PRECISION, Case, block, leaves, map_tensors, named_tensors
+from support.blocks import Case, block
+from support.matrix import BACKENDS, FORMATS, LOW_PRECISION
+from support.named_tensors import leaves, named_tensors
 from torch import Tensor, nn
 
 from resnet_fused import functional
-from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.params import BlockParams, StageParams, map_tensors
 from resnet_fused.spec import BlockSpec, StageSpec
 
 backends = pytest.mark.parametrize("backend", ["eager", *BACKENDS])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.blocks import BACKENDS, Case, ScaleKind, leaves, named_tensors
+from support.blocks import Case
+from support.frozen_blocks import UNIT, check_frozen_block, frozen_bottleneck, gradients, trains, units
+from support.matrix import BACKENDS
+from support.named_tensors import leaves
 from torch import Tensor, nn
 
-from resnet_fused import functional
 from resnet_fused.params import BlockParams
-from resnet_fused.spec import BlockSpec, Memory, Order, Skip, StageSpec
+from resnet_fused.spec import Memory, Skip
 from resnet_fused.tools.saved_bytes import saved_bytes
 
 FLOAT = 4
@@ -69,61 +70,6 @@ def test_custom_functions_count_alike() -> None:
 
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
-UNIT = 2 * 4 * 6 * 8 * FLOAT  # bytes of an activation of the bottleneck's inner width
-
-
-def bottleneck(
-    skip: Skip, order: Order = "post", memory: Memory = "default", act: str = "relu", scale: ScaleKind = "one"
-) -> Case:
-    """Frozen, with widths of 8 and 32."""
-    stages = [StageSpec(1, padding, batch_stats=False, act=act) for padding in (0, 1, 0)]  # type: ignore[arg-type]
-    norm = order == "post"
-    projection = StageSpec(norm=norm, batch_stats=False, act="identity") if skip == "projection" else None
-    kernels = ((1, 1), (3, 3), (1, 1), (1, 1))[: 3 + (skip == "projection")]
-    widths = (8, 8, 32, 32)[: 3 + (skip == "projection")]
-    spec = BlockSpec(tuple(stages), skip, projection, order, memory)
-    return Case(spec, 32, widths, kernels, (6, 4), branch_scale=scale)
-
-
-def units(x: Tensor, params: BlockParams, spec: BlockSpec, backend: str) -> float:
-    """What forward keeps besides its parameters, buffers and output; x counts, as the output of the block before."""
-    source = x.detach().requires_grad_() * 1
-    small = [t for t in named_tensors(params).values() if not t.requires_grad]
-    kept: list[Tensor] = []
-
-    def run() -> None:
-        kept.append(functional.residual_block(source, params, spec, backend=backend))
-
-    total = saved_bytes(run, small)
-    masked_by_out = spec.order == "post" and spec.skip != "none" and spec.stages[-1].act == "relu"
-    return (total - masked_by_out * kept[0].nbytes) / UNIT
-
-
-def trains(name: str) -> bool:
-    """Convolutions only, as where batch norms are frozen."""
-    return "norm" not in name and "running" not in name
-
-
-def check_frozen_block(backend: str, skip: Skip, memory: Memory) -> None:
-    """No y that is read by nobody is kept, and every gradient is PyTorch's."""
-    case = bottleneck(skip, memory=memory)
-    x, params, spec = case.build(torch.float32, torch.channels_last)
-    frozen = leaves(params, trains)
-    # x 4, y_1 1, y_2 1; a plain chain keeps y_3, too, for the mask of its activation
-    assert units(x, frozen, spec, backend) == (10 if skip == "none" and memory == "default" else 6)
-    dout = case.upstream(torch.float32)
-    got, expected = (gradients(x, params, spec, b, dout, trains) for b in (backend, "eager"))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-
-
-def gradients(
-    x: Tensor, params: BlockParams, spec: BlockSpec, backend: str, dout: Tensor, wanted: Callable[[str], bool]
-) -> dict[str, Tensor]:
-    leaf, tensors = x.detach().requires_grad_(), leaves(params, wanted)
-    inputs = {"x": leaf} | {n: t for n, t in named_tensors(tensors).items() if t.requires_grad}
-    out = functional.residual_block(leaf, tensors, spec, backend=backend)
-    return dict(zip(inputs, torch.autograd.grad(out, list(inputs.values()), dout), strict=True))
-
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory", ["default", "low"])
@@ -145,7 +91,7 @@ def test_frozen_blocks_keep_what_backward_reads(skip: Skip, memory: Memory, back
 )
 def test_one_more_gradient(extra: str, expected: int, backend: str) -> None:
     """Of a frozen block with a projection: y_n and y_s are kept where a gradient reads them."""
-    case = bottleneck("projection", scale="[C]")
+    case = frozen_bottleneck("projection", scale="[C]")
     x, params, spec = case.build(torch.float64, torch.channels_last)
 
     def wanted(name: str) -> bool:
@@ -164,6 +110,6 @@ def params_of(case: Case) -> BlockParams:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_scale_without_gradient_keeps_nothing(backend: str) -> None:
     """A float, e.g. of a pre-activation block: y_3 4 is neither normalised nor read by the scale's gradient."""
-    for case in (bottleneck("identity", "pre", scale="float"), bottleneck("identity", scale="float")):
+    for case in (frozen_bottleneck("identity", "pre", scale="float"), frozen_bottleneck("identity", scale="float")):
         x, params, spec = case.build(torch.float32, torch.channels_last)
         assert units(x, leaves(params, trains), spec, backend) == 6 + FLOAT / UNIT  # the scale itself

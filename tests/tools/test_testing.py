@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools.test_verify import no_statistics, picture, small_net
+from support.small_net import picture, small_net
+from support.wrong_formulas import no_statistics
 
 from resnet_fused.ops import reference
 from resnet_fused.testing import assert_equivalent

@@ -10,34 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_net import picture, small_net
+from support.wrong_formulas import WRONG, Formula, no_statistics, not_a_number, right, twice_the_noise
 from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import models
 from resnet_fused.ops import reference
-from resnet_fused.params import BlockParams
-from resnet_fused.spec import BlockSpec
 from resnet_fused.tools.comparison import WHOLE, Comparison
-
-Formula = Callable[[Tensor, BlockParams, BlockSpec], Tensor]
-
-
-def small_net() -> nn.Module:
-    """Two blocks of 8 channels on 16x16 pictures; norms with values of their own."""
-    torch.manual_seed(0)
-    downsample = nn.Sequential(nn.Conv2d(3, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
-    net = nn.Sequential(models.BasicBlock(3, 8, 2, downsample), models.BasicBlock(8, 8), nn.Flatten())
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-    return net
-
-
-def picture() -> Tensor:
-    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -61,51 +41,6 @@ def test_the_model_is_left_alone() -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def wrong_stride(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    """Right in shape: the stride is taken by the second convolution instead of the first."""
-    first, second = spec.stages
-    stages = (replace(first, stride=second.stride), replace(second, stride=first.stride))
-    return right(x, params, replace(spec, stages=stages))
-
-
-def scaled_branch(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    return right(x, replace(params, branch_scale=1.0 + 1e-4), spec)
-
-
-def other_epsilon(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    return right(x, params, replace(spec, stages=tuple(replace(stage, eps=1e-3) for stage in spec.stages)))
-
-
-def one_pixel(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    out = right(x, params, spec)
-    return out + torch.zeros_like(out).index_put_((torch.tensor(0),) * 4, torch.tensor(1e-2))
-
-
-def half_gradient(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    out = right(x, params, spec)
-    return out.detach() + 0.5 * (out - out.detach())
-
-
-def no_statistics(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    stages = tuple(replace(stage, running_mean=None, running_var=None) for stage in params.stages)
-    return right(x, replace(params, stages=stages), spec)
-
-
-def not_a_number(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    return right(x, params, spec) * float("nan")
-
-
-def no_masks(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    """Right in its value; the gradient passes every ReLU."""
-    stages = tuple(replace(stage, act="identity") for stage in spec.stages)
-    through = right(x, params, replace(spec, stages=stages))
-    return right(x, params, spec).detach() + through - through.detach()
-
-
-right: Formula = reference.residual_block
-WRONG = [wrong_stride, scaled_branch, other_epsilon, one_pixel, half_gradient, no_statistics, not_a_number, no_masks]
-
-
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_block_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Formula, seeds: int) -> None:
@@ -121,14 +56,6 @@ def test_the_worst_tensors_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "residual_block", no_statistics)
     report = resnet_fused.verify(small_net(), picture(), backend="eager", seeds=1)
     assert all(report.worst(name).quantity.split(".")[-1] in ("running_mean", "running_var") for name in ("0", "1"))
-
-
-def twice_the_noise(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    """No element far off, yet every one by four times eager's rounding."""
-    out = right(x, params, spec)
-    generator = torch.Generator().manual_seed(2)
-    noise = torch.rand(out.shape, generator=generator, dtype=out.dtype) - 0.5
-    return out + torch.where(out > 0, 6e-7 * noise, 0)
 
 
 def test_many_slightly_wrong_tensors_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,21 +12,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ops.test_operators import every_gradient
-from support.blocks import Case, block, cases, family
+from support.blocks import Case, block
+from support.matrix import family
+from support.operator_arguments import every_gradient
+from support.random_blocks import EVERY, cases
 from torch import Tensor
 
 from resnet_fused.backends import folding
 from resnet_fused.ops import autograd
+from resnet_fused.spec.facts import facts
 
 pytest.importorskip("triton")
 from resnet_fused.triton_kernels.device.epilogue import Epilogue
 from resnet_fused.triton_kernels.device.reductions import Reduction, Tables, VectorGradients
 from resnet_fused.triton_kernels.device.weight_gradient import WeightGradient
-from resnet_fused.triton_kernels.host import residual_block
+from resnet_fused.triton_kernels.host.backward import backward
 from resnet_fused.triton_kernels.host.chips import CHIPS, INTERPRETER
-from resnet_fused.triton_kernels.host.launch import Launch, Program
-from resnet_fused.triton_kernels.host.residual_block import Policy
+from resnet_fused.triton_kernels.host.forward import forward
+from resnet_fused.triton_kernels.host.infer import infer
+from resnet_fused.triton_kernels.host.launch import Launch
+from resnet_fused.triton_kernels.host.plan import Plan
+from resnet_fused.triton_kernels.host.policies import Policy
 
 # Fields that a phase writes; it reads every other tensor that it is given.
 WRITTEN = {
@@ -87,19 +93,23 @@ def planned(case: Case, library: frozenset[int] = frozenset()) -> list[Launch]:
     launches: list[Launch] = []
     policy = Policy(INTERPRETER, "single", library, launches.append)
     x, params, spec = case.build(torch.float32, torch.channels_last)
-    tensors = autograd.flatten(params, x)
+    tensors = autograd.tensors_of(params, x)
     needs = every_gradient(tensors)
-    out, outputs, statistics = residual_block.forward(spec, tensors, needs, policy)
-    residual_block.backward(spec, torch.empty_like(out), out, outputs, statistics, tensors, needs, policy)
+    known = facts(spec, needs)
+    out, outputs, statistics = forward(spec, known, tensors, policy)
+    backward(spec, known, torch.empty_like(out), out, outputs, statistics, tensors, needs, policy)
     if not spec.batch_stats:
         folded = folding.folded(params, x, spec, pack=False)
         pre = None if folded.pre is None else torch.stack([*folded.pre, *folded.pre])
-        residual_block.infer(x, pre, folded.weights, folded.biases, folded.skip_scale, spec, policy)
+        infer(
+            spec, facts(spec), x, pre, folded.weights, folded.biases, folded.branch_scale, folded.skip_scale,
+            tensors.slopes, policy,
+        )  # fmt: skip
     return launches
 
 
 @family
-@given(case=cases(), library=st.frozensets(st.integers(0, 3), max_size=2))
+@given(case=cases(**EVERY), library=st.frozensets(st.integers(0, 3), max_size=2))
 def test_any_block_waits_where_it_must(case: Case, library: frozenset[int]) -> None:
     launches = planned(case, frozenset(i for i in library if i < len(case.spec.convs)))
     assert [race for launch in launches for race in races(launch)] == []
@@ -116,15 +126,15 @@ def test_a_block_in_evaluation_waits_where_it_must(skip: str) -> None:
 def test_a_missing_barrier_is_found(missing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test of the test: each barrier of a forward and a backward pass, left out in turn."""
     count = -1
-    original = Program.barrier
+    original = Plan.barrier
 
-    def skipping(self: Program) -> None:
+    def skipping(self: Plan) -> None:
         nonlocal count
         count += 1
         if count != missing:
             original(self)
 
-    monkeypatch.setattr(Program, "barrier", skipping)
+    monkeypatch.setattr(Plan, "barrier", skipping)
     forward = planned(block(3, "identity", channels=8))[0]
     assert races(forward), f"barrier {missing} of {forward.names} is not missed"
 
@@ -134,9 +144,10 @@ def test_the_largest_blocks_wait_too() -> None:
     case = block(3, "projection", channels=64, out_channels=256, width=64, stride=2, size=(9, 9))
     x, params, spec = case.build(torch.bfloat16, torch.channels_last)
     launches: list[Launch] = []
-    tensors = autograd.flatten(params, x)
+    tensors = autograd.tensors_of(params, x)
     policy = Policy(CHIPS["h100"], "single", submit=launches.append)
     needs = every_gradient(tensors)
-    out, outputs, statistics = residual_block.forward(spec, tensors, needs, policy)
-    residual_block.backward(spec, out, out, outputs, statistics, tensors, needs, policy)
+    known = facts(spec, needs)
+    out, outputs, statistics = forward(spec, known, tensors, policy)
+    backward(spec, known, out, out, outputs, statistics, tensors, needs, policy)
     assert len(launches) == 2 and not any(races(launch) for launch in launches)

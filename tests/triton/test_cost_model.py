@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from resnet_fused.triton_kernels.host.chips import CHIPS
 from resnet_fused.triton_kernels.host.launch import Launch
-from resnet_fused.triton_kernels.host.residual_block import Policy
+from resnet_fused.triton_kernels.host.policies import Policy
 from resnet_fused.triton_kernels.offline import cost_model
 from resnet_fused.triton_kernels.offline.cost_model import PhaseCost
 from resnet_fused.triton_kernels.offline.resnet50 import DIRECTIONS, BlockShape, plan, resnet50

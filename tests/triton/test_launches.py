@@ -13,15 +13,20 @@ import pytest
 import torch
 from support.blocks import Case, block
 from support.live_memory import live_memory
+from support.operator_arguments import every_gradient
 
 from resnet_fused.backends.how import Mode
 from resnet_fused.ops import autograd
+from resnet_fused.spec.facts import facts
 
 pytest.importorskip("triton")
-from resnet_fused.triton_kernels.host import chips, launch, occupancy, residual_block
+from resnet_fused.triton_kernels.host import chips, launch, occupancy
+from resnet_fused.triton_kernels.host.backward import backward
 from resnet_fused.triton_kernels.host.chips import CHIPS
-from resnet_fused.triton_kernels.host.launch import Launch, Program
-from resnet_fused.triton_kernels.host.residual_block import Policy
+from resnet_fused.triton_kernels.host.forward import forward
+from resnet_fused.triton_kernels.host.launch import Launch
+from resnet_fused.triton_kernels.host.plan import Plan
+from resnet_fused.triton_kernels.host.policies import Policy
 
 MODES: tuple[Mode, ...] = ("phased", "single")
 IDENTITY = block(3, "identity", channels=256, width=64, kernel=1, size=(14, 14), batch=8)
@@ -30,20 +35,21 @@ PROJECTION = block(3, "projection", channels=64, width=64, out_channels=256, ker
 
 def backward_of(case: Case, mode: Mode, library: frozenset[int], submit: Callable[[Launch], None]) -> Callable[[], Any]:
     x, params, spec = case.build(torch.bfloat16, torch.channels_last)
-    tensors = autograd.flatten(params, x)
+    tensors = autograd.tensors_of(params, x)
     policy = Policy(CHIPS["h100"], mode, library, submit)
-    needs = [t is not None and (i < 3 or (i - 3) % 6 < 4) for i, t in enumerate(tensors)]
-    out, outputs, statistics = residual_block.forward(spec, tensors, needs, policy)
+    needs = every_gradient(tensors)
+    known = facts(spec, needs)
+    out, outputs, statistics = forward(spec, known, tensors, policy)
     dout = torch.empty_like(out)
-    return lambda: residual_block.backward(spec, dout, out, outputs, statistics, tensors, needs, policy)
+    return lambda: backward(spec, known, dout, out, outputs, statistics, tensors, needs, policy)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_when_phases_are_launched(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    original = Program.phase
+    original = Plan.phase
 
-    def phase(self: Program, name: str, *rest: Any) -> None:
+    def phase(self: Plan, name: str, *rest: Any) -> None:
         events.append(f"plan {name}")
         original(self, name, *rest)
 
@@ -52,7 +58,7 @@ def test_when_phases_are_launched(mode: Mode, monkeypatch: pytest.MonkeyPatch) -
 
     run = backward_of(IDENTITY, mode, frozenset(), submit)
     events.clear()
-    monkeypatch.setattr(Program, "phase", phase)
+    monkeypatch.setattr(Plan, "phase", phase)
     run()
     planned = [event.removeprefix("plan ") for event in events if event.startswith("plan")]
     assert len(planned) > 5

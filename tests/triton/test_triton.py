@@ -9,17 +9,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from ops.test_equivalence import assert_equivalent
-from ops.test_operators import every_gradient
-from ops.test_saved_bytes import check_frozen_block
-from support.blocks import FORMATS, Case, block, cases, family, leaves, named_tensors, run, run_exact
+from support.block_equivalence import assert_equivalent
+from support.blocks import Case, block
+from support.blocks import bottleneck as any_bottleneck
 from support.equivalence import assert_as_accurate
+from support.frozen_blocks import check_frozen_block
+from support.matrix import FORMATS, family
+from support.named_tensors import leaves, named_tensors
+from support.operator_arguments import every_gradient
+from support.random_blocks import cases
+from support.runs import run, run_exact
 from torch import nn
 
 import resnet_fused
@@ -27,18 +33,21 @@ from resnet_fused import functional, triton_kernels
 from resnet_fused.backends import dispatch, how
 from resnet_fused.errors import BackendError
 from resnet_fused.models.resnet import BasicBlock
-from resnet_fused.ops import autograd, operators
-from resnet_fused.spec import BlockSpec, StageSpec
+from resnet_fused.ops import autograd
+from resnet_fused.ops.encoding import encode
+from resnet_fused.spec.facts import facts
 
 if triton_kernels.why_not("cpu") is not None:
     pytest.skip("the tests of the interpreter run on machines without a GPU", allow_module_level=True)
 
 from resnet_fused.triton_kernels.host import chips
+from resnet_fused.triton_kernels.host.forward import forward
 from resnet_fused.triton_kernels.host.launch import Launch
-from resnet_fused.triton_kernels.host.residual_block import Policy, forward
+from resnet_fused.triton_kernels.host.policies import Policy
 
 MODES = ("single", "phased")
 SEEDS = range(2)
+bottleneck = partial(any_bottleneck, channels=18, width=6)
 launch_modes = pytest.mark.parametrize("mode", MODES)
 
 
@@ -61,24 +70,6 @@ def check(
     blocks = [case.build(dtype, memory_format, seed) for seed in SEEDS]
     with how.launch_mode(mode), how.library_convolutions(library):  # type: ignore[arg-type]
         assert_equivalent(blocks, [case.upstream(dtype, seed) for seed in SEEDS], "triton")
-
-
-def bottleneck(skip: str, order: str = "post", act: str = "relu", memory: str = "default", **changes: object) -> Case:
-    stride = 2 if skip == "projection" else 1
-    case = Case(
-        BlockSpec(
-            (StageSpec(act=act), StageSpec(stride, 1, act=act), StageSpec(act=act)),  # type: ignore[arg-type]
-            skip,  # type: ignore[arg-type]
-            StageSpec(stride, act="identity", norm=order == "post") if skip == "projection" else None,
-            order,  # type: ignore[arg-type]
-            memory,  # type: ignore[arg-type]
-        ),
-        18,
-        (6, 6, 18, 18)[: 3 + (skip == "projection")],
-        ((1, 1), (3, 3), (1, 1), (1, 1))[: 3 + (skip == "projection")],
-        size=(7, 6),
-    )
-    return replace(case, **changes)  # type: ignore[arg-type]
 
 
 @launch_modes
@@ -338,33 +329,35 @@ def test_operators_refuse_what_would_read_out_of_bounds() -> None:
     x, params, spec = case.build(torch.float32, torch.channels_last)
     forward = torch.ops.resnet_fused.residual_block_forward.triton
     backward = torch.ops.resnet_fused.residual_block_backward.triton
-    lists, encoded = operators._lists(autograd.flatten(params, x)), spec.encode()
-    needs = every_gradient(autograd.flatten(params, x))
+    tensors = autograd.tensors_of(params, x)
+    lists, needs = tensors.arguments, every_gradient(tensors)
+    encoded, flags = encode(spec, needs), needs.flat
     with pytest.raises(ValueError, match="channels"):
-        forward(x[:, :3], *lists[1:], needs, *encoded)
+        forward(x[:, :3], *lists[1:], *encoded)
     with pytest.raises(ValueError, match="convolutions"):
-        forward(*lists[:3], lists[3][:1], *lists[4:], needs, *encoded)
-    out, outputs, statistics = forward(*lists, needs, *encoded)
+        forward(*lists[:3], lists[3][:1], *lists[4:], *encoded)
+    out, outputs, statistics = forward(*lists, *encoded)
     with pytest.raises(ValueError, match="dout"):
-        backward(out[:, :, :2], out, outputs, statistics, *lists, needs, *encoded)
+        backward(out[:, :, :2], out, outputs, statistics, *lists, flags, *encoded)
     with pytest.raises(ValueError, match="saved output of convolution 0"):
-        backward(out, out, [y[:1] for y in outputs], statistics, *lists, needs, *encoded)
+        backward(out, out, [y[:1] for y in outputs], statistics, *lists, flags, *encoded)
 
 
 @pytest.mark.parametrize("skip", ["identity", "projection"])
 def test_launches(skip: str) -> None:
     """One a direction in single mode; one a phase in phased mode, library convolutions in between."""
-    tensors = autograd.flatten(*reversed(bottleneck(skip).build(torch.float32, torch.channels_last)[:2]))
-    spec, needs = bottleneck(skip).spec, [False] * len(tensors)
+    tensors = autograd.tensors_of(*reversed(bottleneck(skip).build(torch.float32, torch.channels_last)[:2]))
+    spec = bottleneck(skip).spec
+    known = facts(spec)
     for mode, expected in (("single", 1), ("phased", 4 + (skip == "projection"))):
         launches: list[Launch] = []
-        forward(spec, tensors, needs, Policy(chips.INTERPRETER, mode, submit=launches.append))  # type: ignore[arg-type]
+        forward(spec, known, tensors, Policy(chips.INTERPRETER, mode, submit=launches.append))  # type: ignore[arg-type]
         assert len(launches) == expected
     launches = []
-    forward(spec, tensors, needs, Policy(chips.INTERPRETER, "single", frozenset({1}), launches.append))
+    forward(spec, known, tensors, Policy(chips.INTERPRETER, "single", frozenset({1}), launches.append))
     assert len(launches) == 2, "one before the library's convolution and one after"
     launches = []
-    forward(spec, tensors, needs, Policy(chips.INTERPRETER, "phased", frozenset(range(4)), launches.append))
+    forward(spec, known, tensors, Policy(chips.INTERPRETER, "phased", frozenset(range(4)), launches.append))
     passes = ["conv1: statistics", "conv2: input", "conv2: statistics", "conv3: input", "conv3: statistics", "join"]
     assert [name for launch in launches for name in launch.names if "projection" not in name] == passes
 
@@ -424,12 +417,14 @@ def test_operators_pass_opcheck() -> None:
     """Schemas, fakes and strides of the triton overloads."""
     case = bottleneck("projection")
     x, params, spec = case.build(torch.float32, torch.channels_last)
-    tensors = autograd.flatten(params, x)
-    lists = operators._lists(tensors)
-    given = (*lists, every_gradient(tensors), *spec.encode())
+    tensors = autograd.tensors_of(params, x)
+    needs = every_gradient(tensors)
+    given = (*tensors.arguments, *encode(spec, needs))
     out, outputs, statistics = torch.ops.resnet_fused.residual_block_forward.triton(*given)
     torch.library.opcheck(torch.ops.resnet_fused.residual_block_forward.triton, given)
-    arguments = (torch.randn_like(out), out, outputs, statistics, *given)
+    arguments = (
+        torch.randn_like(out), out, outputs, statistics, *tensors.arguments, needs.flat, *encode(spec, needs)
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.resnet_fused.residual_block_backward.triton, arguments)
 
 

@@ -1,6 +1,6 @@
 """The phase of two convolutions at once: the second has one tap, and what the first makes never leaves the chip.
 
-    out = epilogue(W_2 . relu(conv_1(P) + bias_1))
+    out = epilogue(W_2 . act(conv_1(P) + bias_1))
 
 For evaluation, where no statistics stand between the two. A worker keeps the first convolution's tile, all of its
 channels, in registers, and multiplies it with the second's weights, block after block of the result's channels.
@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from resnet_fused.spec import Activation
+
 from . import epilogue
+from .activations import activate
 from .convolution import Convolution, ConvolutionConfig, locate, pixel_tiles, product
 from .epilogue import Epilogue, EpilogueConfig
-from .operands import relu
+from .operands import load_slope
 from .reductions import zeros
 
 WIDEST = 128  # channels of the first result that a worker can keep
@@ -25,19 +28,22 @@ WIDEST = 128  # channels of the first result that a worker can keep
 
 @dataclass(frozen=True)
 class ChainedConfig:
-    """first: the first convolution; its columns cover all of its channels. relu: between the two.
+    """first: the first convolution; its columns cover all of its channels. act: between the two.
 
     columns: of one block of the result. epilogue: of the second.
     """
 
     first: ConvolutionConfig
-    relu: bool
+    act: Activation
     columns: int
     epilogue: EpilogueConfig
 
 
 class Chained(NamedTuple):
-    """first: with one group; only the bias of its epilogue is read. weight: [K, C, 1, 1] with stride_k and stride_c."""
+    """first: with one group; only the bias of its epilogue is read. weight: [K, C, 1, 1] with stride_k and stride_c.
+
+    slope: a `Scale`, of an activation between the two that learns one.
+    """
 
     first: Convolution
     weight: Any
@@ -45,6 +51,7 @@ class Chained(NamedTuple):
     stride_c: int
     width: int
     epilogue: Epilogue
+    slope: Any = None
 
 
 @triton.jit
@@ -52,6 +59,8 @@ def chained(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     CONFIG: tl.constexpr = CONFIGS[INDEX]
     FIRST: tl.constexpr = CONFIG.first
     EPILOGUE: tl.constexpr = CONFIG.epilogue
+    ACT: tl.constexpr = CONFIG.act
+    NAME: tl.constexpr = ACT.name
     first = args.first
     middle = tl.arange(0, FIRST.columns)
     middle_mask = middle < first.result_group
@@ -61,8 +70,7 @@ def chained(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
         p = product(first, image0, image, h, w, 0, 0, row_mask, 0, middle, middle_mask, FIRST)
         if first.epilogue.bias is not None:
             p += tl.load(first.epilogue.bias + middle, mask=middle_mask, other=0.0).to(tl.float32)[None, :]
-        if CONFIG.relu:
-            p = relu(p)
+        p = activate(p, load_slope(args.slope, middle, middle_mask, ACT), NAME)
         p = p.to(first.source.x.dtype.element_ty)
         if FIRST.upcast:
             p = p.to(tl.float32)

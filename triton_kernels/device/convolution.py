@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from resnet_fused.spec import Activation
+
 from . import epilogue, operands
 from .epilogue import Epilogue, EpilogueConfig
 from .operands import Operand
@@ -27,7 +29,7 @@ from .reductions import finish, share, zeros
 class ConvolutionConfig:
     """The constants of one convolution phase.
 
-    source, relu:  what the prologue makes of the stored source (operands.RAW, NORMALIZE or GRADIENT; activation).
+    source, act:   what the prologue makes of the stored source (operands.RAW, NORMALIZE or GRADIENT; activation).
     rows, columns, depth: the tile: result pixels, result channels, source channels of one step.
     stages:        software pipeline depth. precision: of float32 products ("ieee", "tf32").
     upcast:        multiply in float32 (the interpreter computes bfloat16 products wrongly).
@@ -39,7 +41,7 @@ class ConvolutionConfig:
     dilation: tuple[int, int]
     transposed: bool
     source: int
-    relu: bool
+    act: Activation
     epilogue: EpilogueConfig
     rows: int
     columns: int
@@ -170,6 +172,7 @@ def product(args, image0, image, oh, ow, class_h, class_w, row_mask, group, colu
     depth_blocks = tl.cdiv(args.source_group, CONFIG.depth)
     ROWS: tl.constexpr = CONFIG.rows  # a tuple takes no attribute of a constant
     COLUMNS: tl.constexpr = CONFIG.columns
+    ACT: tl.constexpr = CONFIG.act
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in tl.range(0, taps_r * taps_s * depth_blocks, num_stages=CONFIG.stages):
         if CONFIG.kernel[0] * CONFIG.kernel[1] == 1:  # keeps what is known of addresses, and so wide loads
@@ -201,7 +204,7 @@ def product(args, image0, image, oh, ow, class_h, class_w, row_mask, group, colu
             depth_mask,
             inside[:, None] & depth_mask[None, :],
             CONFIG.source,
-            CONFIG.relu,
+            ACT,
         ).to(args.source.x.dtype.element_ty)
         b = tl.load(
             weight + (r * stride_r + s * stride_s) + depth[:, None] * depth_stride,

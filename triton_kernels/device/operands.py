@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .activations import activate
+
 RAW = tl.constexpr(0)  # x
 NORMALIZE = tl.constexpr(1)  # (x - center) * scale + shift
 GRADIENT = tl.constexpr(2)  # k_dz * x + k_y * (y - center) + k, with x = dz
@@ -21,37 +23,66 @@ GRADIENT_ROWS = 5  # k_dz, k_y, k, center, k - k_y * center
 
 
 class Operand(NamedTuple):
-    """x: [pixels, channels]. table: float32, the rows above. y: [pixels, channels], for GRADIENT."""
+    """x: [pixels, channels]. table: float32, the rows above. y: [pixels, channels], for GRADIENT.
+
+    slope: a `Scale`, of an activation that learns one.
+    """
 
     x: Any = None
     channels: int = 0
     table: Any = None
     y: Any = None
+    slope: Any = None
 
 
 class Scale(NamedTuple):
-    """branch_scale or skip_scale: one value (stride 0) or one a channel (stride 1); without a pointer 1."""
+    """branch_scale, skip_scale or a learned slope; without a pointer it is 1.
+
+    bits: what is kept of a channel's number to find its value: all, -1, or 0 where there is one value.
+    """
 
     value: Any = None
-    stride: int = 0
+    bits: int = 0
 
 
 @triton.jit
-def load(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constexpr, RELU: tl.constexpr):
+def load(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constexpr, ACT: tl.constexpr):
     """The tile at `offsets`, int32 [rows, columns], from the element `start`, int64; its columns are `channels`.
 
     Zero where `mask` is false, whatever the norm: padding follows the activation. Stored values come in their own
     dtype, computed ones in float32.
     """
+    v = load_unmasked(operand, start, offsets, channels, channel_mask, mask, KIND)
+    if KIND == RAW and ACT.name == "identity":
+        return v
+    else:
+        NAME: tl.constexpr = ACT.name
+        slope = load_slope(operand.slope, channels, channel_mask, ACT)
+        return tl.where(mask, activate(v.to(tl.float32), slope, NAME), 0.0)
+
+
+@triton.jit
+def load_linear(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constexpr):
+    """`load` without an activation."""
+    v = load_unmasked(operand, start, offsets, channels, channel_mask, mask, KIND)
+    if KIND == RAW:
+        return v
+    else:
+        return tl.where(mask, v, 0.0)
+
+
+@triton.jit
+def load_unmasked(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constexpr):
+    """What precedes the activation; where `mask` is false, what the norm makes of zero."""
     x = tl.load(operand.x + start + offsets, mask=mask, other=0.0)
-    if KIND == RAW and not RELU:
+    if KIND == RAW:
         return x
     else:
         v = x.to(tl.float32)
         NARROW: tl.constexpr = operand.x.dtype.element_ty != tl.float32
         if KIND == NORMALIZE:
             v = normalize(v, operand.table, operand.channels, channels, channel_mask, NARROW)
-        elif KIND == GRADIENT:
+        else:
             v *= load_row(operand.table, 0, operand.channels, channels, channel_mask)
             if operand.y is not None:
                 y = tl.load(operand.y + start + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -61,9 +92,7 @@ def load(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constex
                 else:
                     y -= load_row(operand.table, 3, operand.channels, channels, channel_mask)
                     v += k_y * y + load_row(operand.table, 2, operand.channels, channels, channel_mask)
-        if RELU:
-            v = relu(v)
-        return tl.where(mask, v, 0.0)
+        return v
 
 
 @triton.jit
@@ -83,11 +112,14 @@ def load_row(table, row, width, channels, channel_mask):
 
 
 @triton.jit
-def relu(v):
-    """max(v, 0), and NaN for NaN as in PyTorch."""
-    return tl.where(v <= 0, 0.0, v)
+def load_scale(scale, channels, channel_mask):
+    return tl.load(scale.value + (channels & scale.bits), mask=channel_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_scale(scale, channels, channel_mask):
-    return tl.load(scale.value + channels * scale.stride, mask=channel_mask, other=0.0).to(tl.float32)
+def load_slope(slope, channels, channel_mask, ACT: tl.constexpr):
+    """What `activate` takes beside the value: [1, N] where it is learned, else the activation's constant."""
+    if ACT.name == "prelu":
+        return load_scale(slope, channels, channel_mask)[None, :]
+    else:
+        return ACT.parameter

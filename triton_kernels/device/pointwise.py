@@ -11,6 +11,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from resnet_fused.spec import Activation
+
 from . import epilogue, operands
 from .epilogue import Epilogue, EpilogueConfig
 from .operands import Operand
@@ -19,10 +21,10 @@ from .reductions import finish, share, zeros
 
 @dataclass(frozen=True)
 class PointwiseConfig:
-    """source, relu: as in a convolution's prologue. rows, columns: the tile."""
+    """source, act: as in a convolution's prologue. rows, columns: the tile."""
 
     source: int
-    relu: bool
+    act: Activation
     epilogue: EpilogueConfig
     rows: int
     columns: int
@@ -41,6 +43,7 @@ def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
     """Walks the tiles of one block of channels after the other, as `convolution` does."""
     CONFIG: tl.constexpr = CONFIGS[INDEX]
     EPILOGUE: tl.constexpr = CONFIG.epilogue
+    ACT: tl.constexpr = CONFIG.act
     width = args.source.channels
     blocks = tl.cdiv(width, CONFIG.columns)
     first, step, lane, lanes = share(blocks)
@@ -60,7 +63,7 @@ def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
                 channel_mask,
                 row_mask[:, None] & channel_mask[None, :],
                 CONFIG.source,
-                CONFIG.relu,
+                ACT,
             ).to(tl.float32)
             r0, r1, r2 = epilogue.apply(
                 args.epilogue, v, first_pixel, pixels, row_mask, channels, channel_mask, r0, r1, r2, EPILOGUE

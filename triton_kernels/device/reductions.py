@@ -20,7 +20,7 @@ from .operands import Scale, load_scale
 
 NONE = tl.constexpr(0)
 STATISTICS = tl.constexpr(1)  # (count, mean, M2) of v
-SUMS = tl.constexpr(2)  # (sum v, sum v (y - center), sum v (s - center_s))
+SUMS = tl.constexpr(2)  # (sum v, sum v (y - center), a third sum: epilogue.OVER_SKIP and so on)
 
 MERGED = tl.constexpr(1024)  # values merged at a time: more would cost every phase its registers
 
@@ -57,7 +57,8 @@ class Reduction(NamedTuple):
     partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one a block of channels, zero.
     rows: values a channel.
     STATISTICS writes mean and biased variance to stats [2, C] and the norm's table (operands.py).
-    SUMS writes what `first` (for y) and `second` (for the skip path's s) ask for.
+    SUMS writes what `first` (for y) and `second` (for the third sum) ask for. Where that is not the skip path's, only
+    second.dfactor is asked for, which without a norm is the sum itself.
     """
 
     partials: Any = None
@@ -178,14 +179,14 @@ def store_table(table, mean, var, norm, channels, channel_mask, width):
 def merge_sums(reduction, channels, channel_mask, lanes, width, BATCH: tl.constexpr, BATCH_S: tl.constexpr):
     dz = tl.zeros(channels.shape, reduction.partials.dtype.element_ty)
     dz_y = tl.zeros_like(dz)
-    dz_s = tl.zeros_like(dz)
+    third = tl.zeros_like(dz)
     for start in range(0, lanes, MERGED // channels.shape[0]):
         dz += tl.sum(load_partials(reduction, 0, start, channels, channel_mask, lanes, width), 0)
         dz_y += tl.sum(load_partials(reduction, 1, start, channels, channel_mask, lanes, width), 0)
-        dz_s += tl.sum(load_partials(reduction, 2, start, channels, channel_mask, lanes, width), 0)
+        third += tl.sum(load_partials(reduction, 2, start, channels, channel_mask, lanes, width), 0)
     rows = reduction.rows
     store_gradients(reduction.first, dz, dz_y, rows, channels, channel_mask, width, BATCH)
-    store_gradients(reduction.second, dz, dz_s, rows, channels, channel_mask, width, BATCH_S)
+    store_gradients(reduction.second, dz, third, rows, channels, channel_mask, width, BATCH_S)
 
 
 @triton.jit

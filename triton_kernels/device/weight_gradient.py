@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from resnet_fused.spec import Activation
+
 from . import operands
 from .barriers import arrives_last
 from .operands import Operand
@@ -19,7 +21,7 @@ from .operands import Operand
 
 @dataclass(frozen=True)
 class WeightGradientConfig:
-    """dy, source, relu: what the prologues make of the stored dy and of the convolution's stored input.
+    """dy, source, act: what the prologues make of the stored dy and of the convolution's stored input.
 
     rows, columns, depth: the tile: output channels, input channels, pixels of one step. splits: of the pixels.
     stages, precision, upcast: as for a convolution.
@@ -31,7 +33,7 @@ class WeightGradientConfig:
     dilation: tuple[int, int]
     dy: int
     source: int
-    relu: bool
+    act: Activation
     rows: int
     columns: int
     depth: int
@@ -119,11 +121,12 @@ def product(args, split, group, r, s, row, row_mask, column, column_mask, CONFIG
     c = group * args.input_group + column
     ROWS: tl.constexpr = CONFIG.rows  # a tuple takes no attribute of a constant
     COLUMNS: tl.constexpr = CONFIG.columns
+    ACT: tl.constexpr = CONFIG.act
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in tl.range(0, steps, num_stages=CONFIG.stages):
         pixel = start + step * CONFIG.depth + tl.arange(0, CONFIG.depth)
         pixel_mask = pixel < pixels
-        dy = operands.load(
+        dy = operands.load_linear(
             args.dy,
             tl.cast(start + step * CONFIG.depth, tl.int64) * args.dy.channels,
             tl.arange(0, CONFIG.depth)[:, None] * args.dy.channels + k[None, :],
@@ -131,7 +134,6 @@ def product(args, split, group, r, s, row, row_mask, column, column_mask, CONFIG
             row_mask,
             pixel_mask[:, None] & row_mask[None, :],
             CONFIG.dy,
-            False,
         ).to(args.dy.x.dtype.element_ty)
         image0 = (start + step * CONFIG.depth) // (args.height * args.width)
         image = pixel // (args.height * args.width)
@@ -150,7 +152,7 @@ def product(args, split, group, r, s, row, row_mask, column, column_mask, CONFIG
             column_mask,
             inside[:, None] & column_mask[None, :],
             CONFIG.source,
-            CONFIG.relu,
+            ACT,
         ).to(args.source.x.dtype.element_ty)
         if CONFIG.upcast:
             dy = dy.to(tl.float32)

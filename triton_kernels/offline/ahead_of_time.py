@@ -32,7 +32,7 @@ from ..device import program
 from ..host import occupancy
 from ..host.chips import BY_ARCH, Chip
 from ..host.launch import Launch
-from ..host.residual_block import Policy
+from ..host.policies import Policy
 from . import resnet50
 
 DOT = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}

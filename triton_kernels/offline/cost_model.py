@@ -24,18 +24,19 @@ import torch
 from torch import Tensor
 
 from resnet_fused.spec import IntPair
+from resnet_fused.spec.facts import facts
 from resnet_fused.tools.tables import table
 
 from ..device.chained import Chained, ChainedConfig
 from ..device.convolution import Convolution, ConvolutionConfig
-from ..device.epilogue import BY_NORM, BY_OUT, Epilogue, EpilogueConfig
+from ..device.epilogue import BY_OUT, Epilogue, EpilogueConfig
 from ..device.operands import GRADIENT, Operand
 from ..device.pointwise import Pointwise
-from ..device.reductions import SUMS
 from ..device.weight_gradient import WeightGradient, WeightGradientConfig
+from ..host.block import Block
 from ..host.chips import CHIPS, Chip
 from ..host.launch import Launch
-from ..host.residual_block import Block, Policy
+from ..host.policies import Policy
 from .resnet50 import DIRECTIONS, BlockShape, Direction, plan, resnet50
 
 NOTE = """\
@@ -227,16 +228,15 @@ def _weight_gradient(args: WeightGradient, config: WeightGradientConfig) -> tupl
 
 def _epilogue(args: Epilogue, config: EpilogueConfig) -> int:
     """Bytes; `epilogue.apply` says which part reads what."""
-    sums = config.reduce == int(SUMS)
     size = 0 if args.out is None else _size(args.out)
     if config.residual is not None:
         size += _operand(args.residual, config.residual)
     if config.mask == int(BY_OUT):
         size += _size(args.mask)
-    if config.mask == int(BY_NORM) or (sums and config.sums_y):
+    if config.reads_y:
         size += _size(args.y.x)
-    if sums and config.sums_s:
-        size += _size(args.s)
+    if config.reads_s:
+        size += _size(args.s.x)
     return size
 
 
@@ -290,11 +290,12 @@ def eager(shape: BlockShape, direction: Direction, batch: int, dtype: torch.dtyp
 
     Operations are in the order of the forward pass, also the backward ones: sums do not depend on it.
     """
-    block = Block(shape.spec, shape.tensors(batch, dtype), Policy(CHIPS["a100"]))  # for its sizes; no plan is made
+    # for its sizes; no plan is made
+    block = Block(shape.spec, facts(shape.spec), shape.tensors(batch, dtype), Policy(CHIPS["a100"]))
     wants_dx = shape.name != "stem"  # as `plan` has it
     costs = []
     for conv, stage in enumerate(shape.spec.convs):
-        name, weight, (h, w) = block.name(conv), block.weight(conv), block.input_size(conv)
+        name, weight, (h, w) = block.name(conv), block.weights[conv], block.input_size(conv)
         y, w_bytes = _size(block.new(conv)), _size(weight)
         flops = 2 * batch * block.sizes[conv][0] * block.sizes[conv][1] * weight.numel()
         pixel = batch * weight.shape[1] * stage.groups * weight.element_size()

@@ -12,10 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from resnet_fused.ops.operators import TensorList, saved_convs
+from resnet_fused.ops.operators import Tensors
 from resnet_fused.spec import BlockSpec, IntPair, StageSpec
+from resnet_fused.spec.facts import Needs, facts
+from resnet_fused.spec.tensors import BlockTensors
 
-from ..host.residual_block import Block, Policy, backward, forward, infer
+from ..host.backward import backward
+from ..host.block import Block, given
+from ..host.forward import forward
+from ..host.infer import infer
+from ..host.policies import Policy
 
 Direction = Literal["forward", "backward", "infer"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "infer")
@@ -32,13 +38,24 @@ class BlockShape:
     size: IntPair
     convs: tuple[tuple[int, int, int], ...]
 
-    def tensors(self, batch: int, dtype: torch.dtype, device: str = "meta") -> TensorList:
-        """`autograd.flatten` of the block, channels_last, norms in float32; values are undefined."""
-        flat: list[Tensor | None] = []
-        for (k, c, r), stage in zip(self.convs, self.spec.convs, strict=True):
-            flat += [_activation(k, c, (r, r), dtype, device), None]
-            flat += [torch.empty(k, device=device) if stage.norm else None for _ in range(4)]
-        return (_activation(batch, self.channels, self.size, dtype, device), None, None, *flat)
+    def tensors(self, batch: int, dtype: torch.dtype, device: str = "meta") -> Tensors:
+        """As the operators take them, channels_last, norms in float32; values are undefined."""
+        tensors: Tensors = BlockTensors.filled(None, len(self.convs))
+        tensors.x = _activation(batch, self.channels, self.size, dtype, device)
+        tensors.weights = [_activation(k, c, (r, r), dtype, device) for k, c, r in self.convs]
+        for vectors in (tensors.norm_weights, tensors.norm_biases, tensors.running_means, tensors.running_vars):
+            vectors[:] = [
+                torch.empty(k, device=device) if stage.norm else None
+                for (k, _, _), stage in zip(self.convs, self.spec.convs, strict=True)
+            ]
+        return tensors
+
+    def needs(self) -> Needs:
+        """As training wants them: the picture needs no gradient."""
+        needs = BlockTensors.filled(False, len(self.convs))
+        needs.x = self.name != "stem"
+        needs.weights = needs.norm_weights = needs.norm_biases = [True] * len(self.convs)
+        return needs
 
 
 def resnet50(image: int = 224) -> Iterator[BlockShape]:
@@ -62,27 +79,21 @@ def resnet50(image: int = 224) -> Iterator[BlockShape]:
 
 def plan(shape: BlockShape, direction: Direction, batch: int, dtype: torch.dtype, policy: Policy) -> None:
     """Hands the launches of one direction to `policy.submit`; nothing is computed."""
-    tensors = shape.tensors(batch, dtype)
-    needs = [True, False, False, *(flag for _ in shape.convs for flag in (True, False, True, True, False, False))]
-    needs[0] = shape.name != "stem"  # the picture needs no gradient
+    tensors, needs = shape.tensors(batch, dtype), shape.needs()
+    spec, known = shape.spec, facts(shape.spec, needs)
     if direction == "forward":
-        forward(shape.spec, tensors, needs, policy)
+        forward(spec, known, tensors, policy)
     elif direction == "infer":
-        weights = [t for t in tensors[3::6] if t is not None]
+        weights = [given(t) for t in tensors.weights]
         biases = [torch.empty(w.shape[0], dtype=dtype, device="meta") for w in weights]
-        infer(_given(tensors[0]), None, weights, biases, None, shape.spec, policy)
+        infer(spec, facts(spec), given(tensors.x), None, weights, biases, None, None, [None] * len(weights), policy)
     else:
-        block = Block(shape.spec, tensors, policy)
-        outputs = [block.new(i) for i in saved_convs(shape.spec, needs)]
+        block = Block(spec, known, tensors, policy)
+        outputs = [block.new(i) for i in known.saved]
         statistics = [torch.empty((2, block.width(i)), device="meta") for i in range(len(shape.convs))]
         out = block.new(block.last)
-        backward(shape.spec, out, out, outputs, statistics, tensors, needs, policy)
+        backward(spec, known, out, out, outputs, statistics, tensors, needs, policy)
 
 
 def _activation(n: int, c: int, size: IntPair, dtype: torch.dtype, device: str) -> Tensor:
     return torch.empty((n, c, *size), dtype=dtype, device=device, memory_format=torch.channels_last)
-
-
-def _given(t: Tensor | None) -> Tensor:
-    assert t is not None
-    return t

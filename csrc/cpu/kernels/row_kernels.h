@@ -5,6 +5,7 @@
 // digits that scale * y + (shift - center * scale) loses when |mean| >> std.
 #pragma once
 
+#include "../../block/activations.h"
 #include "scalar_types.h"
 
 namespace resnet_fused::cpu {
@@ -16,11 +17,19 @@ struct Affine {
   const A* shift;
 };
 
-// Where the derivative of the activation comes from.
-enum class Mask {
-  none,    // no activation
-  output,  // the block's output: 0 where out <= 0
-  affine,  // recomputed: 0 where (y - center) * scale + shift <= 0
+// What tells the derivative of an activation: nothing (there is none), its output, or its argument, which is computed
+// again: (y - center) * scale + shift, and the skip path's part of a sum.
+enum class Reads { nothing, output, argument };
+
+// The activation of a pass. ReLU and the identity behind an addition have loops of their own.
+template <class A>
+struct Act {
+  Activation act;
+  const A* slope = nullptr;         // [C]: leaky_relu's and prelu's; others may have any
+  const A* branch_scale = nullptr;  // [C]: the activation stands before this scale and the addition; nullptr: behind
+
+  bool is_plain() const { return !branch_scale && (act.is(ActivationKind::identity) || act.is(ActivationKind::relu)); }
+  bool is_relu() const { return act.is(ActivationKind::relu); }
 };
 
 template <class T>
@@ -30,34 +39,38 @@ struct NormalizeArgs {
   Affine<A> norm;
   const T* skip;        // nullptr: no residual
   Affine<A> skip_norm;  // of the projection; center == nullptr: the identity skip times skip_norm.scale
-  bool relu;
-  T* out;  // act(norm(y) [+ skip])
+  Act<A> act;
+  T* out;  // act(norm(y) [+ skip]), or act(norm(y)) * branch_scale [+ skip]
 };
 
 template <class T>
 struct BackwardReduceArgs {
   using A = arith_t<T>;
   const T* dout;
-  Mask mask;
-  const T* out;  // for Mask::output
+  Reads reads;
+  const T* out;  // for Reads::output
   const T* y;
-  Affine<A> norm;  // center for the sums, the rest for Mask::affine and p
-  bool relu;       // of p
-  const T* y2;     // the projection's, or nullptr
+  Affine<A> norm;  // center for the sums, the rest for Reads::argument and p
+  Act<A> act;
+  const T* skip;  // of the argument of a sum, nullptr: none; as in NormalizeArgs
+  Affine<A> skip_norm;
+  const T* y2;  // the projection's, or nullptr
   const A* center2;
-  T* dz;                // Mask::output only: dout * act', kept for the passes that follow
+  T* dz;                // [branch_scale *] dout * act', kept for the passes that follow; nullptr: not kept
   T* p;                 // act(norm(y)), the next convolution's input, or nullptr
   sum_t<T>* sum_dz;     // sum of dz over the rows
   sum_t<T>* sum_dz_y;   // sum of dz * (y - center)
   sum_t<T>* sum_dz_y2;  // sum of dz * (y2 - center2)
+  sum_t<T>* sum_slope;  // sum of dout * z where z <= 0: the gradient of prelu's slope; or nullptr
+  sum_t<T>* sum_act;    // sum of dout * act(z): the gradient of branch_scale; or nullptr
 };
 
 template <class T>
 struct BackwardApplyArgs {
   using A = arith_t<T>;
   const T* dz;
-  Mask mask;    // none, or affine where dz is still dout
-  const T* y;   // for Mask::affine and the y term, else nullptr
+  Reads reads;  // nothing, or argument where dz is still the gradient behind a ReLU
+  const T* y;   // for Reads::argument and the y term, else nullptr
   bool y_term;  // without it k_y and k do not count: a NaN in y must not reach a frozen norm's gradient
   Affine<A> norm;
   const A* k_dz;  // dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]

@@ -59,9 +59,98 @@ struct Store<f16> {
   }
 };
 
+// --- activations -----------------------------------------------------------------------------------------------------
+
+static inline double exponential(double x) { return __builtin_exp(x); }
+static inline double error_function(double x) { return __builtin_erf(x); }
+
+// e^x = 2^n e^r with |r| <= ln(2) / 2, the latter by Taylor's series; 2^n in two factors, so that its ends are reached.
+static inline float exponential(float x) {
+  const float low = x < -104.0f ? -104.0f : x, within = low > 89.0f ? 89.0f : low;
+  constexpr float magic = 12582912.0f;  // adding it rounds to an integer, which stands in the last bits
+  const float shifted = within * 1.44269504f + magic, n = shifted - magic;
+  const float r = (within - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const int32_t whole = __builtin_bit_cast(int32_t, shifted) - __builtin_bit_cast(int32_t, magic);
+  const int32_t half = whole >> 1, rest = whole - half;
+  const float result =
+      p * __builtin_bit_cast(float, (half + 127) << 23) * __builtin_bit_cast(float, (rest + 127) << 23);
+  return x != x ? x : result;
+}
+
+// Below 1 an odd polynomial, above 1 - e^-q(|x|); both fitted in double at Chebyshev's points to 2e-8.
+static inline float error_function(float x) {
+  const float size = x < 0 ? -x : x, square = size * size, capped = size > 4.0f ? 4.0f : size;
+  float p = 7.882497117e-05f;
+  p = p * square + -8.018854994e-04f;
+  p = p * square + 5.189311943e-03f;
+  p = p * square + -2.685432880e-02f;
+  p = p * square + 1.128359746e-01f;
+  p = p * square + -3.761262690e-01f;
+  p = p * square + 1.128379166e+00f;
+  float q = 5.970318814e-08f;
+  q = q * capped + -2.953052013e-06f;
+  q = q * capped + 5.863188508e-05f;
+  q = q * capped + -6.650460325e-04f;
+  q = q * capped + 4.990989605e-03f;
+  q = q * capped + -2.692863333e-02f;
+  q = q * capped + 1.107988974e-01f;
+  q = q * capped + 6.311928063e-01f;
+  q = q * capped + 1.130548040e+00f;
+  q = q * capped + -3.872819161e-04f;
+  const float high = 1.0f - exponential(-q);
+  const float result = size < 1.0f ? size * p : high;
+  const float with_sign = x < 0 ? -result : result;
+  return x != x ? x : with_sign;
+}
+
+#define ACTIVATION_FUNCTION static inline
+#include "../../block/activation_functions.h"
+#undef ACTIVATION_FUNCTION
+
 template <bool relu, class A>
 static inline A activate(A z) {
-  return relu && z < 0 ? A(0) : z;  // NaN passes, as in PyTorch
+  if constexpr (relu) return activations::relu::forward(z, A(0));
+  return z;
+}
+
+// values[c] := the activation of values[c], or its derivative there, for up to kTile channels in the first cache.
+constexpr int64_t kTile = 512;
+
+template <class Kind, class A>
+static void activate_each(A* __restrict values, const A* __restrict slope, int64_t channels) {
+  CHANNEL_LOOP { values[c] = Kind::forward(values[c], slope[c]); }
+}
+template <class Kind, class A>
+static void differentiate_each(A* __restrict values, const A* __restrict slope, int64_t channels) {
+  CHANNEL_LOOP { values[c] = Kind::derivative(values[c], slope[c]); }
+}
+template <class A>
+static void activate(ActivationKind kind, A* values, const A* slope, int64_t channels) {
+  switch (kind) {
+#define CASE(name)           \
+  case ActivationKind::name: \
+    return activate_each<activations::name>(values, slope, channels);
+    RESNET_FUSED_ACTIVATIONS(CASE)
+#undef CASE
+  }
+}
+template <class A>
+static void differentiate(ActivationKind kind, A* values, const A* slope, int64_t channels) {
+  switch (kind) {
+#define CASE(name)           \
+  case ActivationKind::name: \
+    return differentiate_each<activations::name>(values, slope, channels);
+    RESNET_FUSED_ACTIVATIONS(CASE)
+#undef CASE
+  }
 }
 
 template <class A>
@@ -120,24 +209,66 @@ static void normalize_rows(const NormalizeArgs<T>& args, int64_t rows, int64_t c
   }
 }
 
+// z += the skip path's part, for the channels [first, first + count)
+template <class T>
+static void add_skip(
+    arith_t<T>* __restrict z, const T* __restrict skip, const Affine<arith_t<T>>& norm, int64_t first,
+    int64_t channels) {
+  if (!skip) return;
+  skip += first;
+  const auto* scale = norm.scale + first;
+  if (norm.center) {
+    const auto *center = norm.center + first, *shift = norm.shift + first;
+    CHANNEL_LOOP { z[c] += (load(skip[c]) - center[c]) * scale[c] + shift[c]; }
+  } else {
+    CHANNEL_LOOP { z[c] += load(skip[c]) * scale[c]; }
+  }
+}
+
+// Any activation, a tile of channels at a time.
+template <class T>
+static void normalize_any(const NormalizeArgs<T>& args, int64_t rows, int64_t all) {
+  using A = arith_t<T>;
+  A z[kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t first = 0; first < all; first += kTile) {
+      const int64_t channels = all - first < kTile ? all - first : kTile;
+      const T *y = args.y + r * all + first, *skip = args.skip ? args.skip + r * all : nullptr;
+      T* out = args.out + r * all + first;
+      const Affine<A> norm{args.norm.center + first, args.norm.scale + first, args.norm.shift + first};
+      CHANNEL_LOOP { z[c] = apply(norm, c, A(load(y[c]))); }
+      if (const A* scale = args.act.branch_scale) {
+        activate(args.act.act.kind, z, args.act.slope + first, channels);
+        CHANNEL_LOOP { z[c] *= scale[first + c]; }
+        add_skip(z, skip, args.skip_norm, first, channels);
+      } else {
+        add_skip(z, skip, args.skip_norm, first, channels);
+        activate(args.act.act.kind, z, args.act.slope + first, channels);
+      }
+      CHANNEL_LOOP { out[c] = Store<T>::from(z[c]); }
+    }
+  }
+}
+
 template <class T>
 static void normalize(const NormalizeArgs<T>& args, int64_t rows, int64_t channels) {
-  const bool projection = args.skip && args.skip_norm.center;
+  if (!args.act.is_plain()) return normalize_any(args, rows, channels);
+  const bool projection = args.skip && args.skip_norm.center, relu = args.act.is_relu();
   if (!args.skip) {
-    args.relu ? normalize_rows<T, Residual::none, true>(args, rows, channels)
-              : normalize_rows<T, Residual::none, false>(args, rows, channels);
+    relu ? normalize_rows<T, Residual::none, true>(args, rows, channels)
+         : normalize_rows<T, Residual::none, false>(args, rows, channels);
   } else if (projection) {
-    args.relu ? normalize_rows<T, Residual::projection, true>(args, rows, channels)
-              : normalize_rows<T, Residual::projection, false>(args, rows, channels);
+    relu ? normalize_rows<T, Residual::projection, true>(args, rows, channels)
+         : normalize_rows<T, Residual::projection, false>(args, rows, channels);
   } else {
-    args.relu ? normalize_rows<T, Residual::identity, true>(args, rows, channels)
-              : normalize_rows<T, Residual::identity, false>(args, rows, channels);
+    relu ? normalize_rows<T, Residual::identity, true>(args, rows, channels)
+         : normalize_rows<T, Residual::identity, false>(args, rows, channels);
   }
 }
 
 // --- backward: reduction ---------------------------------------------------------------------------------------------
 
-template <class T, Mask mask, bool projection, bool writes_p, bool relu>
+template <class T, Reads reads, bool projection, bool writes_p, bool relu>
 static void reduce_rows(const BackwardReduceArgs<T>& args, int64_t rows, int64_t channels) {
   using A = arith_t<T>;
   using Sum = sum_t<T>;
@@ -154,20 +285,20 @@ static void reduce_rows(const BackwardReduceArgs<T>& args, int64_t rows, int64_t
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = r * channels;
     const T *dout = args.dout + at, *y = args.y + at;
-    const T* out = mask == Mask::output ? args.out + at : nullptr;
+    const T* out = reads == Reads::output ? args.out + at : nullptr;
     const T* y2 = projection ? args.y2 + at : nullptr;
-    T* dz_out = mask == Mask::output ? args.dz + at : nullptr;
+    T* dz_out = reads == Reads::output ? args.dz + at : nullptr;
     T* p = writes_p ? args.p + at : nullptr;
     CHANNEL_LOOP {
       A dz = load(dout[c]);
       const A yc = load(y[c]);
-      if constexpr (mask == Mask::output) {
+      if constexpr (reads == Reads::output) {
         dz = load(out[c]) <= 0 ? A(0) : dz;
         dz_out[c] = Store<T>::from(dz);  // exact: dz is dout or 0
       }
-      if constexpr (mask == Mask::affine || writes_p) {
+      if constexpr (reads == Reads::argument || writes_p) {
         const A z = apply(norm, c, yc);
-        if constexpr (mask == Mask::affine) dz = z <= 0 ? A(0) : dz;
+        if constexpr (reads == Reads::argument) dz = z <= 0 ? A(0) : dz;
         if constexpr (writes_p) p[c] = Store<T>::from(activate<relu>(z));
       }
       sum[c] += dz;
@@ -177,28 +308,98 @@ static void reduce_rows(const BackwardReduceArgs<T>& args, int64_t rows, int64_t
   }
 }
 
+// Any activation, a tile of channels at a time; dz is kept, since its derivative may cost more than memory.
+template <class T>
+static void reduce_any(const BackwardReduceArgs<T>& args, int64_t rows, int64_t all) {
+  using A = arith_t<T>;
+  using Sum = sum_t<T>;
+  const auto clear = [&](Sum* sums) {
+    for (int64_t c = 0; sums && c < all; ++c) sums[c] = 0;
+  };
+  clear(args.sum_dz);
+  clear(args.sum_dz_y);
+  clear(args.y2 ? args.sum_dz_y2 : nullptr);
+  clear(args.sum_slope);
+  clear(args.sum_act);
+  A z[kTile], value[kTile];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t first = 0; first < all; first += kTile) {
+      const int64_t channels = all - first < kTile ? all - first : kTile, at = r * all + first;
+      const T *dout = args.dout + at, *y = args.y + at;
+      const A *slope = args.act.slope + first, *scale = args.act.branch_scale;
+      const Affine<A> norm{args.norm.center + first, args.norm.scale + first, args.norm.shift + first};
+      if (args.reads == Reads::output) {
+        const T* out = args.out + at;
+        CHANNEL_LOOP { z[c] = load(out[c]); }
+      } else {
+        CHANNEL_LOOP { z[c] = apply(norm, c, A(load(y[c]))); }
+        add_skip(z, args.skip ? args.skip + r * all : nullptr, args.skip_norm, first, channels);
+      }
+      if (args.p || args.sum_act) {
+        CHANNEL_LOOP { value[c] = z[c]; }
+        activate(args.act.act.kind, value, slope, channels);
+      }
+      if (args.p) {
+        T* p = args.p + at;
+        CHANNEL_LOOP { p[c] = Store<T>::from(value[c]); }
+      }
+      if (args.sum_act) {
+        Sum* sum = args.sum_act + first;
+        CHANNEL_LOOP { sum[c] += Sum(load(dout[c])) * value[c]; }
+      }
+      if (args.sum_slope) {
+        Sum* sum = args.sum_slope + first;
+        CHANNEL_LOOP { sum[c] += z[c] > 0 ? Sum(0) : Sum(load(dout[c]) * (scale ? scale[first + c] : A(1))) * z[c]; }
+      }
+      differentiate(args.act.act.kind, z, slope, channels);
+      if (scale) CHANNEL_LOOP {
+          z[c] *= scale[first + c];
+        }
+      T* dz = args.dz + at;
+      CHANNEL_LOOP {
+        // where the derivative is zero so is the gradient, whatever dout is: PyTorch leaves such values out
+        const T stored = Store<T>::from(z[c] == 0 ? A(0) : load(dout[c]) * z[c]);
+        dz[c] = stored;
+        z[c] = load(stored);  // what later passes read is what is counted
+      }
+      Sum *sum = args.sum_dz + first, *sum_y = args.sum_dz_y + first;
+      CHANNEL_LOOP {
+        sum[c] += z[c];
+        sum_y[c] += Sum(z[c]) * (load(y[c]) - norm.center[c]);
+      }
+      if (args.y2) {
+        const T* y2 = args.y2 + at;
+        const A* center2 = args.center2 + first;
+        Sum* sum_y2 = args.sum_dz_y2 + first;
+        CHANNEL_LOOP { sum_y2[c] += Sum(z[c]) * (load(y2[c]) - center2[c]); }
+      }
+    }
+  }
+}
+
 template <class T>
 static void backward_reduce(const BackwardReduceArgs<T>& args, int64_t rows, int64_t channels) {
-  switch (args.mask) {
-    case Mask::output:  // the block's end: nothing follows that needs p
-      return args.y2 ? reduce_rows<T, Mask::output, true, false, false>(args, rows, channels)
-                     : reduce_rows<T, Mask::output, false, false, false>(args, rows, channels);
-    case Mask::affine:
-      return args.p ? reduce_rows<T, Mask::affine, false, true, true>(args, rows, channels)
-                    : reduce_rows<T, Mask::affine, false, false, true>(args, rows, channels);
-    case Mask::none:
-      if (args.y2) return reduce_rows<T, Mask::none, true, false, false>(args, rows, channels);
-      return args.p ? reduce_rows<T, Mask::none, false, true, false>(args, rows, channels)
-                    : reduce_rows<T, Mask::none, false, false, false>(args, rows, channels);
+  if (!args.act.is_plain() || args.skip) return reduce_any(args, rows, channels);
+  switch (args.reads) {
+    case Reads::output:  // the block's end: nothing follows that needs p
+      return args.y2 ? reduce_rows<T, Reads::output, true, false, false>(args, rows, channels)
+                     : reduce_rows<T, Reads::output, false, false, false>(args, rows, channels);
+    case Reads::argument:
+      return args.p ? reduce_rows<T, Reads::argument, false, true, true>(args, rows, channels)
+                    : reduce_rows<T, Reads::argument, false, false, true>(args, rows, channels);
+    case Reads::nothing:
+      if (args.y2) return reduce_rows<T, Reads::nothing, true, false, false>(args, rows, channels);
+      return args.p ? reduce_rows<T, Reads::nothing, false, true, false>(args, rows, channels)
+                    : reduce_rows<T, Reads::nothing, false, false, false>(args, rows, channels);
   }
 }
 
 // --- backward: apply -------------------------------------------------------------------------------------------------
 
-template <class T, Mask mask, bool y_term, bool has_add>
+template <class T, Reads reads, bool y_term, bool has_add>
 static void apply_rows(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
   using A = arith_t<T>;
-  constexpr bool reads_y = y_term || mask == Mask::affine;
+  constexpr bool reads_y = y_term || reads == Reads::argument;
   const Affine<A> norm = args.norm;
   const A *k_dz = args.k_dz, *k_y = args.k_y, *k = args.k, *k_add = args.k_add;
   for (int64_t r = 0; r < rows; ++r) {
@@ -209,7 +410,7 @@ static void apply_rows(const BackwardApplyArgs<T>& args, int64_t rows, int64_t c
     T* dx = args.dx + at;
     CHANNEL_LOOP {
       A dz = load(dz_in[c]);
-      if constexpr (mask == Mask::affine) dz = apply(norm, c, A(load(y[c]))) <= 0 ? A(0) : dz;
+      if constexpr (reads == Reads::argument) dz = apply(norm, c, A(load(y[c]))) <= 0 ? A(0) : dz;
       A result = k_dz[c] * dz;
       if constexpr (y_term) result += k_y[c] * (load(y[c]) - norm.center[c]) + k[c];
       if constexpr (has_add) result += k_add[c] * load(add[c]);
@@ -218,24 +419,24 @@ static void apply_rows(const BackwardApplyArgs<T>& args, int64_t rows, int64_t c
   }
 }
 
-template <class T, Mask mask>
+template <class T, Reads reads>
 static void apply_masked(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
   if (args.y_term) {
-    args.add ? apply_rows<T, mask, true, true>(args, rows, channels)
-             : apply_rows<T, mask, true, false>(args, rows, channels);
+    args.add ? apply_rows<T, reads, true, true>(args, rows, channels)
+             : apply_rows<T, reads, true, false>(args, rows, channels);
   } else {
-    args.add ? apply_rows<T, mask, false, true>(args, rows, channels)
-             : apply_rows<T, mask, false, false>(args, rows, channels);
+    args.add ? apply_rows<T, reads, false, true>(args, rows, channels)
+             : apply_rows<T, reads, false, false>(args, rows, channels);
   }
 }
 
 template <class T>
 static void backward_apply(const BackwardApplyArgs<T>& args, int64_t rows, int64_t channels) {
-  args.mask == Mask::affine ? apply_masked<T, Mask::affine>(args, rows, channels)
-                            : apply_masked<T, Mask::none>(args, rows, channels);
+  args.reads == Reads::argument ? apply_masked<T, Reads::argument>(args, rows, channels)
+                                : apply_masked<T, Reads::nothing>(args, rows, channels);
 }
 
-// --- one bit a value
+// --- one bit a value ---
 // ---------------------------------------------------------------------------------------------------
 
 // Eight bits travel as the eight bytes of a word, each 0 or 1, which loops over values read and write (little-endian).

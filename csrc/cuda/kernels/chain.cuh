@@ -118,7 +118,13 @@ DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row,
       float v[kChunk<T>];
       UNROLL for (int i = 0; i < kChunk<T>; ++i) {
         v[i] = results[row * S::PITCH + at + i] + bias[i];
-        if (stage.relu) v[i] = relu(v[i]);
+        if (stage.act.kind == ActivationKind::relu) v[i] = relu(v[i]);
+      }
+      if (!is_simple(stage.act)) {
+        UNROLL for (int i = 0; i < kChunk<T>; ++i) {
+          const double slope = load(stage.slopes, column + at + i, stage.act.parameter);
+          v[i] = activate(stage.act.kind, v[i], static_cast<float>(slope));
+        }
       }
       chunk.set(v);
     }

@@ -2,6 +2,7 @@
 // produces activations ends here, a pack of 8 channels of a pixel at a time; `Epilogue` (phase.h) has the formula.
 #pragma once
 
+#include "activations.cuh"
 #include "operand.cuh"
 #include "reductions.cuh"
 #include "tile.cuh"
@@ -22,8 +23,10 @@ enum Constant {
   kSCenter,
   kDz,
   kDy,
-  kD,     // of dx: k_dz, k_y, k
-  kNear,  // of statistics, see WorkerSums
+  kD,       // of dx: k_dz, k_y, k
+  kSlope,   // of the activation
+  kFactor,  // of what it gives, where it comes first
+  kNear,    // of statistics, see WorkerSums
   kConstants
 };
 constexpr int constant_bytes(int columns) { return kConstants * columns * 4; }
@@ -37,7 +40,9 @@ NOINLINE_DEVICE void write_constants(const Epilogue& e, float* constants, int fi
       for (int row = 0; row < kConstants; ++row) at[row * columns] = 0.0f;
       continue;
     }
-    const double factor = load(e.factor, c, 1.0), acc_factor = e.mask == Mask::by_norm ? 1.0 : factor;
+    const double factor = load(e.factor, c, 1.0);
+    const bool elsewhere = e.act_first || e.mask == Mask::by_norm || e.mask == Mask::by_sum;
+    const double acc_factor = elsewhere ? 1.0 : factor;
     const Affine norm = affine(e.norm, c);
     put(kScale, acc_factor * norm.scale);
     put(kShift, acc_factor * norm.shift + load(e.bias, c, 0.0) + load(e.second_bias, c, 0.0));
@@ -52,6 +57,8 @@ NOINLINE_DEVICE void write_constants(const Epilogue& e, float* constants, int fi
     put(kYShift, factor * y.shift);
     put(kYCenter, y.center);
     put(kSCenter, affine(e.s_norm, c).center);
+    put(kSlope, load(e.slopes, c, e.act.parameter));
+    put(kFactor, factor);
     if (e.dx != nullptr) {
       put(kDz, e.dx_table[kRowScale * e.channels + c]);
       put(kDy, e.dx_table[kRowYScale * e.channels + c]);
@@ -96,11 +103,49 @@ DEVICE void constant_row(float (&to)[kPack], const float* at, int columns, Const
   }
 }
 
+// v := act(v), or with a mask v act'(z) and the third sum, which needs both v and z: for any activation.
+//
+// Values take turns in the first register, so that there is one call of each function: around a call the compiler has
+// to put away what the passes keep in registers.
+template <class T, bool JOIN, class Sums>
+DEVICE void activate_pack(
+    float (&v)[kPack], const Fetched<T>& f, const Epilogue& e, const float* at, int columns, Sums& sums) {
+  const auto row = [&](Constant row, int i) { return at[row * columns + i]; };
+  float z[kPack];
+  UNROLL for (int i = 0; i < kPack; ++i) {
+    z[i] = e.mask == Mask::none ? v[i] : f.other.get(i);
+    if (e.mask == Mask::by_norm || e.mask == Mask::by_sum)
+      z[i] = (f.y.get(i) - row(kYCenter, i)) * row(kYScale, i) + row(kYShift, i);
+    if (JOIN && e.mask == Mask::by_sum)
+      z[i] += (f.s.get(i) - row(kResidualCenter, i)) * row(kResidualScale, i) + row(kResidualShift, i);
+  }
+  float thirds[JOIN ? kPack : 1] = {};
+  ROLLED for (int i = 0; i < kPack; ++i) {
+    const float slope = row(kSlope, i), now = v[0], here = z[0];
+    float result = 0.0f, third = 0.0f;
+    if (e.mask == Mask::none || (JOIN && e.third == Third::activation))
+      third = result = activate(e.act.kind, here, slope);
+    if (JOIN && e.third == Third::slope) third = here > 0.0f ? 0.0f : here;
+    if (e.mask != Mask::none) result = gradient_through(e.act.kind, now, here, slope);
+    UNROLL for (int k = 0; k + 1 < kPack; ++k) {
+      v[k] = v[k + 1];
+      z[k] = z[k + 1];
+      if (JOIN) thirds[JOIN ? k : 0] = thirds[JOIN ? k + 1 : 0];
+    }
+    v[kPack - 1] = result;
+    if (JOIN) thirds[JOIN ? kPack - 1 : 0] = now * third;
+  }
+  if (JOIN && e.third != Third::skip) {
+    UNROLL for (int i = 0; i < kPack; ++i) sums.third[JOIN ? i : 0] += thirds[JOIN ? i : 0];
+  }
+}
+
 // Finishes one pack of results v. at: of its first channel among the constants of `columns`.
-template <class T, bool WIDE, bool JOIN>
+// ANY: whether the activation may be another than relu.
+template <class T, bool WIDE, bool JOIN, bool ANY, class Sums>
 DEVICE void finish(
     float (&v)[kPack], const Fetched<T>& f, const Epilogue& e, const float* at, int columns, int64_t index,
-    int64_t pixel, int channel, int count, ThreadSums<T, JOIN>& sums) {
+    int64_t pixel, int channel, int count, Sums& sums) {
   float scale[kPack], shift[kPack], center[kPack];
   const auto rows = [&](Constant first) {
     constant_row(scale, at, columns, first);
@@ -109,20 +154,29 @@ DEVICE void finish(
   };
   rows(kScale);
   UNROLL for (int i = 0; i < kPack; ++i) v[i] = (v[i] - center[i]) * scale[i] + shift[i];
-  if (e.residual != nullptr) {
+  const auto add_residual = [&] {
     rows(kResidualScale);
     UNROLL for (int i = 0; i < kPack; ++i) v[i] += (f.other.get(i) - center[i]) * scale[i] + shift[i];
-  }
-  if (e.relu) {
-    UNROLL for (int i = 0; i < kPack; ++i) v[i] = relu(v[i]);
-  }
-  if (e.mask == Mask::by_out) {
-    UNROLL for (int i = 0; i < kPack; ++i) v[i] = f.other.get(i) <= 0.0f ? 0.0f : v[i];
-  } else if (e.mask == Mask::by_bits) {
+  };
+  if (e.residual != nullptr && !e.act_first) add_residual();
+  if (e.mask == Mask::by_bits) {
     UNROLL for (int i = 0; i < kPack; ++i) v[i] = (f.bits >> i & 1u) != 0 ? v[i] : 0.0f;
+  } else if (!is_simple(e.act) || e.mask == Mask::by_sum) {
+    if constexpr (ANY) activate_pack<T, JOIN>(v, f, e, at, columns, sums);
+  } else if (e.act.kind == ActivationKind::identity) {
+    // nothing
+  } else if (e.mask == Mask::none) {
+    UNROLL for (int i = 0; i < kPack; ++i) v[i] = relu(v[i]);
+  } else if (e.mask == Mask::by_out) {
+    UNROLL for (int i = 0; i < kPack; ++i) v[i] = f.other.get(i) <= 0.0f ? 0.0f : v[i];
   } else if (e.mask == Mask::by_norm) {
     rows(kYScale);
     UNROLL for (int i = 0; i < kPack; ++i) v[i] = (f.y.get(i) - center[i]) * scale[i] + shift[i] <= 0.0f ? 0.0f : v[i];
+  }
+  if (e.act_first) {
+    constant_row(scale, at, columns, kFactor);
+    UNROLL for (int i = 0; i < kPack; ++i) v[i] *= scale[i];
+    if (e.residual != nullptr) add_residual();
   }
   if (e.out != nullptr) {
     Pack<T> out;
@@ -163,7 +217,7 @@ DEVICE void finish(
       constant_row(center, at, columns, kYCenter);
       UNROLL for (int i = 0; i < kPack; ++i) sums.second[i] += static_cast<sum_t<T>>(v[i]) * (f.y.get(i) - center[i]);
     }
-    if (JOIN && e.s != nullptr) {
+    if (JOIN && e.s != nullptr && e.third == Third::skip) {
       constant_row(center, at, columns, kSCenter);
       UNROLL for (int i = 0; i < kPack; ++i) sums.third[JOIN ? i : 0] +=
           static_cast<sum_t<T>>(v[i]) * (f.s.get(i) - center[i]);
@@ -195,7 +249,7 @@ DEVICE void finish_tile(
     fetch<T, true, false>(fetched, e, index, pixel, channel, kPack);
     float v[kPack];
     constant_row(v, results + row * S::PITCH + column, 0, kScale);
-    finish<T, true, false>(v, fetched, e, constants + column, S::COLUMNS, index, pixel, channel, kPack, sums);
+    finish<T, true, false, true>(v, fetched, e, constants + column, S::COLUMNS, index, pixel, channel, kPack, sums);
   }
   sync_threads();  // the results' place is free
   if (e.reduce != Reduce::none) {

@@ -3,6 +3,7 @@
 // Activations are NHWC: [pixels, channels]. Weights are [K, R, S, C]. Names are those of docs/architecture.md.
 #pragma once
 
+#include "../../block/activations.h"
 #include "scalars.cuh"
 
 namespace resnet_fused::cuda {
@@ -45,6 +46,9 @@ struct Norm {
 enum class Source : int32_t { raw, normalize, gradient };
 enum TableRow { kRowScale, kRowShift, kRowCenter, kRowFolded, kRowYScale, kTableRows };
 
+// Of the activations only relu is computed here: products would hold the others' registers in their loops, so what such
+// an activation gives is written out by a pass before, whose epilogue knows them all.
+//
 // x, y: [pixels, channels]. wide: rows can be read 8 values at a time, aligned to 16 bytes, as products must.
 struct Operand {
   const void* x = nullptr;
@@ -58,13 +62,21 @@ struct Operand {
 
 // --- epilogue --------------------------------------------------------------------------------------------------------
 
+// What tells the derivative of the activation that v goes back through.
 enum class Mask : int32_t {
   none,
-  by_out,   // the activation's own output
-  by_norm,  // its input, recomputed from y
-  by_bits   // one bit a value: [pixels, ceil(channels / 8)] bytes
+  by_out,   // its own output, where the derivative takes two values
+  by_norm,  // its argument, recomputed from y: factor * y_norm(y)
+  by_sum,   // ... from y and s: factor * y_norm(y) + residual_scale * residual_norm(s)
+  by_bits   // one bit a value: [pixels, ceil(channels / 8)] bytes; a relu's
 };
 enum class Reduce : int32_t { none, statistics, sums };
+// What the third of three sums is of. dout: v before the mask, z: the argument of the mask's activation.
+enum class Third : int32_t {
+  skip,        // v (s - mean_s)
+  slope,       // dout z where z <= 0: the gradient of prelu's slope
+  activation,  // dout act(z): the gradient of a factor of act(z)
+};
 
 // What follows from sum dz and sum dz (y - mean) for v = factor * norm(y) (Ioffe & Szegedy 2015, arXiv:1502.03167).
 struct VectorGradients {
@@ -86,12 +98,14 @@ struct Reduction {
   float* table = nullptr;         // statistics: the norm's, see Source::normalize
   VectorGradients first, second;  // sums over y and over s
   double* sums = nullptr;         // sums: [2, channels], sum dz and sum dz (y - mean)
+  double* third = nullptr;        // sums: [channels], the third where it is not the skip path's
 };
 
 //   v = factor * acc + bias + residual_scale * residual_norm(residual)
-//   v = relu(v), or v = 0 where the mask says so
+//   v = act(v); act_first: v = factor * act(acc + bias) + residual_scale * residual_norm(residual) instead
+//   or with a mask v = v * act'(what the mask is by)
 //   out = v, bits = (v > 0); then dx = k_dz v + k_y (y - mean) + k where asked for
-//   statistics of v, or sums of v, v (y - mean), v (s - mean_s)
+//   statistics of v, or sums of v, v (y - mean) and, in a pass alone, of what `third` says
 struct Epilogue {
   void* out = nullptr;
   void* dx = nullptr;
@@ -100,14 +114,17 @@ struct Epilogue {
   const void* mask_by = nullptr;
   const void* residual = nullptr;
   const void* y = nullptr;  // what the mask by norm and the sums read
-  const void* s = nullptr;
+  const void* s = nullptr;  // what the mask by sum and the third sum read, in a pass
   Vector factor, bias, second_bias, residual_scale;
+  Vector slopes;   // prelu's
+  Activation act;  // relu in line, the others by activations.cuh
   Norm y_norm, s_norm, residual_norm;
   Norm norm;  // applied to acc first: where no product comes before
   int32_t channels = 0;
   Mask mask = Mask::none;
   Reduce reduce = Reduce::none;
-  bool relu = false;
+  Third third = Third::skip;
+  bool act_first = false;
   bool wide = false;  // as of an Operand, for every tensor here
   Reduction reduction;
 };
@@ -188,7 +205,8 @@ struct ChainStage {
   Divisor per_row;            // of the region
   int32_t size[2] = {0, 0};   // of the whole result
   int32_t shared_offset = 0;  // of the result, in bytes; the last stage's goes to the epilogue
-  bool relu = false;
+  Activation act;             // of the result
+  Vector slopes;              // prelu's
 };
 struct Chain {
   static constexpr int kMost = 3;

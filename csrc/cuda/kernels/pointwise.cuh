@@ -14,10 +14,22 @@ constexpr int pointwise_bytes(int columns) {
   return kMeetingBytes<T> + constant_bytes(columns) + running_bytes(columns);
 }
 
+template <class T, bool JOIN, bool SHARED>
+DEVICE auto thread_sums(const WorkerSums<T>& worker) {
+  if constexpr (SHARED)
+    return SharedSums<T>(worker.meeting);
+  else
+    return ThreadSums<T, JOIN>();
+}
+
+DEVICE bool is_any(const Epilogue& e) { return !is_simple(e.act) || e.mask == Mask::by_sum; }
+DEVICE bool has_third(const Epilogue& e) { return e.s != nullptr || e.third != Third::skip; }
+
 // Walks the tiles of one block of channels after the other, as `convolution` does; a tile is every thread's pack in as
 // many pixels as are kept in flight.
-// WIDE: channels are a multiple of 8 and everything is aligned to 16 bytes. JOIN: sums over s are wanted, too.
-template <class T, bool WIDE, bool JOIN>
+// WIDE: channels are a multiple of 8 and everything is aligned to 16 bytes. JOIN: s is read or a third sum
+// wanted. ANY: the activation is another than relu, for which float32 leaves the sums in shared memory.
+template <class T, bool WIDE, bool JOIN, bool ANY>
 NOINLINE_DEVICE void pointwise() {
   const Pointwise& p = current_phase().pointwise;
   constexpr int together = sizeof(T) == 2 && !JOIN ? 2 : 1;  // reads in flight, as registers allow
@@ -38,7 +50,8 @@ NOINLINE_DEVICE void pointwise() {
     if (e.reduce == Reduce::statistics && thread_index() < columns && first + thread_index() < channels)
       worker.near[thread_index()] = to_float(static_cast<const T*>(p.source.x)[first + thread_index()]);
     if (e.reduce != Reduce::none) clear_running(worker, columns);
-    ThreadSums<T, JOIN> sums;
+    constexpr bool shared_sums = sizeof(T) == 4 && ANY;
+    auto sums = thread_sums<T, JOIN, shared_sums>(worker);
     const int64_t stride = static_cast<int64_t>(step) * share.lanes * together;
     for (int64_t from = static_cast<int64_t>(share.lane) * step * together + (thread_index() >> p.packs_log2);
          from < p.pixels && count > 0; from += stride) {
@@ -68,12 +81,15 @@ NOINLINE_DEVICE void pointwise() {
         if (p.source.relu) {
           UNROLL for (int i = 0; i < kPack; ++i) v[i] = relu(v[i]);
         }
-        finish<T, WIDE, JOIN>(
+        finish<T, WIDE, JOIN, ANY>(
             v, fetched[u], e, constants + column, columns, pixel * channels + channel, pixel, channel, count, sums);
       }
     }
     if (e.reduce != Reduce::none) {
-      put_thread_sums(worker, sums, e.reduce, columns);
+      if constexpr (shared_sums)
+        put_thread_sums(worker, sums.take(), e.reduce, columns);
+      else
+        put_thread_sums(worker, sums, e.reduce, columns);
       merge_threads(worker, e.reduce, columns);
       merge_workers(worker, e.reduction, e.reduce, block, share.lane, share.lanes, first, columns, channels);
     }

@@ -112,6 +112,9 @@ DEVICE float relu(float v) {
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(positive) : "f"(v));
   return positive;
 }
+// e^v and erf(v), as activation_functions.h calls them.
+DEVICE float exponential(float v) { return expf(v); }
+DEVICE float error_function(float v) { return erff(v); }
 DEVICE uint64_t multiply_wide(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 
 DEVICE float to_float(bf16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
@@ -163,6 +166,7 @@ DEVICE void fence() { __threadfence(); }
 
 #else
 #include <emulator.h>
+#include <math.h>
 #define UNROLL_4
 #define ROLLED
 
@@ -170,6 +174,8 @@ namespace resnet_fused::cuda {
 DEVICE Bits128 load_128(const void* global) { return *static_cast<const Bits128*>(global); }
 DEVICE void store_128(void* global, const Bits128& bits) { *static_cast<Bits128*>(global) = bits; }
 DEVICE float relu(float v) { return v <= 0.0f ? 0.0f : v; }
+DEVICE float exponential(float v) { return expf(v); }
+DEVICE float error_function(float v) { return erff(v); }
 DEVICE uint32_t pair_of(float low, float high, bf16) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }

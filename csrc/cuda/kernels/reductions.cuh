@@ -27,14 +27,43 @@ struct Moments {
 };
 
 // A thread's sums for a pack of channels. For statistics: of v - near and of its square, near a value like v's, so that
-// nothing cancels where |mean| is far above the deviation. For gradients: of v, v (y - mean) and, at the join, v (s -
-// mean).
+// nothing cancels where |mean| is far above the deviation. For gradients: of v, v (y - mean) and, in passes
+// that ask for one, a third (`Third` in phase.h).
 template <class T, bool JOIN>
 struct ThreadSums {
   sum_t<T> first[kPack], second[kPack], third[JOIN ? kPack : 1];
   int rows = 0;
 
   DEVICE ThreadSums() { UNROLL for (int i = 0; i < kPack; ++i) first[i] = second[i] = third[JOIN ? i : 0] = 0; }
+};
+
+// The same in shared memory, [3, kPack, threads], at first and last where threads meet: for passes that compute more
+// than registers hold beside 24 sums in double. It is in the shadow of what such a pass waits for in memory.
+template <class T>
+struct SharedSums {
+  struct Row {
+    sum_t<T>* at;
+    DEVICE sum_t<T>& operator[](int i) const { return at[i * kThreads]; }
+  };
+  Row first, second, third;
+  int rows = 0;
+
+  DEVICE explicit SharedSums(sum_t<T>* meeting)
+      : first{meeting + thread_index()}, second{first.at + kPack * kThreads}, third{second.at + kPack * kThreads} {
+    UNROLL for (int i = 0; i < kPack; ++i) first[i] = second[i] = third[i] = 0;
+  }
+  // For the way to the others: the meeting place is free after.
+  DEVICE ThreadSums<T, true> take() const {
+    ThreadSums<T, true> mine;
+    UNROLL for (int i = 0; i < kPack; ++i) {
+      mine.first[i] = first[i];
+      mine.second[i] = second[i];
+      mine.third[i] = third[i];
+    }
+    mine.rows = rows;
+    sync_threads();
+    return mine;
+  }
 };
 
 // The worker's running values for a block of channels, [3, columns], and where its threads meet, [groups, 3, columns]
@@ -155,6 +184,7 @@ NOINLINE_DEVICE void store_merged(
   } else {
     store_gradients(r.first, channel, channels, a, b, r.rows);
     store_gradients(r.second, channel, channels, a, c, r.rows);
+    if (r.third != nullptr) r.third[channel] = c;
     if (r.sums != nullptr) {
       r.sums[channel] = a;
       r.sums[channels + channel] = b;

@@ -37,11 +37,13 @@ DEVICE void run_phases(const Program& program) {
         break;
       case Kind::pointwise:
         if (!current_phase().pointwise.source.wide || !current_phase().pointwise.epilogue.wide)
-          pointwise<T, false, true>();
-        else if (current_phase().pointwise.epilogue.s != nullptr)
-          pointwise<T, true, true>();
+          pointwise<T, false, true, true>();
+        else if (is_any(current_phase().pointwise.epilogue))
+          pointwise<T, true, true, true>();
+        else if (has_third(current_phase().pointwise.epilogue))
+          pointwise<T, true, true, false>();
         else
-          pointwise<T, true, false>();
+          pointwise<T, true, false, false>();
         break;
       case Kind::table:
         write_table();

@@ -1,6 +1,6 @@
 // run_phases for float32 activations.
-#include "kernel.h"
 #include "../kernels/run_phases.cuh"
+#include "kernel.h"
 
 namespace resnet_fused::cuda {
 

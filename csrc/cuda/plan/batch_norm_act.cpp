@@ -55,7 +55,7 @@ struct Kernels {
     Epilogue e;
     e.norm = norm_of(plan, norm);
     if (residual) e.residual = plan.keep(residual->contiguous(kLast)).const_data_ptr();
-    e.relu = relu;
+    if (relu) e.act.kind = ActivationKind::relu;
     e.out = out.mutable_data_ptr();
     if (save_mask) e.bits = mask.mutable_data_ptr<uint8_t>();
     add_pass(plan, operand_of(plan.keep(x.contiguous(kLast))), pixels(x), e);

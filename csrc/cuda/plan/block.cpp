@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "limits.h"
+
 namespace resnet_fused::cuda {
 namespace {
 
@@ -13,53 +15,6 @@ at::Tensor in_memory(const at::Tensor& t) {
   return aligned(last.const_data_ptr()) ? last : last.clone(kLast);
 }
 
-// Activations of one launch up to here, several beyond, each with the library's convolutions between them. Derived, not
-// measured: batch 32 of a ResNet-50 at 224 pixels is to stay below in every block, because there launches are a large
-// part of the time.
-constexpr int64_t kSingleLaunchBytes = 128 << 20;
-
-Launch choose_launch(const at::Tensor& x, const std::vector<at::Tensor>& weights, const How& how) {
-  if (how.launch != Launch::choose) return how.launch;
-  int64_t widest = 0;
-  for (const auto& w : weights) widest = std::max(widest, w.size(0));
-  const int64_t bytes = x.element_size() * (x.numel() + x.numel() / x.size(1) * widest);
-  return bytes <= kSingleLaunchBytes ? Launch::single : Launch::phased;
-}
-
-// These kernels have no groups and read 8 channels at a time. A tile of a product has 64 channels a side, so what has
-// few would mostly multiply zeros.
-bool left_to_library(const at::Tensor& weight, const Stage& stage, Launch launch, Library library) {
-  if (stage.groups > 1 || weight.size(0) % 8 != 0 || weight.size(1) % 8 != 0) return true;
-  const bool spatial = weight.size(2) * weight.size(3) > 1;
-  switch (library) {
-    case Library::none:
-      return false;
-    case Library::spatial:
-      return spatial;
-    case Library::all:
-      return true;
-    default:
-      return std::min(weight.size(0), weight.size(1)) < 16 || (spatial && launch == Launch::phased);
-  }
-}
-
-// Rows and columns of a picture are counted in 14 bits, pixels and the values that a tile's images span in 31.
-void check_size(int64_t batch, int64_t channels, Size in, Size out, const Stage& stage) {
-  const int64_t pixels = std::max(in[0] * in[1], out[0] * out[1]);
-  const int64_t fewest = std::min(out[0] * out[1], ceil_div(in[0], stage.stride[0]) * ceil_div(in[1], stage.stride[1]));
-  for (int d = 0; d < 2; ++d)
-    TORCH_CHECK_VALUE(
-        in[d] + 2 * stage.padding[d] < 1 << 14,
-        "resnet_fused's CUDA kernels take pictures of up to 16383 rows and columns with their padding, got ", in[d],
-        " and twice ", stage.padding[d], "; use another backend");
-  TORCH_CHECK_VALUE(
-      pixels * channels <= 1 << 29 && (128 / fewest + 2) * pixels * channels < int64_t{1} << 31 &&
-          batch * pixels <= 1 << 30,
-      "resnet_fused's CUDA kernels count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 values an image, "
-      "got ",
-      batch, " images of ", channels, "x", in[0], "x", in[1], "; use smaller batches or another backend");
-}
-
 }  // namespace
 
 Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
@@ -68,39 +23,28 @@ Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
       x(in_memory(tensors.x)),
       y(spec.convs.size()),
       stats(spec.convs.size()),
-      plan(x, choose_launch(x, tensors.weights, spec.how)),
+      plan(x, spec.how.launch),
       tables_(spec.convs.size()) {
-  const Launch launch = choose_launch(x, tensors.weights, spec.how);
   for (size_t i = 0; i < spec.convs.size(); ++i) {
     const auto& w = tensors.weights[i];
     const Stage& stage = spec.convs[i];
     weights.push_back(in_memory(w));
-    library_.push_back(left_to_library(w, stage, launch, spec.how.library));
-    const Size in = from_x(static_cast<int64_t>(i)) ? Size{x.size(2), x.size(3)} : sizes.back();
+    library_.push_back(stage.library || !has_kernel(w.size(0), w.size(1), stage.groups));
+    const Size in = spec.from_x(static_cast<int64_t>(i)) ? Size{x.size(2), x.size(3)} : sizes.back();
     Size out;
     for (int d = 0; d < 2; ++d)
       out[d] = (in[d] + 2 * stage.padding[d] - stage.dilation[d] * (w.size(2 + d) - 1) - 1) / stage.stride[d] + 1;
     sizes.push_back(out);
-    check_size(x.size(0), std::max(w.size(0), w.size(1) * stage.groups), in, out, stage);
+    const auto reason = too_large(
+        x.size(0), std::max(w.size(0), w.size(1) * stage.groups), {in[0], in[1]}, {out[0], out[1]},
+        {stage.stride[0], stage.stride[1]}, {stage.padding[0], stage.padding[1]});
+    TORCH_CHECK_VALUE(
+        !reason, "resnet_fused's CUDA kernels ", reason.value_or(""), "; use a smaller input or another backend");
   }
-}
-
-int64_t Block::input_norm(int64_t conv) const {
-  if (conv == projection()) return spec.pre_activation ? 0 : -1;
-  return spec.pre_activation ? conv : conv - 1;
-}
-
-int64_t Block::output_norm(int64_t conv) const {
-  int64_t norm = conv;
-  if (spec.pre_activation) {
-    if (conv >= last()) return -1;
-    norm = conv + 1;
-  }
-  return normalizes(norm) ? norm : -1;
 }
 
 int64_t Block::norm_channels(int64_t norm) const {
-  if (!spec.pre_activation) return width(norm);
+  if (spec.order != Order::pre) return width(norm);
   return norm == 0 ? x.size(1) : width(norm - 1);
 }
 
@@ -117,10 +61,15 @@ Vector Block::scale(const std::optional<at::Tensor>& t) {
   return v;
 }
 
+Act Block::act(int64_t stage) {
+  if (stage == kNone) return {};
+  return {spec.convs[stage].act, scale(tensors.slopes[stage])};
+}
+
 Norm Block::norm(int64_t stage) {
-  if (!normalizes(stage)) return {};
+  if (stage == kNone || !spec.convs[stage].normalizes()) return {};
   Norm n;
-  if (uses_batch(stage)) {
+  if (spec.uses_batch(stage)) {
     if (stats[stage].defined()) {
       const float* values = stats[stage].const_data_ptr<float>();
       n.mean = {values, Scalar::f32, 1};
@@ -143,10 +92,11 @@ float* Block::table(int64_t norm) {
 
 Input Block::source(int64_t conv) {
   Input in{operand_of(input(conv)), input(conv), input_size(conv)};
-  const int64_t n = input_norm(conv);
-  if (n < 0) return in;
-  in.operand.relu = spec.convs[n].relu;
-  if (normalizes(n)) {
+  const int64_t n = spec.convs[conv].input_stage;
+  if (n == kNone) return in;
+  in.operand.relu = is_relu(spec.convs[n].act);
+  if (!in.operand.relu) in.act = act(n);
+  if (spec.convs[n].normalizes()) {
     in.operand.source = Source::normalize;
     in.operand.table = table(n);
   }
@@ -241,7 +191,7 @@ void Block::convolution_phase(
 
 at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
   const Stage& stage = spec.convs[conv];
-  if (norm >= 0) {
+  if (norm != kNone) {
     const int64_t channels = norm_channels(norm);
     stats[norm] = filled_later({2, channels}, at::kFloat);
     epilogue.reduce = Reduce::statistics;
@@ -253,7 +203,7 @@ at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
   at::Tensor result;
   if (!in_library(conv)) {
     epilogue.bias = vector(tensors.biases[conv]);
-    convolution_phase(source(conv), conv, false, result, sizes[conv], epilogue);
+    convolution_phase(product_source(conv), conv, false, result, sizes[conv], epilogue);
     return result;
   }
   const Input p = materialize(source(conv));
@@ -263,7 +213,7 @@ at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
                                   stage.dilation, false, {0, 0}, stage.groups)
                                   .contiguous(kLast);
   if (only_stores(epilogue)) return computed;
-  const bool changes = epilogue.relu || epilogue.residual != nullptr;
+  const bool changes = epilogue.act.kind != ActivationKind::identity || epilogue.residual != nullptr;
   result = changes ? activation(width(conv), sizes[conv]) : computed;
   epilogue.out = changes ? result.mutable_data_ptr() : nullptr;
   plan.hold(result);
@@ -304,8 +254,8 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
         dy.tensor, p.tensor, w, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
         {false, true, false}));
   }
+  const Input p = product_source(conv);
   const at::Tensor dw = plan.hold(at::empty(w.sizes(), w.options(), kLast));
-  const Input p = source(conv);
   hold(p);
   hold(dy);
   Phase phase;
@@ -348,11 +298,17 @@ Input Block::materialize(const Input& input) {
   if (!input.computed()) return input;
   const at::Tensor out = activation(input.operand.channels, input.size);
   Epilogue e;
+  set_act(e, input.act);
   e.out = out.mutable_data_ptr();
   plan.hold(out);
   pass(input, e);
   plan.barrier();
   return {operand_of(out), out, input.size};
+}
+
+Input Block::product_source(int64_t conv) {
+  const Input p = source(conv);
+  return p.act.is_identity() ? p : materialize(p);
 }
 
 }  // namespace resnet_fused::cuda

@@ -16,17 +16,33 @@ constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 using Size = std::array<int64_t, 2>;  // height, width
 
+// An activation and prelu's slopes, as an epilogue takes them.
+struct Act {
+  Activation kind;
+  Vector slopes;
+
+  bool is_identity() const { return kind.is(ActivationKind::identity); }
+};
+
 // An operand, the tensors behind it, and the picture it is.
 struct Input {
   Operand operand;
   at::Tensor tensor;
   Size size;
   at::Tensor y = {};  // of a gradient
+  Act act = {};       // on top of the operand: what products do not compute
 
-  bool computed() const { return operand.source != Source::raw || operand.relu; }
+  bool computed() const { return operand.source != Source::raw || operand.relu || !act.is_identity(); }
 };
 
-// Activations are [N, C, H, W] in channels_last. Norms are named by the stage that owns them, -1 is none.
+inline void set_act(Epilogue& e, const Act& act) {
+  e.act = act.kind;
+  e.slopes = act.slopes;
+}
+
+inline bool is_relu(const Activation& act) { return act.is(ActivationKind::relu); }
+
+// Activations are [N, C, H, W] in channels_last. Norms are named by the stage that owns them, kNone is none.
 class Block {
  public:
   Block(const BlockTensors& tensors, const BlockSpec& spec);
@@ -40,22 +56,13 @@ class Block {
   std::vector<Size> sizes;          // of each y
   Plan plan;
 
-  int64_t last() const { return spec.stages - 1; }
-  int64_t projection() const { return spec.stages; }
+  int64_t last() const { return spec.last(); }
+  int64_t projection() const { return spec.projection(); }
   int64_t width(int64_t conv) const { return weights[conv].size(0); }
-  bool from_x(int64_t conv) const { return conv == 0 || conv == projection(); }
-  const at::Tensor& input(int64_t conv) const { return from_x(conv) ? x : y[conv - 1]; }
-  Size input_size(int64_t conv) const { return from_x(conv) ? Size{x.size(2), x.size(3)} : sizes[conv - 1]; }
+  const at::Tensor& input(int64_t conv) const { return spec.from_x(conv) ? x : y[conv - 1]; }
+  Size input_size(int64_t conv) const { return spec.from_x(conv) ? Size{x.size(2), x.size(3)} : sizes[conv - 1]; }
   int64_t pixels(Size size) const { return x.size(0) * size[0] * size[1]; }
   bool in_library(int64_t conv) const { return library_[conv]; }
-
-  // The stage whose norm and activation stand before a convolution, and the one whose norm reads its output.
-  int64_t input_norm(int64_t conv) const;
-  int64_t output_norm(int64_t conv) const;
-  bool normalizes(int64_t norm) const { return norm >= 0 && spec.convs[norm].norm != resnet_fused::Norm::none; }
-  bool uses_batch(int64_t norm) const { return norm >= 0 && spec.convs[norm].norm == resnet_fused::Norm::batch; }
-  // The stage that gives dy_n and dz their norm at the join: post-activation only.
-  int64_t join_norm(int64_t conv) const { return !spec.pre_activation && normalizes(conv) ? conv : -1; }
 
   at::Tensor activation(int64_t channels, Size size) const;
   at::Tensor filled_later(at::IntArrayRef shape, at::ScalarType type) const;
@@ -65,12 +72,13 @@ class Block {
 
   Vector vector(const std::optional<at::Tensor>& t) { return vector_of(plan, t); }
   Vector scale(const std::optional<at::Tensor>& t);
+  Act act(int64_t stage);  // kNone: the identity
   Norm norm(int64_t stage);
   float* table(int64_t norm);
 
   Input input_of(const at::Tensor& u) const { return {operand_of(u), u, {u.size(2), u.size(3)}}; }
   Product product(int64_t conv, const Input& source, bool transposed);
-  // P of a convolution, as its prologue makes it from what is stored.
+  // P of a convolution, as a pass makes it from what is stored, and a product's prologue where it has no `act`.
   Input source(int64_t conv);
 
   // --- phases: each is added to the plan ---------------------------------------------------------------------------
@@ -86,6 +94,8 @@ class Block {
   void pass(const Input& input, const Epilogue& epilogue);
   // The operand as a tensor of its own.
   Input materialize(const Input& input);
+  // P of a convolution as a product can read it: an activation other than relu is computed by a pass before.
+  Input product_source(int64_t conv);
 
  private:
   void convolution_phase(

@@ -40,8 +40,9 @@ void complete(Plan& plan, Epilogue& e, int64_t channels, int64_t pixels, int64_t
 }
 
 bool only_stores(const Epilogue& e) {
-  return e.residual == nullptr && !e.relu && e.mask == Mask::none && e.reduce == Reduce::none &&
-         e.factor.data == nullptr && e.norm.mean.data == nullptr && e.dx == nullptr && e.bits == nullptr;
+  return e.residual == nullptr && e.act.kind == ActivationKind::identity && e.mask == Mask::none &&
+         e.reduce == Reduce::none && e.factor.data == nullptr && e.norm.mean.data == nullptr && e.dx == nullptr &&
+         e.bits == nullptr;
 }
 
 void add_pass(Plan& plan, const Operand& input, int64_t pixels, Epilogue epilogue) {

@@ -8,14 +8,11 @@
 namespace resnet_fused::cuda {
 
 struct Kernels {
-  static BlockForward residual_block_forward(const BlockTensors& block, const Needs& needs, const BlockSpec& spec);
+  static BlockForward residual_block_forward(const BlockTensors& block, const BlockSpec& spec);
   static std::vector<at::Tensor> residual_block_backward(
       const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
       const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec);
-  static at::Tensor residual_block_infer(
-      const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
-      const std::vector<at::Tensor>& weights, const OptionalTensors& biases,
-      const std::optional<at::Tensor>& skip_scale, const BlockSpec& spec);
+  static at::Tensor residual_block_infer(const FoldedBlock& block, const BlockSpec& spec);
 };
 
 }  // namespace resnet_fused::cuda

@@ -1,0 +1,291 @@
+// Training, backward: docs/architecture.md lists the passes.
+#include "block.h"
+#include "residual_block.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+at::Tensor like_parameter(const std::vector<double>& values, const at::Tensor& parameter) {
+  auto t = at::empty(parameter.sizes(), parameter.options().memory_format(at::MemoryFormat::Contiguous));
+  TORCH_INTERNAL_ASSERT(t.numel() == static_cast<int64_t>(values.size()));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, t.scalar_type(), "like_parameter", [&] {
+    std::copy(values.begin(), values.end(), t.mutable_data_ptr<scalar_t>());
+  });
+  return t;
+}
+
+// The gradient of a scale or slope from its gradient per channel: summed where it is one value.
+at::Tensor like_scale(const std::vector<double>& per_channel, const at::Tensor& scale) {
+  if (scale.numel() != 1) return like_parameter(per_channel, scale);
+  double sum = 0;
+  for (double v : per_channel) sum += v;
+  return like_parameter({sum}, scale);
+}
+
+template <class S>
+class Backward {
+ public:
+  using A = acc_t<S>;
+
+  Backward(const BlockTensors& tensors, const BlockSpec& spec, const Needs& needs)
+      : block(tensors, spec), tensors(tensors), spec(spec), needs(needs), grads(spec.convs.size()) {}
+
+  std::vector<at::Tensor> run(
+      const at::Tensor& dout, const at::Tensor& out, const std::vector<at::Tensor>& conv_outputs,
+      const std::vector<at::Tensor>& batch_stats) {
+    restore(conv_outputs, batch_stats);
+    join(dout.contiguous(kLayout), out);
+    for (int64_t i = spec.last(); i >= 0; --i) stage(i);
+    finish();
+    Needs wanted = needs;
+    const auto flags = wanted.flat();
+    const auto all = grads.flat();
+    std::vector<at::Tensor> result;
+    for (size_t i = 0; i < all.size(); ++i)
+      if (*flags[i]) {
+        TORCH_INTERNAL_ASSERT(all[i]->defined(), "gradient ", i, " was not computed");
+        result.push_back(*all[i]);
+      }
+    return result;
+  }
+
+ private:
+  Block<S> block;
+  const BlockTensors& tensors;
+  const BlockSpec& spec;
+  const Needs& needs;
+  Gradients grads;
+  at::Tensor dz;        // gradient of the join: the skip path's too, times skip_scale
+  at::Tensor dy, dy_s;  // gradients of the outputs of the current convolution and of the projection's
+  at::Tensor dx;
+  at::Tensor last_input;  // P_n, where recomputing y_n has made it already
+
+  void restore(const std::vector<at::Tensor>& conv_outputs, const std::vector<at::Tensor>& batch_stats) {
+    size_t output = 0, stats = 0;
+    for (size_t i = 0; i < spec.convs.size(); ++i) {
+      if (spec.convs[i].saved) block.y[i] = conv_outputs[output++];
+      block.set_norm(i, spec.uses_batch(i) ? batch_stats[stats++] : at::Tensor());
+    }
+    const auto missing = [&](int64_t i) { return spec.convs[i].read && !block.y[i].defined(); };
+    if (missing(spec.last())) {
+      last_input = block.conv_input(spec.last());
+      block.y[spec.last()] = block.conv(spec.last(), last_input);
+    }
+    const int64_t s = spec.projection();
+    if (spec.has_projection() && missing(s)) block.y[s] = block.conv(s, block.conv_input(s));
+  }
+
+  // dz, the gradients of the scales and of both norms, dy_n and dy_s.
+  void join(const at::Tensor& dout, const at::Tensor& out) {
+    const int64_t last = spec.last(), s = spec.projection();
+    const Join<S> join(block);
+    const auto norm = block.join_norm(last);
+    const auto norm_s = spec.has_projection() ? block.join_norm(s) : NormVectors<A>(block.width(last));
+    const bool reads_y = spec.convs[last].read, reads_y_s = spec.has_projection() && spec.convs[s].read;
+    const Reads reads = spec.join == JoinReads::nothing  ? Reads::nothing
+                        : spec.join == JoinReads::output ? Reads::output
+                                                         : Reads::argument;
+    // Of the branch: dz itself, but where the activation stands before the addition.
+    const bool before_addition = spec.join == JoinReads::branch;
+    const bool keeps = reads == Reads::output || keeps_dz(join.act);
+    at::Tensor dz_n = keeps ? at::empty_like(dout, kLayout) : dout;
+    dz = before_addition ? dout : dz_n;
+    TORCH_INTERNAL_ASSERT(reads_y || reads != Reads::argument);
+
+    Sums sums, sums_s;
+    if (reads_y || reads_y_s || keeps) {
+      // Without y_n (no norm, or one of constants) the pass still differentiates; the sums over a stand-in are not
+      // used.
+      ReduceInput in{dout, reads, out, reads_y ? block.y[last] : dout};
+      if (keeps) in.dz = dz_n;
+      if (reads_y_s && !before_addition) in.y2 = block.y[s];
+      in.sums_slope = needs.slopes[last] && spec.order != Order::pre;
+      in.sums_act = before_addition && needs.branch_scale;
+      sums = backward_reduce<S>(
+          in, join.norm, join.act, in.y2.defined() ? &norm_s : nullptr,
+          spec.join == JoinReads::sum ? join.residual : ResidualInput<A>());
+      sums_s = {sums.dz, sums.dz_y2};
+    }
+    if (before_addition && reads_y_s) sums_s = backward_reduce<S>({dout, Reads::nothing, {}, block.y[s]}, norm_s);
+
+    if (needs.branch_scale)
+      grads.branch_scale =
+          like_scale(before_addition ? sums.act : scale_grad(norm, sums.dz, sums.dz_y), *tensors.branch_scale);
+    if (needs.skip_scale) grads.skip_scale = like_scale(skip_scale_grad(norm_s, sums_s), *tensors.skip_scale);
+    if (needs.slopes[last] && spec.order != Order::pre)
+      grads.slopes[last] = like_scale(sums.slope, *tensors.slopes[last]);
+    const auto factor = before_addition ? std::vector<A>(join.alpha.size(), A(1)) : join.alpha;
+    const bool scaled = tensors.branch_scale.has_value() && !before_addition;
+    const int64_t n = spec.output_norm(last);
+    if (n != kNone) norm_grads(n, norm, sums.dz, sums.dz_y, factor);
+    const bool masks = reads == Reads::argument && !keeps;  // a ReLU, whose derivative the next pass computes again
+    if (spec.convs[last].wants_dy)
+      dy = join_conv_grad(dz_n, last, norm, sums.dz, sums.dz_y, factor, scaled, masks, join.norm);
+    if (spec.has_projection()) {
+      if (spec.output_norm(s) != kNone) norm_grads(s, norm_s, sums_s.dz, sums_s.dz_y, join.sigma);
+      if (spec.convs[s].wants_dy)
+        dy_s = join_conv_grad(
+            dz, s, norm_s, sums_s.dz, sums_s.dz_y, join.sigma, tensors.skip_scale.has_value(), false, norm_s);
+    }
+    block.y[last].reset();
+    if (spec.has_projection()) block.y[s].reset();
+    if (spec.skip != Skip::identity) dz.reset();
+  }
+
+  // Per channel: sum dz * norm(y) = gamma * inverse_std * sum dz (y - center) + beta * sum dz; without a norm sum dz *
+  // y.
+  std::vector<double> scale_grad(
+      const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y) const {
+    std::vector<double> grad(sum.size());
+    for (size_t c = 0; c < grad.size(); ++c) grad[c] = norm.scale[c] * sum_y[c] + norm.shift[c] * sum[c];
+    return grad;
+  }
+
+  std::vector<double> skip_scale_grad(const NormVectors<A>& norm_s, const Sums& sums) const {
+    if (spec.skip == Skip::none) return std::vector<double>(block.width(spec.last()), 0.0);
+    if (spec.has_projection()) return scale_grad(norm_s, sums.dz, sums.dz_y);
+    return backward_reduce<S>({dz, Reads::nothing, {}, block.x}, NormVectors<A>(block.x.size(1))).dz_y;
+  }
+
+  // dgamma = factor * sum dz * y_hat, dbeta = factor * sum dz
+  void norm_grads(
+      int64_t stage, const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y,
+      const std::vector<A>& factor) {
+    if (!needs.norm(stage)) return;
+    std::vector<double> dgamma(sum.size()), dbeta(sum.size());
+    for (size_t c = 0; c < sum.size(); ++c) {
+      dgamma[c] = factor[c] * norm.inverse_std[c] * sum_y[c];
+      dbeta[c] = factor[c] * sum[c];
+    }
+    if (needs.norm_weights[stage]) grads.norm_weights[stage] = like_parameter(dgamma, *tensors.norm_weights[stage]);
+    if (needs.norm_biases[stage]) grads.norm_biases[stage] = like_parameter(dbeta, *tensors.norm_biases[stage]);
+  }
+
+  // Coefficients of dy = scale * (dz - mean(dz) - y_hat * mean(dz * y_hat)), times factor; the means only for batch
+  // statistics, through which the gradient flows (Ioffe & Szegedy 2015). stage: kNone without a norm.
+  ApplyVectors<A> apply_vectors(
+      int64_t stage, const NormVectors<A>& norm, const std::vector<double>& sum, const std::vector<double>& sum_y,
+      int64_t rows, const std::vector<A>& factor) const {
+    const int64_t channels = norm.scale.size();
+    ApplyVectors<A> k(channels);
+    k.y_term = spec.uses_batch(stage);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double scale = static_cast<double>(factor[c]) * norm.scale[c];
+      k.k_dz[c] = static_cast<A>(scale);
+      if (!k.y_term) continue;
+      const double inverse_std = norm.inverse_std[c];
+      k.k_y[c] = static_cast<A>(-scale * inverse_std * inverse_std * sum_y[c] / rows);
+      k.k[c] = static_cast<A>(-scale * sum[c] / rows);
+    }
+    return k;
+  }
+
+  at::Tensor join_conv_grad(
+      const at::Tensor& gradient, int64_t conv, const NormVectors<A>& norm, const std::vector<double>& sum,
+      const std::vector<double>& sum_y, const std::vector<A>& factor, bool scaled, bool masked,
+      const NormVectors<A>& mask_norm) {
+    const int64_t n = spec.output_norm(conv);
+    if (n == kNone && !scaled && !masked) return gradient;
+    auto result = at::empty_like(gradient, kLayout);
+    const auto k = apply_vectors(n, norm, sum, sum_y, gradient.numel() / gradient.size(1), factor);
+    const auto& y = n != kNone || masked ? block.y[conv] : at::Tensor();
+    backward_apply<S>(gradient, masked ? Reads::argument : Reads::nothing, y, masked ? mask_norm : norm, k, {}, result);
+    return result;
+  }
+
+  // Convolution i and its input stage: from dy_i to dW_i and dy_{i-1} (or dx).
+  void stage(int64_t i) {
+    if (!dy.defined() && !(i == 0 && dy_s.defined())) return;
+    const int64_t n = spec.convs[i].input_stage, s = spec.projection();
+    const bool joins_projection = i == 0 && dy_s.defined();
+    const bool below = spec.convs[i].wants_dp || (joins_projection && spec.convs[s].wants_dp);
+    // dz is a buffer of ours (not dout) that nothing after this convolution reads
+    const bool owns_dz =
+        dz.defined() && spec.order == Order::post && spec.join != JoinReads::nothing && !dz.is_same(dy);
+    if (i == 0 && n == kNone && below && owns_dz && !tensors.skip_scale &&
+        convolution_backward_data_into(dy, tensors.weights[0], spec.convs[0], dz)) {
+      weight_grads(0, dy, block.x);
+      dx = std::move(dz);
+      return;
+    }
+    at::Tensor dp, p = i == spec.last() ? last_input : at::Tensor();
+    last_input.reset();
+    if (below) {
+      if (dy.defined()) dp = convolution_backward_data(dy, block.input(i), tensors.weights[i], spec.convs[i]);
+      if (joins_projection) {
+        auto dp_s = convolution_backward_data(dy_s, block.input(0), tensors.weights[s], spec.convs[s]);
+        dp = dp.defined() ? dp.add_(dp_s) : dp_s;
+      }
+    }
+
+    const bool processed = n != kNone && spec.convs[n].processes();
+    const auto act = processed ? block.act(n) : ActVectors<A>();
+    Sums sums;
+    Reads reads = act.act.is(ActivationKind::identity) ? Reads::nothing : Reads::argument;
+    if (processed && below) {
+      // One pass gives P_i for the weight gradient and the sums of its norm.
+      ReduceInput in{dp, reads, {}, block.input(i)};
+      if (!p.defined()) in.p = p = at::empty_like(block.input(i), kLayout);
+      if (keeps_dz(act)) in.dz = dp;
+      in.sums_slope = needs.slopes[n];
+      sums = backward_reduce<S>(in, block.norms[n], act);
+      if (keeps_dz(act)) reads = Reads::nothing;
+    } else if (!p.defined()) {
+      p = block.conv_input(i);
+    }
+
+    if (dy.defined()) weight_grads(i, dy, p);
+    if (joins_projection) weight_grads(s, dy_s, p);
+    dy.reset();
+    p.reset();
+    if (!below) return;
+    if (processed) {
+      const std::vector<A> one(block.norms[n].scale.size(), A(1));
+      norm_grads(n, block.norms[n], sums.dz, sums.dz_y, one);
+      if (needs.slopes[n]) grads.slopes[n] = like_scale(sums.slope, *tensors.slopes[n]);
+      const auto& u = block.input(i);
+      auto k = apply_vectors(n, block.norms[n], sums.dz, sums.dz_y, u.numel() / u.size(1), one);
+      const bool adds_skip = i == 0 && spec.skip == Skip::identity;
+      if (adds_skip) k.k_add = scale_vector<A>(tensors.skip_scale, u.size(1));
+      backward_apply<S>(dp, reads, u, block.norms[n], k, adds_skip ? dz : at::Tensor(), dp);
+      if (adds_skip) dz.reset();
+    }
+    if (i == 0) {
+      dx = dp;
+    } else {
+      dy = dp;
+      block.y[i - 1].reset();
+    }
+  }
+
+  void weight_grads(int64_t conv, const at::Tensor& dy_conv, const at::Tensor& p) {
+    if (!needs.weights[conv] && !needs.biases[conv]) return;
+    auto g = convolution_backward_weight(
+        dy_conv, p, tensors.weights[conv], spec.convs[conv], needs.weights[conv], needs.biases[conv]);
+    grads.weights[conv] = g.weight;
+    grads.biases[conv] = g.bias;
+  }
+
+  // dx of a post-activation block with an identity skip: the branch's plus skip_scale * dz.
+  void finish() {
+    if (!needs.x) return;
+    if (dz.defined() && spec.skip == Skip::identity) {
+      ApplyVectors<A> k(dx.size(1));
+      k.k_add = scale_vector<A>(tensors.skip_scale, dx.size(1));
+      backward_apply<S>(dx, Reads::nothing, {}, NormVectors<A>(dx.size(1)), k, dz, dx);
+    }
+    grads.x = dx.contiguous(tensors.x.suggest_memory_format());
+  }
+};
+
+}  // namespace
+
+std::vector<at::Tensor> residual_block_backward(
+    const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
+    const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const Needs& needs, const BlockSpec& spec) {
+  const auto out_last = out ? out->contiguous(kLayout) : at::Tensor();
+  return DISPATCH(
+      block.x, [&] { return Backward<scalar_t>(block, spec, needs).run(dout, out_last, conv_outputs, batch_stats); });
+}
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,86 @@
+"""One value for each tensor of a block: the tensors themselves, which gradients are wanted, the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# In the order of the operators' arguments, which is that of `flat`; csrc/block/tensors.h has the same.
+SINGLE = ("x", "branch_scale", "skip_scale")
+PER_CONVOLUTION = (
+    "weights",
+    "biases",
+    "norm_weights",
+    "norm_biases",
+    "running_means",
+    "running_vars",
+    "slopes",
+)
+
+
+@dataclass
+class BlockTensors(Generic[T]):
+    """Lists have one entry for each convolution, in the order of `BlockSpec.convs`.
+
+    A norm's vectors stand with the stage that it belongs to; slopes: of activations that learn one.
+    """
+
+    x: T
+    branch_scale: T
+    skip_scale: T
+    weights: list[T]
+    biases: list[T]
+    norm_weights: list[T]
+    norm_biases: list[T]
+    running_means: list[T]
+    running_vars: list[T]
+    slopes: list[T]
+
+    @classmethod
+    def of(cls, flat: Sequence[T]) -> BlockTensors[T]:
+        """The inverse of `flat`."""
+        count = (len(flat) - len(SINGLE)) // len(PER_CONVOLUTION)
+        if len(flat) != len(SINGLE) + count * len(PER_CONVOLUTION):
+            raise ValueError(
+                f"a block of k convolutions has {len(SINGLE)} + {len(PER_CONVOLUTION)} k tensors, got {len(flat)}"
+            )
+        starts = range(len(SINGLE), len(flat), count) if count else ()
+        return cls(*flat[: len(SINGLE)], *(list(flat[start : start + count]) for start in starts))  # type: ignore[arg-type]
+
+    @classmethod
+    def filled(cls, value: T, convs: int) -> BlockTensors[T]:
+        """`value` everywhere, for so many convolutions."""
+        return cls.of([value] * (len(SINGLE) + convs * len(PER_CONVOLUTION)))
+
+    @property
+    def arguments(self) -> tuple[T | list[T], ...]:
+        """As the operators take them."""
+        return (
+            self.x,
+            self.branch_scale,
+            self.skip_scale,
+            self.weights,
+            self.biases,
+            self.norm_weights,
+            self.norm_biases,
+            self.running_means,
+            self.running_vars,
+            self.slopes,
+        )
+
+    @property
+    def flat(self) -> list[T]:
+        """Every value, in the order of `arguments`."""
+        first = [self.x, self.branch_scale, self.skip_scale]
+        return [*first, *(value for values in self.arguments[len(SINGLE) :] for value in values)]  # type: ignore[union-attr]
+
+    def map(self, change: Callable[[T], U]) -> BlockTensors[U]:
+        return BlockTensors.of([change(value) for value in self.flat])
+
+    def names(self) -> Iterable[str]:
+        """As in "x" and "weights[0]", in the order of `flat`."""
+        return [*SINGLE, *(f"{name}[{i}]" for name in PER_CONVOLUTION for i in range(len(self.weights)))]
