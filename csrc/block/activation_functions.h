@@ -94,6 +94,17 @@ ACTIVATION_FUNCTION A sigmoid_derivative(A z) {
   return e * whole * whole;
 }
 
+struct silu {
+  template <class A>
+  ACTIVATION_FUNCTION A forward(A z, A) {
+    return z * sigmoid(z);
+  }
+  template <class A>
+  ACTIVATION_FUNCTION A derivative(A z, A) {
+    return sigmoid(z) + z * sigmoid_derivative(z);
+  }
+};
+
 struct gelu {  // z times the normal distribution's function at z (Hendrycks & Gimpel 2016, arXiv:1606.08415)
   template <class A>
   ACTIVATION_FUNCTION A distribution(A z) {

@@ -12,6 +12,7 @@ namespace resnet_fused {
   X(relu6)                          \
   X(leaky_relu)                     \
   X(prelu)                          \
+  X(silu)                           \
   X(hardswish)                      \
   X(hardsigmoid)                    \
   X(gelu)                           \

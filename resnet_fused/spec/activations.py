@@ -53,6 +53,7 @@ KINDS: dict[str, Kind] = {
         read=lambda module: module.negative_slope,
     ),
     "prelu": Kind(lambda z, _, slope: F.prelu(z, slope), "input", (nn.PReLU,), learned=True),  # type: ignore[arg-type]
+    "silu": Kind(lambda z, *_: F.silu(z), "input", (nn.SiLU,), (F.silu,)),
     "hardswish": Kind(lambda z, *_: F.hardswish(z), "input", (nn.Hardswish,), (F.hardswish,)),
     "hardsigmoid": Kind(lambda z, *_: F.hardsigmoid(z), "input", (nn.Hardsigmoid,), (F.hardsigmoid,)),
     "gelu": Kind(

@@ -824,6 +824,7 @@ def test_activations_by_name_and_by_function(act: object) -> None:
 OTHERS = {
     "relu6": [nn.ReLU6(), F.relu6, "relu6"],
     "leaky_relu": [nn.LeakyReLU(), F.leaky_relu, "leaky_relu"],
+    "silu": [nn.SiLU(), F.silu, "silu"],
     "hardswish": [nn.Hardswish(), F.hardswish],
     "hardsigmoid": [nn.Hardsigmoid(), F.hardsigmoid],
     "gelu": [nn.GELU(), F.gelu, "gelu"],
@@ -842,7 +843,7 @@ def test_other_activations(name: str, act: object) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 4, 5, 6, requires_grad=True)
     got = functional.residual_block(x, params, spec, backend="native")
-    function = {"leaky_relu": F.leaky_relu, "relu6": F.relu6, "gelu": F.gelu}.get(act, act)  # type: ignore[call-overload]
+    function = {"leaky_relu": F.leaky_relu, "relu6": F.relu6, "gelu": F.gelu, "silu": F.silu}.get(act, act)  # type: ignore[call-overload]
     expected = function(children[1](children[0](x)) + x)  # type: ignore[operator]
     torch.testing.assert_close(got, expected)
     dout = torch.randn_like(got)

@@ -22,6 +22,8 @@ def activate(v, slope, KIND: tl.constexpr):
         return relu6(v)
     elif KIND == "leaky_relu" or KIND == "prelu":
         return tl.where(v > 0, v, v * slope)
+    elif KIND == "silu":
+        return v * tl.sigmoid(v)
     elif KIND == "hardswish":
         return v * relu6(v + 3.0) / 6.0
     elif KIND == "hardsigmoid":
@@ -45,6 +47,10 @@ def derivative(v, slope, KIND: tl.constexpr):
         return tl.where((v <= 0) | (v >= 6), 0.0, 1.0)
     elif KIND == "leaky_relu" or KIND == "prelu":
         return tl.where(v > 0, 1.0, slope)
+    elif KIND == "silu":
+        e = tl.exp(-tl.abs(v))
+        r = 1.0 / (1.0 + e)
+        return tl.where(v > 0, r, e * r) + v * (e * r * r)
     elif KIND == "hardswish":
         return tl.where(v <= -3, 0.0, tl.where(v < 3, v / 3.0 + 0.5, 1.0))
     elif KIND == "hardsigmoid":
