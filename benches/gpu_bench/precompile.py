@@ -41,11 +41,11 @@ def _compile(
     from resnet_fused.triton_kernels.offline import ahead_of_time
 
     launches: list[Any] = []
-    x, _, _, *flat = shape.tensors(batch, DTYPE)
-    weights = [t for t in flat[::6] if t is not None]
-    assert x is not None
+    tensors = shape.tensors(batch, DTYPE)
+    assert tensors.x is not None
+    weights = [w for w in tensors.weights if w is not None]
     with forced(mode, library):
-        policy = replace(policies.choose(shape.spec, x, weights), submit=launches.append)
+        policy = replace(policies.choose(shape.spec, tensors.x, weights), submit=launches.append)
     resnet50.plan(shape, direction, batch, DTYPE, policy)
     for launch in launches:
         ahead_of_time.compile_launch(launch, policy.chip)

@@ -17,7 +17,7 @@ from resnet_fused.ops import norm_operators, operators, sync_batch_norm
 from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams, Scale
 from resnet_fused.spec import BlockSpec
-from resnet_fused.spec.facts import facts
+from resnet_fused.spec.facts import join_reads
 from resnet_fused.spec.tensors import BlockTensors
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class ResidualBlock(torch.autograd.Function):
             wanted[place] = need
         needs = BlockTensors.of(wanted)
         out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
-        reads_out = facts(spec).join == "output"
+        reads_out = join_reads(spec) == "output"
         ctx.save_for_backward(*tensors, out if reads_out else None, *conv_outputs, *batch_stats)
         ctx.spec, ctx.backend, ctx.count, ctx.places, ctx.needs = spec, backend, count, places, needs
         ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))

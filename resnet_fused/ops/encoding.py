@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from resnet_fused.backends.how import CHOSEN, MODES, How
 from resnet_fused.spec import BlockSpec, StageSpec
 from resnet_fused.spec.activations import KINDS, Activation
@@ -32,7 +34,20 @@ class Encoded(NamedTuple):
 
 
 def encode(spec: BlockSpec, needs: Needs | None = None, how: How = CHOSEN) -> Encoded:
-    """needs: which gradients backward will be asked for. how: how kernels for a GPU run."""
+    """needs: which gradients backward will be asked for. how: how kernels for a GPU run.
+
+    Kept with the spec, but by graphs that are traced.
+    """
+    if torch.compiler.is_compiling():
+        return _encode(spec, needs, how)
+    kept: dict[object, Encoded] = spec.__dict__.setdefault("_encoded", {})
+    key = (None if needs is None else tuple(needs.flat), how)
+    if key not in kept:
+        kept[key] = _encode(spec, needs, how)
+    return kept[key]
+
+
+def _encode(spec: BlockSpec, needs: Needs | None, how: How) -> Encoded:
     known = facts(spec, needs)
     ints = [
         len(spec.stages),

@@ -55,11 +55,12 @@ class Facts:
 def facts(spec: BlockSpec, needs: Needs | None = None) -> Facts:
     """needs: None for none, as in evaluation."""
     needs = needs or BlockTensors.filled(False, len(spec.convs))
-    join = _join_reads(spec)
+    join = join_reads(spec)
     return Facts(tuple(_conv(spec, needs, join, i) for i in range(len(spec.convs))), join)
 
 
-def _join_reads(spec: BlockSpec) -> JoinReads:
+def join_reads(spec: BlockSpec) -> JoinReads:
+    """`Facts.join` alone."""
     reads = spec.stages[-1].activation.reads
     if spec.order == "pre" or reads == "nothing":
         return "nothing"

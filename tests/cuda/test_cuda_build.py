@@ -135,10 +135,10 @@ def test_cuda_home_goes_before_path(toolkit: Path, monkeypatch: pytest.MonkeyPat
 
 def test_compiles_again_what_changed(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing else, nor what was there before: names hold the content."""
-    one, two, header = Path("one.cu"), Path("two.cu"), Path("kernels", "two.cuh")
-    header.parent.mkdir()
+    one, two, header = Path("one.cu"), Path("two.cu"), Path("csrc", "kernels", "two.cuh")
+    header.parent.mkdir(parents=True)
     one.touch()
-    two.write_text('#include "kernels/two.cuh"\n')
+    two.write_text('#include "csrc/kernels/two.cuh"\n')
     header.touch()
     nvcc = build.find_nvcc()
 
@@ -308,9 +308,10 @@ def test_no_spills_where_it_multiplies(kernels: list[resources.Kernel]) -> None:
 
 
 def test_passes_hardly_spill(kernels: list[resources.Kernel]) -> None:
-    """16 bits reload one address. The join of float32 keeps 24 sums in double: 48 registers, and 22 accesses."""
+    """16 bits reload one address, on Blackwell ten values. The join of float32 keeps 24 sums in double registers."""
     for k in kernels:
-        assert k.spills_in_passes <= (24 if "f32" in k.name else 1), (resources.short(k.name), k.arch)
+        in_16_bits = 1 if k.arch < 100 else 10
+        assert k.spills_in_passes <= (24 if "f32" in k.name else in_16_bits), (resources.short(k.name), k.arch)
 
 
 def test_stack_holds_little_else(kernels: list[resources.Kernel]) -> None:

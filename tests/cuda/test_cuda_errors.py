@@ -137,7 +137,7 @@ def test_without_a_device_nothing_runs(check: Checks) -> None:
             functional.residual_block(*given, backend="emulated")
         for name in OPERATORS:
             with pytest.raises(NotImplementedError, match="CUDA kernels run on CUDA tensors"):
-                operator(name)(*arguments(name, CASES["bottleneck"], 0))
+                operator(name)(*arguments(name, CASES["bottleneck"], check))
     finally:
         check.emulator.install()
     assert all(torch.equal(t, before[name]) for name, t in buffers(given).items())

@@ -833,7 +833,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "act"), [(name, act) for name, acts in OTHERS.items() for act in acts], ids=str)
+@pytest.mark.parametrize(("name", "act"), [(name, act) for name, acts in OTHERS.items() for act in acts])
 def test_other_activations(name: str, act: object) -> None:
     """A block with them computes what PyTorch's own modules would, in both directions."""
     children = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
