@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -80,7 +80,3 @@ class BlockTensors(Generic[T]):
 
     def map(self, change: Callable[[T], U]) -> BlockTensors[U]:
         return BlockTensors.of([change(value) for value in self.flat])
-
-    def names(self) -> Iterable[str]:
-        """As in "x" and "weights[0]", in the order of `flat`."""
-        return [*SINGLE, *(f"{name}[{i}]" for name in PER_CONVOLUTION for i in range(len(self.weights)))]
