@@ -12,7 +12,7 @@
 #include "../block/activations.h"
 #include "../block/result_format.h"
 #include "../cpu/convolution.h"
-#include "../cpu/kernels/row_kernels.h"
+#include "../cpu/isa.h"
 #include "../cpu/running_stats.h"
 #include "../cuda/plan/limits.h"
 #include "../cuda/plan/plan.h"
@@ -42,7 +42,7 @@ std::map<std::string, std::string> build_info() {
       {"compiler", __VERSION__},
       {"c++", std::to_string(__cplusplus / 100 % 100)},
       {"torch", TORCH_VERSION},
-      {"instruction set", resnet_fused::cpu::row_kernel_isa()},
+      {"instruction set", resnet_fused::cpu::name(resnet_fused::cpu::isa())},
       {"openmp",
 #ifdef _OPENMP
        std::to_string(_OPENMP)

@@ -104,11 +104,8 @@ struct RowKernels {
   void (*store_bytes)(const A* values, int64_t channels, uint8_t* out);
 };
 
-// The table for the best instruction set that this processor has.
+// The table for the instruction set of isa.h.
 template <class T>
 const RowKernels<T>& row_kernels();
-
-// "avx512", "avx2" or "baseline". RESNET_FUSED_ISA chooses a lower one.
-const char* row_kernel_isa();
 
 }  // namespace resnet_fused::cpu

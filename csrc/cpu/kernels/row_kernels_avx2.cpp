@@ -3,6 +3,6 @@
 
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
-#define ROW_KERNELS_ISA avx2
+#define KERNELS_ISA avx2
 #include "row_kernels_impl.h"
 #endif

@@ -3,6 +3,6 @@
 
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
-#define ROW_KERNELS_ISA avx512
+#define KERNELS_ISA avx512
 #include "row_kernels_impl.h"
 #endif

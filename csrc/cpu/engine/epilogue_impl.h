@@ -1,0 +1,82 @@
+// What becomes of sums of products; included once per file of kernels, after vectors_impl.h.
+//
+// A full panel with ReLU or no activation and no scale but the norm's is finished in registers, everything else in the
+// first cache.
+
+namespace resnet_fused::cpu::KERNELS_ISA {
+
+using engine::Epilogue;
+using engine::kPanel;
+
+template <class T, bool relu, bool adds, bool watches>
+struct InRegisters {
+  // One position's 32 sums, of the channels from `channel` on, to position `target` of the output.
+  static inline void row(const float* sums, const Epilogue<T>& e, int64_t channel, int64_t target) {
+    constexpr int vectors = kPanel / Vector::lanes;
+    typename Vector::Type z[vectors];
+    const int64_t at = target * e.pitch + channel;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t c = v * Vector::lanes;
+      z[v] = Vector::multiply_add(
+          Vector::load(sums + c), Vector::load(e.scale + channel + c), Vector::load(e.shift + channel + c));
+      if constexpr (adds) z[v] = Vector::add(z[v], Vector::load(e.residual + at + c));
+      if constexpr (relu) z[v] = Vector::relu(z[v]);
+    }
+    Vector::store_panel(e.out + at, z);
+    if constexpr (watches) {
+      bool finite = true;
+      for (int v = 0; v < vectors; ++v) finite &= Vector::all_finite(z[v]);
+      if (!finite) *e.not_finite = true;
+    }
+  }
+};
+
+template <class T>
+struct InMemory {
+  static void row(const float* sums, const Epilogue<T>& e, int64_t channel, int64_t target) {
+    static constexpr float zeros[kPanel] = {};
+    const int64_t rest = e.channels - channel, channels = rest < kPanel ? rest : kPanel;
+    const int64_t at = target * e.pitch + channel;
+    const float* slope = e.slope ? e.slope + channel : zeros;
+    alignas(64) float z[kPanel];
+    CHANNEL_LOOP { z[c] = sums[c] * e.scale[channel + c] + e.shift[channel + c]; }
+    if (e.branch_scale) {
+      activate(e.act.kind, z, slope, channels);
+      CHANNEL_LOOP { z[c] *= e.branch_scale[channel + c]; }
+    }
+    if (e.residual && e.residual_scale) {
+      CHANNEL_LOOP { z[c] += load(e.residual[at + c]) * e.residual_scale[channel + c]; }
+    } else if (e.residual) {
+      CHANNEL_LOOP { z[c] += load(e.residual[at + c]); }
+    }
+    if (!e.branch_scale) activate(e.act.kind, z, slope, channels);
+    T* out = e.out + at;
+    CHANNEL_LOOP { out[c] = Store<T>::from(z[c]); }
+    if (e.not_finite) {
+      float wild = 0;
+      for (int64_t c = 0; c < channels; ++c) wild += load(out[c]) * 0.0f;
+      if (wild != 0) *e.not_finite = true;
+    }
+  }
+};
+
+// Calls body with the struct above that fits every full panel.
+template <class T, class Body>
+static inline void with_finish(const Epilogue<T>& e, const Body& body) {
+  const bool relu = e.act.is(ActivationKind::relu);
+  const bool plain = !e.branch_scale && !e.residual_scale && (relu || e.act.is(ActivationKind::identity));
+  if (!plain || (e.residual && e.not_finite)) return body(InMemory<T>{});
+  if (e.not_finite) return relu ? body(InRegisters<T, true, false, true>{}) : body(InRegisters<T, false, false, true>{});
+  if (e.residual) return relu ? body(InRegisters<T, true, true, false>{}) : body(InRegisters<T, false, true, false>{});
+  return relu ? body(InRegisters<T, true, false, false>{}) : body(InRegisters<T, false, false, false>{});
+}
+
+template <class Finish, class T>
+static inline void finish_row(const float* sums, const Epilogue<T>& e, int64_t channel, int64_t target) {
+  if (channel + kPanel <= e.channels)
+    Finish::row(sums, e, channel, target);
+  else
+    InMemory<T>::row(sums, e, channel, target);
+}
+
+}  // namespace resnet_fused::cpu::KERNELS_ISA

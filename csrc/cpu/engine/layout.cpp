@@ -1,0 +1,186 @@
+#include "layout.h"
+
+#include <algorithm>
+
+namespace resnet_fused::cpu::engine {
+namespace {
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// One dimension of planes: the coordinates of phase a are those of padded inputs a, a + stride, a + 2 stride, ...
+struct Dimension {
+  int64_t extent;                  // coordinates of every plane, the padding of two neighbours shared
+  std::vector<int64_t> beyond;     // by phase: one past the last coordinate that is read, 0: never read
+};
+
+Dimension planes_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  Dimension d{out, std::vector<int64_t>(stride, 0)};
+  for (int64_t k = 0; k < kernel; ++k) {
+    auto& beyond = d.beyond[k * dilation % stride];
+    beyond = std::max(beyond, out + k * dilation / stride);
+  }
+  for (int64_t phase = 0; phase < stride; ++phase) {
+    if (d.beyond[phase] == 0) continue;
+    const int64_t first = std::max<int64_t>(0, (padding - phase + stride - 1) / stride);  // the first that is no padding
+    const int64_t last = (in - 1 + padding - phase) / stride;
+    if (in - 1 + padding < phase || first > last) continue;  // only padding
+    // what is read beyond the extent has to be the next row's padding, and no pixel may lie there
+    const int64_t end = std::min(last + 1, d.beyond[phase]);
+    d.extent = std::max({d.extent, end, d.beyond[phase] - first});
+  }
+  return d;
+}
+
+void lay_out_planes(Layout& l) {
+  const auto& w = l.window;
+  const auto rows = planes_of(l.input.height, l.output.height, w.kernel[0], w.stride[0], w.padding[0], w.dilation[0]);
+  const auto columns = planes_of(l.input.width, l.output.width, w.kernel[1], w.stride[1], w.padding[1], w.dilation[1]);
+  l.row = columns.extent;
+  const int64_t height = *std::max_element(rows.beyond.begin(), rows.beyond.end());
+  std::vector<int64_t> start(w.stride[0] * w.stride[1], -1);
+  int64_t used = 0;
+  for (int64_t a = 0; a < w.stride[0]; ++a)
+    for (int64_t b = 0; b < w.stride[1]; ++b) {
+      if (rows.beyond[a] == 0 || columns.beyond[b] == 0) continue;
+      start[a * w.stride[1] + b] = used;
+      used += (height + 1) * l.row * l.images;  // and a row of zeros behind the last one
+    }
+  l.positions = used + kTileRows + l.row * l.images;
+  for (int64_t r = 0; r < w.kernel[0]; ++r)
+    for (int64_t s = 0; s < w.kernel[1]; ++s) {
+      const int64_t y = r * w.dilation[0], x = s * w.dilation[1];
+      const int64_t plane = start[y % w.stride[0] * w.stride[1] + x % w.stride[1]];
+      l.taps.push_back((plane + (y / w.stride[0] * l.row + x / w.stride[1]) * l.images) * l.pitch);
+    }
+  l.place.assign(l.images * l.input.pixels(), -1);
+  std::vector<bool> filled(l.positions);
+  for (int64_t y = 0; y < l.input.height; ++y)
+    for (int64_t x = 0; x < l.input.width; ++x) {
+      const int64_t py = y + w.padding[0], px = x + w.padding[1];
+      const int64_t a = py % w.stride[0], b = px % w.stride[1], row = py / w.stride[0], column = px / w.stride[1];
+      if (row >= rows.beyond[a] || column >= columns.beyond[b]) continue;
+      const int64_t at = start[a * w.stride[1] + b] + (row * l.row + column) * l.images;
+      for (int64_t n = 0; n < l.images; ++n) {
+        l.place[n * l.input.pixels() + y * l.input.width + x] = static_cast<int32_t>(at + n);
+        filled[at + n] = true;
+      }
+    }
+  for (int64_t p = 0; p < l.positions; ++p)
+    if (!filled[p]) l.zeros.push_back(static_cast<int32_t>(p));
+}
+
+void lay_out_folded(Layout& l) {
+  const auto& w = l.window;
+  const auto rows = planes_of(l.input.height, l.output.height, w.kernel[0], w.stride[0], w.padding[0], w.dilation[0]);
+  const int64_t height = *std::max_element(rows.beyond.begin(), rows.beyond.end());
+  l.row = l.output.width;
+  const int64_t plane = height * l.row;
+  l.positions = w.stride[0] * plane + kTileRows;
+  for (int64_t r = 0; r < w.kernel[0]; ++r) {
+    const int64_t y = r * w.dilation[0];
+    l.taps.push_back((y % w.stride[0] * plane + y / w.stride[0] * l.row) * l.pitch);
+  }
+  // of each input row the first position, as `place` of its first column
+  l.place.assign(l.input.height, -1);
+  std::vector<bool> filled(w.stride[0] * height);
+  for (int64_t y = 0; y < l.input.height; ++y) {
+    const int64_t a = (y + w.padding[0]) % w.stride[0], row = (y + w.padding[0]) / w.stride[0];
+    if (row >= rows.beyond[a]) continue;
+    l.place[y] = static_cast<int32_t>(a * plane + row * l.row);
+    filled[a * height + row] = true;
+  }
+  for (int64_t r = 0; r < w.stride[0] * height; ++r)
+    for (int64_t x = 0; !filled[r] && x < l.row; ++x) l.zeros.push_back(static_cast<int32_t>(r * l.row + x));
+}
+
+}  // namespace
+
+bool Window::is_pixel() const {
+  for (int d = 0; d < 2; ++d)
+    if (kernel[d] != 1 || stride[d] != 1 || padding[d] != 0) return false;
+  return true;
+}
+
+Size Window::output(Size input) const {
+  const auto length = [&](int64_t in, int d) {
+    return (in + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
+  };
+  return {length(input.height, 0), length(input.width, 1)};
+}
+
+std::array<int64_t, 2> Window::reads(int64_t begin, int64_t end, int64_t height) const {
+  const int64_t first = begin * stride[0] - padding[0];
+  const int64_t last = (end - 1) * stride[0] - padding[0] + (kernel[0] - 1) * dilation[0];
+  const int64_t from = std::clamp<int64_t>(first, 0, height);
+  return {from, std::clamp<int64_t>(last + 1, from, height)};
+}
+
+Layout lay_out(Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step) {
+  Layout l{};
+  l.kind = kind;
+  l.images = images;
+  l.input = input;
+  l.output = window.output(input);
+  l.channels = channels;
+  l.window = window;
+  const int64_t across = kind == Layout::Kind::columns ? window.kernel[0] * window.kernel[1]
+                         : kind == Layout::Kind::folded ? window.kernel[1]
+                                                        : 1;
+  l.pitch = l.depth = round_up(across * channels, step);
+  l.row = l.output.width;
+  switch (kind) {
+    case Layout::Kind::planes:
+      lay_out_planes(l);
+      break;
+    case Layout::Kind::folded:
+      lay_out_folded(l);
+      break;
+    default:
+      l.taps = {0};
+      l.positions = images * l.output.pixels() + kTileRows;
+  }
+  l.pixel.assign(l.positions, -1);
+  const int64_t outputs = l.output.pixels();
+  for (int64_t n = 0; n < images; ++n)
+    for (int64_t y = 0; y < l.output.height; ++y)
+      for (int64_t x = 0; x < l.output.width; ++x) {
+        l.pixel[l.position(n, y, x)] = static_cast<int32_t>(n * outputs + y * l.output.width + x);
+      }
+  return l;
+}
+
+Layout columns_like(const Layout& other, const Window& window, Size input, int64_t channels, int64_t step) {
+  Layout l = lay_out(Layout::Kind::columns, window, input, channels, other.images, step);
+  l.positions = other.positions;
+  l.row = other.row;
+  l.pixel = other.pixel;
+  return l;
+}
+
+std::vector<Rows> Layout::tiles(int64_t begin, int64_t end, int64_t tile_rows, bool whole, int64_t readable) const {
+  std::vector<Rows> tiles;
+  const auto add = [&](int64_t from, int64_t to) {
+    // equal parts where a tile costs by its rows, full ones where it does not
+    const int64_t count = (to - from + tile_rows - 1) / tile_rows;
+    const int64_t part = whole ? tile_rows : (to - from + count - 1) / count;
+    for (int64_t at = from; at < to; at += part) {
+      const int64_t stop = std::min(at + part, to), excess = whole ? std::max<int64_t>(0, at + tile_rows - readable) : 0;
+      const int64_t first = at - excess;
+      tiles.push_back(
+          {static_cast<int32_t>(first), static_cast<int16_t>(at - first), static_cast<int16_t>(stop - first)});
+    }
+  };
+  const bool padded = kind == Kind::planes;
+  const bool row_by_row = padded && (images > 1 || !whole);
+  const int64_t side = padded ? images : 1;
+  if (!padded && images > 1) {
+    add(0, images * output.pixels());  // all rows of all images
+  } else if (row_by_row) {
+    for (int64_t y = begin; y < end; ++y) add(y * row * side, (y * row + output.width) * side);
+  } else {
+    add(begin * row, (end - 1) * row + output.width);
+  }
+  return tiles;
+}
+
+}  // namespace resnet_fused::cpu::engine

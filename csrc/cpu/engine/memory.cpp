@@ -1,0 +1,99 @@
+#include "memory.h"
+
+#include <ATen/ATen.h>
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace resnet_fused::cpu::engine {
+namespace {
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
+unsigned char* allocate_raw(int64_t bytes) {
+  const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  void* memory = nullptr;
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, posix_memalign(&memory, alignment, bytes + 64) == 0, "the CPU engine needs ", bytes,
+      " bytes more than there are; a smaller batch needs less");
+#if defined(__linux__)
+  if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish
+#endif
+  return static_cast<unsigned char*>(memory);
+}
+
+// What results have left, by size.
+class Pool {
+ public:
+  unsigned char* take(int64_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = free_.find(bytes);
+      if (found != free_.end()) {
+        auto* memory = found->second;
+        free_.erase(found);
+        held_ -= bytes;
+        return memory;
+      }
+    }
+    return allocate_raw(bytes);
+  }
+
+  void give(unsigned char* memory, int64_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (held_ + bytes <= kKept) {
+        free_.emplace(bytes, memory);
+        held_ += bytes;
+        return;
+      }
+    }
+    std::free(memory);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::multimap<int64_t, unsigned char*> free_;
+  int64_t held_ = 0;
+};
+
+Pool& pool() {
+  static Pool* const whole_process = new Pool;  // tensors may outlive every destructor
+  return *whole_process;
+}
+
+struct Scratch {
+  Memory memory;
+  int64_t bytes = 0;
+};
+thread_local Scratch this_thread;
+
+}  // namespace
+
+Memory allocate(int64_t bytes) {
+  return {allocate_raw(bytes), [](unsigned char* memory) { std::free(memory); }};
+}
+
+unsigned char* scratch(int64_t bytes) {
+  if (this_thread.bytes < bytes) {
+    this_thread = {};
+    this_thread = {allocate(bytes), bytes};
+  }
+  return this_thread.memory.get();
+}
+
+at::Tensor reused_empty(int64_t images, int64_t channels, int64_t height, int64_t width, at::ScalarType type) {
+  const int64_t bytes = images * channels * height * width * static_cast<int64_t>(c10::elementSize(type));
+  unsigned char* memory = pool().take(bytes);
+  return at::from_blob(
+      memory, {images, channels, height, width}, {height * width * channels, 1, width * channels, channels},
+      [bytes](void* given) { pool().give(static_cast<unsigned char*>(given), bytes); },
+      at::TensorOptions().dtype(type));
+}
+
+}  // namespace resnet_fused::cpu::engine

@@ -1,0 +1,84 @@
+#include "pack.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace resnet_fused::cpu::engine {
+namespace {
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+void store(float value, float& at) { at = value; }
+void store(float value, bf16& at) { at.bits = c10::BFloat16(value).x; }
+bool is_finite(float value) { return std::isfinite(value); }
+bool is_finite(bf16 value) { return (value.bits & 0x7f80) != 0x7f80; }
+
+template <class T>
+int64_t offset_in_panel(int64_t channel, int64_t output) {
+  if constexpr (sizeof(T) == 2)
+    return channel / 32 * 1024 + output / 16 * 512 + channel % 32 / 2 * 32 + output % 16 * 2 + channel % 2;
+  else
+    return channel * kPanel + output;
+}
+
+}  // namespace
+
+template <class T>
+Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int64_t groups) {
+  const auto weight = given.to(at::kFloat).contiguous();
+  const int64_t out = weight.size(0), in = weight.size(1), height = weight.size(2), width = weight.size(3);
+  constexpr int64_t step = kDepthStep<T>;
+  // how the taps of the window become taps of the layout and a part of the channels
+  const bool rows_fold = kind == Layout::Kind::columns, columns_fold = rows_fold || kind == Layout::Kind::folded;
+  Packed packed;
+  packed.panels = (out + kPanel - 1) / kPanel;
+  packed.taps = (rows_fold ? 1 : height) * (columns_fold ? 1 : width);
+  const int64_t whole = round_up(in * groups * (rows_fold ? height : 1) * (columns_fold ? width : 1), step);
+  packed.depth = whole;
+  if (groups > 1) {
+    std::vector<int64_t> begin(packed.panels), end(packed.panels);
+    packed.depth = 0;
+    for (int64_t p = 0; p < packed.panels; ++p) {
+      const int64_t last = std::min(out, (p + 1) * kPanel) - 1, width_of_group = out / groups;
+      begin[p] = p * kPanel / width_of_group * in / step * step;
+      end[p] = round_up((last / width_of_group + 1) * in, step);
+      packed.depth = std::max(packed.depth, end[p] - begin[p]);
+    }
+    for (int64_t p = 0; p < packed.panels; ++p)
+      packed.first_channel.push_back(static_cast<int32_t>(std::min(begin[p], whole - packed.depth)));
+  }
+  packed.memory = allocate(packed.elements() * static_cast<int64_t>(sizeof(T)));
+  T* all = reinterpret_cast<T*>(packed.memory.get());
+  std::fill_n(reinterpret_cast<unsigned char*>(all), packed.elements() * sizeof(T), 0);
+  const float* w = weight.const_data_ptr<float>();
+  std::vector<uint8_t> finite(packed.panels, 1);
+  at::parallel_for(0, packed.panels, 1, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p) {
+      T* panel = all + p * packed.taps * packed.depth * kPanel;
+      const int64_t first = packed.first_channel.empty() ? 0 : packed.first_channel[p];
+      for (int64_t o = p * kPanel; o < std::min(out, (p + 1) * kPanel); ++o) {
+        const int64_t group_begin = o / (out / groups) * in;
+        for (int64_t c = 0; c < in; ++c)
+          for (int64_t r = 0; r < height; ++r)
+            for (int64_t s = 0; s < width; ++s) {
+              const int64_t tap = (rows_fold ? 0 : r) * (columns_fold ? 1 : width) + (columns_fold ? 0 : s);
+              const int64_t folded = (rows_fold ? r : 0) * width + (columns_fold ? s : 0);
+              const int64_t channel = folded * in * groups + group_begin + c - first;
+              T& at = panel[tap * packed.depth * kPanel + offset_in_panel<T>(channel, o % kPanel)];
+              store(w[((o * in + c) * height + r) * width + s] * (factor ? factor[o] : 1.0f), at);
+              if (!is_finite(at)) finite[p] = 0;
+            }
+      }
+    }
+  });
+  packed.finite = std::all_of(finite.begin(), finite.end(), [](uint8_t each) { return each; });
+  return packed;
+}
+
+template Packed pack<float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
+template Packed pack<bf16>(const at::Tensor&, const float*, Layout::Kind, int64_t);
+
+}  // namespace resnet_fused::cpu::engine

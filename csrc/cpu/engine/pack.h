@@ -1,0 +1,26 @@
+// Weights in the order in which the products read them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "layout.h"
+#include "memory.h"
+
+namespace resnet_fused::cpu::engine {
+
+// [panel][tap][depth][32]; of bfloat16 pairs of channels side by side: [panel][tap][depth / 32][2 x 16 outputs][16 pairs]
+// [16 outputs][2]. Zero where there is no weight.
+struct Packed {
+  Memory memory;
+  int64_t panels = 0, taps = 0, depth = 0;
+  std::vector<int32_t> first_channel;  // of each panel; empty: 0
+  bool finite = true;
+
+  int64_t elements() const { return panels * taps * depth * kPanel; }
+};
+
+// weight: [out, in / groups, R, S] of any float dtype; times factor[out], rounded to T once.
+template <class T>
+Packed pack(const at::Tensor& weight, const float* factor, Layout::Kind kind, int64_t groups);
+
+}  // namespace resnet_fused::cpu::engine

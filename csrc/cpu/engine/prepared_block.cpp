@@ -1,0 +1,508 @@
+#include "prepared_block.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "../../block/result_format.h"
+#include "../kernels/row_kernels.h"
+#include "memory.h"
+#include "pack.h"
+#include "schedule.h"
+
+namespace resnet_fused::cpu::engine {
+namespace {
+
+constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
+
+int64_t second_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (told > 0) return told;
+#endif
+  return int64_t{1} << 20;
+}
+
+Window window_of(const Stage& stage, int64_t height, int64_t width) {
+  return {{height, width}, stage.stride, stage.padding, stage.dilation};
+}
+
+Layout::Kind kind_of(const Window& window, int64_t channels, int64_t groups, bool first) {
+  if (window.is_pixel()) return Layout::Kind::pixels;
+  if (first && groups == 1 && window.kernel[1] > 1 && window.kernel[1] * channels <= 32) return Layout::Kind::folded;
+  if (first && groups == 1 && window.kernel[0] * window.kernel[1] == 1) return Layout::Kind::columns;
+  return Layout::Kind::planes;
+}
+
+std::vector<float> to_floats(const at::Tensor& values, int64_t length, float beyond) {
+  const auto flat = values.to(at::kFloat).reshape(-1).contiguous();
+  std::vector<float> floats(length, beyond);
+  std::copy_n(flat.const_data_ptr<float>(), std::min<int64_t>(length, flat.numel()), floats.begin());
+  return floats;
+}
+
+bool all_finite(const std::vector<float>& values) {
+  return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
+}
+
+// Runs body(i) for each i, on as many threads as there are.
+template <class Body>
+void each_in_parallel(int64_t count, const Body& body) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+// The tensor types of an element type.
+at::ScalarType scalar_type(float) { return at::kFloat; }
+at::ScalarType scalar_type(bf16) { return at::kBFloat16; }
+
+struct Conv {
+  Shape shape;
+  Packed packed;
+  std::vector<float> scale, shift, slope;
+  Activation act;
+};
+
+template <class T>
+class Prepared final : public PreparedBlock {
+ public:
+  Prepared(Ingredients given, BlockSpec spec) : spec_(std::move(spec)) {
+    const int64_t last = spec_.last();
+    for (int64_t i = 0; i <= last; ++i) {
+      processes_.push_back(spec_.convs[i].processes());
+      weight_is_last_.push_back(given.weights[i].suggest_memory_format() == kLayout);
+    }
+    for (size_t i = 0; i < spec_.convs.size(); ++i) {
+      const auto& weight = given.weights[i];
+      const auto& stage = spec_.convs[i];
+      const int64_t out = weight.size(0), in = weight.size(1) * stage.groups;
+      const bool projects = spec_.has_projection() && static_cast<int64_t>(i) == spec_.projection();
+      Conv conv;
+      conv.shape = {window_of(stage, weight.size(2), weight.size(3)), stage.groups, in, out};
+      conv.shape.kind = projects ? (conv.shape.window.is_pixel() ? Layout::Kind::pixels : Layout::Kind::columns)
+                                 : kind_of(conv.shape.window, in, stage.groups, i == 0);
+      const auto factor = given.factors[i] ? to_floats(*given.factors[i], out, 1.0f) : std::vector<float>();
+      conv.packed = pack<T>(weight, factor.empty() ? nullptr : factor.data(), conv.shape.kind, stage.groups);
+      conv.shape.panels = conv.packed.panels;
+      conv.shape.products = conv.packed.taps * conv.packed.depth;
+      const int64_t padded = conv.packed.panels * kPanel;
+      finite_ = finite_ && conv.packed.finite;
+      if (!projects) {
+        conv.scale = to_floats(given.scales[i], padded, 0.0f);
+        conv.shift = to_floats(given.shifts[i], padded, 0.0f);
+        finite_ = finite_ && all_finite(conv.scale) && all_finite(conv.shift);
+        const int64_t behind = spec_.order == Order::pre && static_cast<int64_t>(i) == last ? kNone : stage.output_stage;
+        if (behind != kNone) {
+          conv.act = spec_.convs[behind].act;
+          conv.slope = slopes(given.slopes[behind], conv.act, out, padded);
+        }
+      }
+      convs_.push_back(std::move(conv));
+    }
+    const int64_t out = convs_[last].shape.out, padded = convs_[last].shape.panels * kPanel;
+    if (given.branch_scale) branch_scale_ = per_channel(*given.branch_scale, out, padded);
+    if (given.skip_scale) skip_scale_ = per_channel(*given.skip_scale, out, padded);
+    const int64_t leading = spec_.convs[0].input_stage;
+    if (leading != kNone) {
+      const int64_t in = convs_[0].shape.in;
+      pre_act_ = spec_.convs[leading].act;
+      stages_x_ = given.pre_scale.has_value() || !pre_act_.is(ActivationKind::identity);
+      pre_center_.assign(in, 0.0f);
+      pre_scale_ = given.pre_scale ? to_floats(*given.pre_scale, in, 1.0f) : std::vector<float>(in, 1.0f);
+      pre_shift_ = given.pre_shift ? to_floats(*given.pre_shift, in, 0.0f) : std::vector<float>(in, 0.0f);
+      pre_slope_ = slopes(given.slopes[leading], pre_act_, in, in);
+      finite_ = finite_ && all_finite(pre_scale_) && all_finite(pre_shift_);
+    }
+    for (int64_t i = 0; i <= last; ++i) {
+      chain_.push_back(convs_[i].shape);
+      watches_ = watches_ || convs_[i].shape.groups > 1;
+    }
+    if (spec_.has_projection()) watches_ = watches_ || convs_[spec_.projection()].shape.groups > 1;
+  }
+
+  bool finite() const override { return finite_; }
+
+  std::string describe(int64_t images, int64_t height, int64_t width) override {
+    const auto s = schedule(images, {height, width});
+    if (s->splits_outputs) return "threads share the outputs of each convolution";
+    std::string text = s->images > 1 ? "groups of " + std::to_string(s->images) + " images" : "image by image";
+    if (s->parts.size() > 1) text += ", each in " + std::to_string(s->parts.size()) + " parts";
+    return text;
+  }
+
+  at::Tensor run(const at::Tensor& given) override {
+    const auto& first = convs_[0].shape;
+    TORCH_CHECK_VALUE(
+        given.dim() == 4 && given.size(1) == first.in, "x must be [N, ", first.in, ", H, W], got ", given.sizes());
+    const bool converts = first.kind == Layout::Kind::folded && given.scalar_type() == at::kFloat;
+    TORCH_CHECK_TYPE(
+        converts || given.scalar_type() == scalar_type(T{}), "x must be ", scalar_type(T{}), ", got ",
+        given.scalar_type());
+    const bool keeps = first.kind == Layout::Kind::folded && spec_.skip == Skip::none;
+    const at::Tensor x = keeps ? given : given.contiguous(kLayout);
+    const auto s = schedule(x.size(0), {x.size(2), x.size(3)});
+    const Size size = s->layouts[spec_.last()].output;
+    auto out = reused_empty(x.size(0), convs_[spec_.last()].shape.out, size.height, size.width, scalar_type(T{}));
+    Call call{*s, x, out};
+    if (watches_ && s->reads_x)
+      call.wild = !row_kernels<T>().all_finite(data(x), x.numel());
+    if (!call.wild) {
+      if (s->splits_outputs)
+        run_together(call);
+      else
+        run_apart(call);
+    }
+    if (call.wild) return {};
+    return is_result_last(given, *s) ? out : out.contiguous();
+  }
+
+ private:
+  struct Call {
+    const Schedule& schedule;
+    const at::Tensor& x;
+    at::Tensor& out;
+    std::atomic<bool> wild{false};
+  };
+
+  bool is_result_last(const at::Tensor& x, const Schedule& s) const {
+    std::vector<int64_t> widths;
+    std::vector<bool> one_pixel;
+    for (int64_t i = 0; i <= spec_.last(); ++i) {
+      widths.push_back(convs_[i].shape.out);
+      one_pixel.push_back(s.layouts[i].output.pixels() == 1);
+    }
+    const bool x_is_last = x.suggest_memory_format() == kLayout;
+    return is_channels_last(
+        spec_.order == Order::pre, x_is_last, x.size(1), processes_, weight_is_last_, widths, one_pixel);
+  }
+
+  static const T* data(const at::Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+
+  static std::vector<float> slopes(
+      const std::optional<at::Tensor>& learned, const Activation& act, int64_t channels, int64_t padded) {
+    if (learned) return per_channel(*learned, channels, padded);
+    return std::vector<float>(padded, static_cast<float>(act.parameter));
+  }
+  static std::vector<float> per_channel(const at::Tensor& values, int64_t channels, int64_t padded) {
+    return to_floats(values.numel() == 1 ? values.reshape(-1).expand({channels}) : values, padded, 0.0f);
+  }
+
+  std::shared_ptr<const Schedule> schedule(int64_t images, Size input) {
+    const std::array<int64_t, 4> key{images, input.height, input.width, at::get_num_threads()};
+    const std::lock_guard lock(mutex_);
+    auto& kept = schedules_[key];
+    if (!kept) {
+      if (schedules_.size() > 16) {  // sizes that never come again must not be kept for ever
+        schedules_.clear();
+        return schedules_[key] = make(images, input);
+      }
+      kept = make(images, input);
+    }
+    return kept;
+  }
+  std::shared_ptr<const Schedule> make(int64_t images, Size input) const {
+    const Machine machine{
+        at::get_num_threads(), second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles,
+        static_cast<int64_t>(sizeof(T)), kDepthStep<T>};
+    const Shape* projection = spec_.has_projection() ? &convs_[spec_.projection()].shape : nullptr;
+    return std::make_shared<Schedule>(make_schedule(chain_, projection, images, input, stages_x_, machine));
+  }
+
+  void run_apart(Call& call) const {
+    const Schedule& s = call.schedule;
+    const int64_t parts = static_cast<int64_t>(s.parts.size());
+    at::parallel_for(0, s.items * parts, 1, [&](int64_t begin, int64_t end) {
+      unsigned char* buffers = scratch(s.scratch);
+      clear_padding(s, buffers);
+      for (int64_t i = begin; i < end; ++i)
+        for (const Step& step : s.parts[i % parts]) {
+          lay_out_input(call, buffers, i / parts, step);
+          multiply(call, buffers, i / parts, step, 0, convs_[step.conv].shape.panels);
+        }
+    });
+  }
+
+  void run_together(Call& call) const {
+    const Schedule& s = call.schedule;
+    unsigned char* buffers = scratch(s.scratch);
+    clear_padding(s, buffers);
+    const int64_t threads = at::get_num_threads();
+    for (int64_t item = 0; item < s.items; ++item)
+      for (const Step& step : s.parts[0]) {
+        const int64_t height = step.conv == 0 ? step.staged_end - step.staged_begin : 0;
+        if ((step.conv == 0 && !s.reads_x) || (step.conv == spec_.last() && spec_.has_projection() && !s.projection_reads_x))
+          each_in_parallel(threads, [&](int64_t t) {
+            Step share = step;
+            share.staged_begin = step.staged_begin + t * height / threads;
+            share.staged_end = step.staged_begin + (t + 1) * height / threads;
+            share.begin = step.begin + t * (step.end - step.begin) / threads;
+            share.end = step.begin + (t + 1) * (step.end - step.begin) / threads;
+            lay_out_input(call, buffers, item, share);
+          });
+        const int64_t panels = convs_[step.conv].shape.panels;
+        each_in_parallel(std::min(threads, panels), [&](int64_t t) {
+          const int64_t shares = std::min(threads, panels);
+          multiply(call, buffers, item, step, t * panels / shares, (t + 1) * panels / shares);
+        });
+      }
+  }
+
+  T* buffer(const Schedule& s, unsigned char* buffers, int64_t layout) const {
+    return reinterpret_cast<T*>(buffers + s.buffers[layout]);
+  }
+
+  void clear_padding(const Schedule& s, unsigned char* buffers) const {
+    for (size_t i = 0; i < s.layouts.size(); ++i) {
+      const Layout& l = s.layouts[i];
+      for (const int32_t position : l.zeros)
+        std::memset(buffer(s, buffers, i) + position * l.pitch, 0, l.pitch * sizeof(T));
+    }
+  }
+
+  // Of x what the step reads and cannot read in place.
+  void lay_out_input(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
+    const Schedule& s = call.schedule;
+    if (step.conv == 0 && !s.reads_x) {
+      const Layout& l = s.layouts[0];
+      for (int64_t n = 0; n < l.images; ++n) {
+        const int64_t image = item * l.images + n;
+        if (l.kind == Layout::Kind::folded)
+          fold_rows(call, l, image, step.staged_begin, step.staged_end, buffer(s, buffers, 0));
+        else if (l.kind == Layout::Kind::planes)
+          fill_planes(call, l, n, image, step.staged_begin, step.staged_end, buffer(s, buffers, 0));
+        else
+          fill_columns(call, l, l, n, image, step.begin, step.end, buffer(s, buffers, 0));
+      }
+    }
+    if (step.conv == spec_.last() && spec_.has_projection() && !s.projection_reads_x) {
+      const int64_t at = spec_.projection();
+      const Layout &l = s.layouts[at], &main = s.layouts[spec_.last()];
+      for (int64_t n = 0; n < l.images; ++n)
+        fill_columns(call, l, main, n, item * l.images + n, step.begin, step.end, buffer(s, buffers, at));
+    }
+  }
+
+  // `count` neighbouring pixels of x, behind the leading norm and activation, and zeros up to the pitch.
+  void put(Call& call, const T* from, int64_t count, int64_t channels, int64_t pitch, T* to) const {
+    if (stages_x_) {
+      const NormalizeArgs<T> args{
+          from, {pre_center_.data(), pre_scale_.data(), pre_shift_.data()}, nullptr, {}, {pre_act_, pre_slope_.data()},
+          to};
+      if (pitch == channels) {
+        row_kernels<T>().normalize(args, count, channels);
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          auto one = args;
+          one.y = from + i * channels;
+          one.out = to + i * pitch;
+          row_kernels<T>().normalize(one, 1, channels);
+          std::memset(one.out + channels, 0, (pitch - channels) * sizeof(T));
+        }
+      }
+    } else if (pitch == channels) {
+      std::memcpy(to, from, count * channels * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        std::memcpy(to + i * pitch, from + i * channels, channels * sizeof(T));
+        std::memset(to + i * pitch + channels, 0, (pitch - channels) * sizeof(T));
+      }
+    }
+    if (watches_ && !row_kernels<T>().all_finite(to, count * pitch)) call.wild = true;
+  }
+
+  void fill_planes(
+      Call& call, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) const {
+    const int64_t width = l.input.width, stride = l.window.stride[1];
+    const T* x = data(call.x) + image * l.input.pixels() * l.channels;
+    for (int64_t y = begin; y < end; ++y) {
+      const int32_t* place = l.place.data() + n * l.input.pixels() + y * width;
+      const T* row = x + y * width * l.channels;
+      if (stride == 1 && l.images == 1 && place[0] >= 0) {
+        int64_t count = width;
+        while (place[count - 1] < 0) --count;
+        put(call, row, count, l.channels, l.pitch, to + place[0] * l.pitch);
+      } else {
+        for (int64_t c = 0; c < width; ++c)
+          if (place[c] >= 0) put(call, row + c * l.channels, 1, l.channels, l.pitch, to + place[c] * l.pitch);
+      }
+    }
+  }
+
+  // A row's taps side by side: row y of x with zeros at its ends, from which each output copies its window.
+  void fold_rows(Call& call, const Layout& l, int64_t image, int64_t begin, int64_t end, T* to) const {
+    const auto& w = l.window;
+    const int64_t width = l.input.width, channels = l.channels, taps = w.kernel[1], dilation = w.dilation[1];
+    const auto strides = call.x.strides();
+    std::vector<T> padded((width + 2 * w.padding[1] + dilation * taps) * channels + l.pitch, T{});
+    T* inside = padded.data() + w.padding[1] * channels;
+    const auto read_row = [&](const auto* x) {
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t i = 0; i < width; ++i) inside[i * channels + c] = convert(x[c * strides[1] + i * strides[3]]);
+    };
+    for (int64_t y = begin; y < end; ++y) {
+      if (l.place[y] < 0) continue;
+      const int64_t at = image * strides[0] + y * strides[2];
+      if (call.x.scalar_type() == at::kFloat)
+        read_row(call.x.template const_data_ptr<float>() + at);
+      else
+        read_row(data(call.x) + at);
+      T* row = to + l.place[y] * l.pitch;
+      for (int64_t o = 0; o < l.output.width; ++o) {
+        const T* window = padded.data() + o * w.stride[1] * channels;
+        T* out = row + o * l.pitch;
+        if (dilation == 1) {
+          const int64_t used = taps * channels;
+          for (int64_t k = 0; k < l.pitch; ++k) out[k] = k < used ? window[k] : T{};
+        } else {
+          for (int64_t s = 0; s < taps; ++s)
+            std::memcpy(out + s * channels, window + s * dilation * channels, channels * sizeof(T));
+          std::memset(out + taps * channels, 0, (l.pitch - taps * channels) * sizeof(T));
+        }
+      }
+    }
+  }
+
+  static T convert(float v) {
+    if constexpr (sizeof(T) == 2)
+      return T{c10::BFloat16(v).x};
+    else
+      return v;
+  }
+  static bf16 convert(bf16 v) { return v; }
+
+  // The windows of output rows [begin, end), at the positions that `main` gives to these outputs.
+  void fill_columns(
+      Call& call, const Layout& l, const Layout& main, int64_t n, int64_t image, int64_t begin, int64_t end,
+      T* to) const {
+    const auto& w = l.window;
+    const int64_t taps = w.kernel[0] * w.kernel[1];
+    const T* x = data(call.x) + image * l.input.pixels() * l.channels;
+    for (int64_t y = begin; y < end; ++y)
+      for (int64_t c = 0; c < l.output.width; ++c) {
+        T* out = to + main.position(n, y, c) * l.pitch;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const int64_t iy = y * w.stride[0] - w.padding[0] + tap / w.kernel[1] * w.dilation[0];
+          const int64_t ix = c * w.stride[1] - w.padding[1] + tap % w.kernel[1] * w.dilation[1];
+          T* at = out + tap * l.channels;
+          if (iy < 0 || ix < 0 || iy >= l.input.height || ix >= l.input.width)
+            std::memset(at, 0, l.channels * sizeof(T));
+          else
+            put(call, x + (iy * l.input.width + ix) * l.channels, 1, l.channels, l.channels, at);
+        }
+        std::memset(out + taps * l.channels, 0, (l.pitch - taps * l.channels) * sizeof(T));
+      }
+  }
+
+  Factor<T> factor(const Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t conv) const {
+    const Schedule& s = call.schedule;
+    const Layout& l = s.layouts[conv];
+    const Conv& c = convs_[conv];
+    Factor<T> f;
+    f.pitch = l.pitch;
+    f.taps = l.taps.data();
+    f.tap_count = c.packed.taps;
+    f.depth = c.packed.depth;
+    f.first_channel = c.packed.first_channel.empty() ? nullptr : c.packed.first_channel.data();
+    f.weights = reinterpret_cast<const T*>(c.packed.memory.get());
+    if (s.buffers[conv] < 0)
+      f.input = data(call.x) + item * l.images * l.input.pixels() * l.channels;
+    else
+      f.input = buffer(s, buffers, conv);
+    // a band's pixels begin with the band
+    if (s.buffers[conv] >= 0 && conv > 0 && conv <= spec_.last() && l.kind == Layout::Kind::pixels && l.images == 1)
+      f.input -= step.begin * l.output.width * l.pitch;
+    return f;
+  }
+
+  void multiply(
+      Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t panel_begin,
+      int64_t panel_end) const {
+    const Schedule& s = call.schedule;
+    const Conv& conv = convs_[step.conv];
+    const bool last = step.conv == spec_.last();
+    Task<T> task{};
+    task.factors[0] = factor(call, buffers, item, step, step.conv);
+    if (last && spec_.has_projection()) task.factors[1] = factor(call, buffers, item, step, spec_.projection());
+    task.rows = step.tiles.data();
+    task.row_count = static_cast<int64_t>(step.tiles.size());
+    task.panel_begin = panel_begin;
+    task.panel_end = panel_end;
+    int64_t depth = 0;
+    for (const auto& f : task.factors) depth += f.tap_count * f.depth;
+    task.panels_inner = depth * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
+    auto& e = task.epilogue;
+    e.scale = conv.scale.data();
+    e.shift = conv.shift.data();
+    e.act = conv.act;
+    e.slope = conv.slope.empty() ? nullptr : conv.slope.data();
+    e.target = s.targets[step.conv].data();
+    bool wild = false;
+    if (last) {
+      const int64_t outputs = s.layouts[step.conv].output.pixels() * s.images;
+      e.out = static_cast<T*>(call.out.mutable_data_ptr()) + item * outputs * conv.shape.out;
+      e.pitch = e.channels = conv.shape.out;
+      if (spec_.skip == Skip::identity) e.residual = data(call.x) + item * outputs * conv.shape.out;
+      if (e.residual && !skip_scale_.empty()) e.residual_scale = skip_scale_.data();
+      if (!branch_scale_.empty()) e.branch_scale = branch_scale_.data();
+    } else {
+      const Layout& next = s.layouts[step.conv + 1];
+      e.out = buffer(s, buffers, step.conv + 1);
+      if (next.kind == Layout::Kind::pixels && next.images == 1)
+        e.out -= step.target_row * next.output.width * next.pitch;
+      e.pitch = next.pitch;
+      e.channels = next.pitch;
+      if (watches_) e.not_finite = &wild;
+    }
+    products<T>().multiply(task);
+    if (wild) call.wild = true;
+  }
+
+  BlockSpec spec_;
+  std::vector<Conv> convs_;
+  std::vector<Shape> chain_;
+  std::vector<float> branch_scale_, skip_scale_;
+  std::vector<bool> processes_, weight_is_last_;  // for the result's memory format
+  Activation pre_act_;
+  std::vector<float> pre_center_, pre_scale_, pre_shift_, pre_slope_;
+  bool stages_x_ = false;
+  bool finite_ = true;
+  bool watches_ = false;  // a group must not see what is not finite in another: then PyTorch computes
+  std::mutex mutex_;
+  std::map<std::array<int64_t, 4>, std::shared_ptr<const Schedule>> schedules_;
+};
+
+}  // namespace
+
+std::optional<std::string> reason_against(
+    const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16)
+    return std::string("the CPU engine computes float32 and bfloat16, x is ") + c10::toString(dtype);
+  if (spec.join == JoinReads::branch && spec.has_projection())
+    return "the CPU engine has no activation before the addition of a projection";
+  for (size_t i = 0; i < spec.convs.size(); ++i) {
+    const bool projects = spec.has_projection() && static_cast<int64_t>(i) == spec.projection();
+    if (projects && spec.convs[i].groups > 1 && weights[i][2] * weights[i][3] > 1)
+      return "the CPU engine has no projection of groups with a window";
+  }
+  return std::nullopt;
+}
+
+c10::intrusive_ptr<PreparedBlock> PreparedBlock::prepare(
+    Ingredients ingredients, BlockSpec spec, at::ScalarType dtype) {
+  std::vector<std::vector<int64_t>> sizes;
+  for (const auto& w : ingredients.weights) sizes.push_back(w.sizes().vec());
+  const auto reason = reason_against(spec, sizes, dtype);
+  TORCH_CHECK_VALUE(!reason, *reason);
+  if (dtype == at::kFloat) return c10::make_intrusive<Prepared<float>>(std::move(ingredients), std::move(spec));
+  return c10::make_intrusive<Prepared<bf16>>(std::move(ingredients), std::move(spec));
+}
+
+}  // namespace resnet_fused::cpu::engine

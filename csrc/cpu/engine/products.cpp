@@ -1,0 +1,64 @@
+// Which instruction set's products run (isa.h).
+#include "products.h"
+
+#include "../isa.h"
+
+namespace resnet_fused::cpu {
+
+namespace baseline {
+const engine::Products<float>& products(float);
+const engine::Products<bf16>& products(bf16);
+}  // namespace baseline
+namespace amx_portable {
+const engine::Products<bf16>& products(bf16);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const engine::Products<float>& products(float);
+const engine::Products<bf16>& products(bf16);
+}  // namespace avx2
+namespace avx512 {
+const engine::Products<float>& products(float);
+const engine::Products<bf16>& products(bf16);
+}  // namespace avx512
+namespace avx512_bf16 {
+const engine::Products<bf16>& products(bf16);
+}
+namespace amx {
+const engine::Products<bf16>& products(bf16);
+}
+#endif
+
+namespace engine {
+
+template <>
+const Products<float>& products<float>() {
+#if defined(__x86_64__)
+  if (vector_isa() >= Isa::avx512) return avx512::products(float{});
+  if (vector_isa() >= Isa::avx2) return avx2::products(float{});
+#endif
+  return baseline::products(float{});
+}
+
+template <>
+const Products<bf16>& products<bf16>() {
+  switch (isa()) {
+    case Isa::amx_portable:
+      return amx_portable::products(bf16{});
+#if defined(__x86_64__)
+    case Isa::amx:
+      return amx::products(bf16{});
+    case Isa::avx512_bf16:
+      return avx512_bf16::products(bf16{});
+    case Isa::avx512:
+      return avx512::products(bf16{});
+    case Isa::avx2:
+      return avx2::products(bf16{});
+#endif
+    default:
+      return baseline::products(bf16{});
+  }
+}
+
+}  // namespace engine
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,76 @@
+// Convolutions as matrix products of our own: positions times channels, by one table of kernels per instruction set.
+// Single-threaded and torch-free.
+//
+// The input is a buffer of positions, each of `pitch` elements, in which a tap of the window is a shift: what makes the
+// positions of an output is said in layout.h. Weights are packed in panels of 32 outputs (pack.h). Every product of an
+// output is summed in float before the epilogue rounds it once.
+#pragma once
+
+#include "../../block/activations.h"
+#include "../kernels/scalar_types.h"
+
+namespace resnet_fused::cpu::engine {
+
+constexpr int64_t kPanel = 32;     // outputs
+constexpr int64_t kTileRows = 16;  // the most positions of a tile of any instruction set
+// Rows of weights that are packed together: the channels of a tap are padded to their multiple.
+template <class T>
+constexpr int64_t kDepthStep = sizeof(T) == 2 ? 32 : 1;
+
+// Neighbouring positions: a tile reads `first` and what follows, as many as it has rows, and gives [begin, end) of them.
+struct Rows {
+  int32_t first;
+  int16_t begin, end;
+};
+
+// What is multiplied: for each tap and panel `depth` channels.
+template <class T>
+struct Factor {
+  const T* input = nullptr;  // position 0
+  int64_t pitch = 0;
+  const int64_t* taps = nullptr;  // shifts, in elements
+  int64_t tap_count = 0;          // 0: no such factor
+  int64_t depth = 0;              // multiple of kDepthStep
+  const int32_t* first_channel = nullptr;  // of each panel, where groups read a part of the channels; nullptr: 0
+  const T* weights = nullptr;              // [panel][tap][depth][32]
+};
+
+// out = act(scale product + shift + residual_scale residual), or branch_scale act(scale product + shift) + ...
+template <class T>
+struct Epilogue {
+  const float* scale = nullptr;  // [panels * 32], as all of these
+  const float* shift = nullptr;
+  const T* residual = nullptr;            // laid out as `out`; nullptr: none
+  const float* residual_scale = nullptr;  // nullptr: 1
+  Activation act;
+  const float* slope = nullptr;
+  const float* branch_scale = nullptr;  // nullptr: the activation stands behind the sum
+  T* out = nullptr;
+  int64_t pitch = 0;
+  const int32_t* target = nullptr;  // which position of `out` each position is; -1: none
+  int64_t channels = 0;             // of `out` that are written; beyond the convolution's own they come out of zeros
+  bool* not_finite = nullptr;       // set where an output is not finite; nullptr: not looked at
+};
+
+template <class T>
+struct Task {
+  Factor<T> factors[2];  // summed
+  const Rows* rows;
+  int64_t row_count;
+  int64_t panel_begin, panel_end;
+  bool panels_inner;  // all panels for some positions before the next positions, or the reverse
+  Epilogue<T> epilogue;
+};
+
+template <class T>
+struct Products {
+  int64_t tile_rows;
+  bool reads_whole_tiles;  // also where fewer rows are asked for
+  void (*multiply)(const Task<T>&);
+};
+
+// The tables of an instruction set (isa.h).
+template <class T>
+const Products<T>& products();
+
+}  // namespace resnet_fused::cpu::engine

@@ -1,0 +1,24 @@
+// The products compiled for AVX-512 without bfloat16.
+#include "products.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
+#define KERNELS_ISA avx512
+#define VECTOR_BYTES 64
+#include "../kernels/elementwise_impl.h"
+#include "vectors_impl.h"
+#include "epilogue_impl.h"
+#include "vector_products_impl.h"
+
+namespace resnet_fused::cpu::avx512 {
+const engine::Products<float>& products(float) {
+  static constexpr engine::Products<float> table{kVectorRows, false, &multiply<float>};
+  return table;
+}
+const engine::Products<bf16>& products(bf16) {
+  static constexpr engine::Products<bf16> table{kVectorRows, false, &multiply<bf16>};
+  return table;
+}
+}  // namespace resnet_fused::cpu::avx512
+#endif

@@ -1,0 +1,210 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <optional>
+
+namespace resnet_fused::cpu::engine {
+namespace {
+
+constexpr int64_t kUnlimited = int64_t{1} << 40;
+// Bytes per cycle from the third cache or memory, for one of several threads; cycles until all threads have met.
+constexpr double kBytesPerCycle = 8, kMeeting = 6000;
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+class Planner {
+ public:
+  Planner(
+      const std::vector<Shape>& chain, const Shape* projection, int64_t images, Size input, bool stages_x,
+      const Machine& machine)
+      : chain_(chain), projection_(projection), all_images_(images), input_(input), stages_x_(stages_x), m_(machine) {}
+
+  Schedule plan(int64_t images, int64_t parts, bool splits_outputs) const {
+    Schedule s{};
+    s.images = images;
+    s.items = all_images_ / images;
+    s.splits_outputs = splits_outputs;
+    lay_out_all(s);
+    const int64_t height = s.layouts[last()].output.height;
+    const int64_t band = images > 1 || splits_outputs ? height : band_rows(s);
+    for (int64_t p = 0; p < parts; ++p) s.parts.push_back(part(s, p * height / parts, (p + 1) * height / parts, band));
+    place_buffers(s, band);
+    s.cost = cost(s);
+    return s;
+  }
+
+  int64_t last() const { return static_cast<int64_t>(chain_.size()) - 1; }
+
+ private:
+  const std::vector<Shape>& chain_;
+  const Shape* projection_;
+  int64_t all_images_;
+  Size input_;
+  bool stages_x_;
+  Machine m_;
+
+  void lay_out_all(Schedule& s) const {
+    Size size = input_;
+    for (int64_t i = 0; i <= last(); ++i) {
+      const Shape& shape = chain_[i];
+      Layout::Kind kind = shape.kind;
+      // a tile that reads whole must not read beyond x
+      const bool fits = !m_.whole_tiles || s.images * input_.pixels() >= m_.tile_rows;
+      if (i == 0) s.reads_x = kind == Layout::Kind::pixels && !stages_x_ && shape.in % m_.step == 0 && fits;
+      if (i == 0 && kind == Layout::Kind::pixels && !s.reads_x) kind = Layout::Kind::columns;
+      s.layouts.push_back(lay_out(kind, shape.window, size, shape.in, s.images, m_.step));
+      size = s.layouts.back().output;
+    }
+    if (projection_) {
+      const Layout& beside = s.layouts[last()];
+      s.projection_reads_x = projection_->kind == Layout::Kind::pixels && beside.kind == Layout::Kind::pixels &&
+                             !stages_x_ && projection_->in % m_.step == 0 &&
+                             (!m_.whole_tiles || s.images * input_.pixels() >= m_.tile_rows);
+      s.layouts.push_back(
+          s.projection_reads_x
+              ? lay_out(Layout::Kind::pixels, projection_->window, input_, projection_->in, s.images, m_.step)
+              : columns_like(beside, projection_->window, input_, projection_->in, m_.step));
+    }
+    for (int64_t i = 0; i <= last(); ++i) {
+      std::vector<int32_t> target = s.layouts[i].pixel;
+      if (i < last() && s.layouts[i + 1].kind == Layout::Kind::planes)
+        for (auto& t : target)
+          if (t >= 0) t = s.layouts[i + 1].place[t];
+      s.targets.push_back(std::move(target));
+    }
+  }
+
+  bool buffered(const Schedule& s, int64_t layout) const {
+    if (layout == 0) return !s.reads_x;
+    return layout <= last() || !s.projection_reads_x;
+  }
+
+  // So many output rows that what one band reads and writes fills half the second cache.
+  int64_t band_rows(const Schedule& s) const {
+    double row = 0;  // bytes of one output row in everything that lives as long as the band
+    const Layout& end = s.layouts[last()];
+    const double height = static_cast<double>(end.output.height);
+    row += static_cast<double>(input_.pixels() * chain_[0].in) / height;
+    row += static_cast<double>(end.output.pixels() * chain_[last()].out) / height;
+    for (size_t i = 0; i < s.layouts.size(); ++i)
+      if (buffered(s, i)) row += static_cast<double>(s.layouts[i].positions * s.layouts[i].pitch) / height;
+    const double rows = 0.5 * static_cast<double>(m_.second_cache) / (row * static_cast<double>(m_.element));
+    const int64_t bands = std::max<int64_t>(1, static_cast<int64_t>(height / std::max(1.0, rows) + 0.999));
+    return (end.output.height + bands - 1) / bands;
+  }
+
+  Part part(const Schedule& s, int64_t begin, int64_t end, int64_t band) const {
+    Part steps;
+    std::vector<int64_t> done(chain_.size(), 0);
+    int64_t staged = 0;
+    for (int64_t row = begin; row < end; row += band) {
+      std::vector<Step> reversed;
+      int64_t from = row, to = std::min(end, row + band);
+      for (int64_t i = last(); i >= 0; --i) {
+        if (row > begin) from = std::max(from, done[i]);
+        if (from >= to) break;
+        done[i] = to;
+        const Layout& l = s.layouts[i];
+        const bool reads_x = i == 0 && s.reads_x;
+        const int64_t readable = reads_x ? s.images * input_.pixels() : kUnlimited;
+        Step step{i, from, to, 0, 0, 0, l.tiles(from, to, m_.tile_rows, m_.whole_tiles, readable)};
+        const auto [first, beyond] = l.window.reads(from, to, l.input.height);
+        if (i == 0) {
+          step.staged_begin = row > begin ? std::max(first, staged) : first;
+          step.staged_end = beyond;
+          staged = beyond;
+        }
+        // pixels are kept for the band alone
+        if (i < last() && s.layouts[i + 1].kind != Layout::Kind::planes) step.target_row = from;
+        reversed.push_back(std::move(step));
+        from = first;
+        to = beyond;
+      }
+      for (auto each = reversed.rbegin(); each != reversed.rend(); ++each) steps.push_back(std::move(*each));
+    }
+    return steps;
+  }
+
+  void place_buffers(Schedule& s, int64_t band) const {
+    for (int64_t i = 0; i < static_cast<int64_t>(s.layouts.size()); ++i) {
+      Layout& l = s.layouts[i];
+      if (!buffered(s, i)) {
+        s.buffers.push_back(-1);
+        continue;
+      }
+      s.buffers.push_back(s.scratch);
+      int64_t bytes = l.bytes(m_.element);
+      if (l.kind == Layout::Kind::pixels && s.images == 1) {
+        // the rows of the largest step that writes it
+        int64_t rows = band;
+        for (const Part& part : s.parts)
+          for (const Step& step : part)
+            if (step.conv == i - 1) rows = std::max(rows, step.end - step.begin);
+        bytes = (rows * l.output.width + kTileRows) * l.pitch * m_.element;
+      }
+      // an odd number of cache lines apart, so that buffers do not meet in the same sets
+      s.scratch += round_up(bytes + 64, 128) + 64;
+    }
+  }
+
+  double cost(const Schedule& s) const {
+    const int64_t threads = m_.threads;
+    double products = 0, weights = 0, streamed = 0;
+    for (const Part& part : s.parts)
+      for (const Step& step : part) {
+        const Shape& shape = chain_[step.conv];
+        double depth = static_cast<double>(shape.products);
+        if (step.conv == last() && projection_) depth += static_cast<double>(projection_->products);
+        double panels = static_cast<double>(shape.panels);
+        if (s.splits_outputs) panels = static_cast<double>((shape.panels + threads - 1) / threads);
+        // a pair of tiles takes 64 cycles for 32 channels; a vector kernel one for each row and channel; and an epilogue
+        double cycles = 0;
+        if (m_.whole_tiles)
+          cycles = static_cast<double>((step.tiles.size() + 1) / 2) * (2 * depth + 100);
+        else
+          for (const Rows& t : step.tiles) cycles += (t.end - t.begin + 1) * (depth + 8);
+        products += cycles * panels;
+      }
+    const double cache = static_cast<double>(m_.second_cache), element = static_cast<double>(m_.element);
+    for (const Shape& shape : chain_) weights += static_cast<double>(shape.products * shape.panels * kPanel) * element;
+    if (projection_) weights += static_cast<double>(projection_->products * projection_->panels * kPanel) * element;
+    const auto count = static_cast<double>(s.items * static_cast<int64_t>(s.parts.size()));
+    const double each = std::max(1.0, static_cast<double>((static_cast<int64_t>(count) + threads - 1) / threads));
+    double inside = 0;  // bytes between the convolutions of one item
+    for (size_t i = 0; i < s.layouts.size(); ++i)
+      if (buffered(s, i)) inside += static_cast<double>(s.layouts[i].bytes(m_.element));
+    if (s.splits_outputs) {
+      // each thread reads its share of the weights once and everything that the others have written
+      streamed = weights / static_cast<double>(threads) + inside;
+      const double item = products + streamed / kBytesPerCycle + static_cast<double>(chain_.size()) * kMeeting;
+      return item * static_cast<double>(s.items);
+    }
+    streamed = weights * (weights > 0.6 * cache ? each : 1.0);
+    if (s.images > 1 && inside > 0.7 * cache) streamed += 2 * inside * each;
+    return products / static_cast<double>(s.parts.size()) * each + streamed / kBytesPerCycle + kMeeting;
+  }
+};
+
+}  // namespace
+
+Schedule make_schedule(
+    const std::vector<Shape>& chain, const Shape* projection, int64_t images, Size input, bool stages_x,
+    const Machine& machine) {
+  const Planner planner(chain, projection, images, input, stages_x, machine);
+  std::optional<Schedule> best;
+  const auto consider = [&](Schedule found) {
+    if (!best || found.cost < best->cost) best = std::move(found);
+  };
+  Size output = input;
+  for (const Shape& shape : chain) output = shape.window.output(output);
+  for (int64_t side = 1; side <= std::min<int64_t>(images, kTileRows); ++side) {
+    if (images % side != 0 || (side > 1 && output.pixels() > 400)) continue;
+    consider(planner.plan(side, 1, false));
+    if (machine.threads > 1) consider(planner.plan(side, 1, true));
+  }
+  for (int64_t parts = 2; parts <= std::min(output.height, 2 * machine.threads); ++parts)
+    if (images < 4 * machine.threads) consider(planner.plan(1, parts, false));
+  return std::move(*best);
+}
+
+}  // namespace resnet_fused::cpu::engine

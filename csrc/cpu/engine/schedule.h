@@ -1,0 +1,61 @@
+// How one block is computed for one input size: the layout of every convolution's input, and who computes what when.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "layout.h"
+
+namespace resnet_fused::cpu::engine {
+
+// What a schedule needs to know of a convolution.
+struct Shape {
+  Window window;
+  int64_t groups;
+  int64_t in, out;            // channels
+  Layout::Kind kind;          // of its input; the projection's is columns, or pixels where the last one's is
+  int64_t panels, products;   // of weights; channels that are multiplied for each output, padded
+};
+
+// One convolution of some output rows, after the input rows it reads have been laid out.
+struct Step {
+  int64_t conv;
+  int64_t begin, end;              // output rows
+  int64_t staged_begin, staged_end;  // x's rows to lay out first; of the first convolution
+  int64_t target_row;              // the output buffer begins with this row
+  std::vector<Rows> tiles;
+};
+
+// What one thread computes without waiting for another: rows of some images, band by band through all convolutions, so
+// that what is between them stays in its cache.
+using Part = std::vector<Step>;
+
+struct Schedule {
+  int64_t images;                 // of an item, laid out side by side
+  int64_t items;
+  std::vector<Part> parts;        // of each item
+  bool splits_outputs;            // one item after another, of one part: the threads share each convolution's outputs
+  bool reads_x;                   // the first convolution reads x itself
+  bool projection_reads_x;
+  std::vector<Layout> layouts;    // of each convolution of the chain, then the projection
+  std::vector<std::vector<int32_t>> targets;  // of each convolution of the chain: where its positions go
+  std::vector<int64_t> buffers;   // byte offset of each layout's buffer in a thread's scratch; of x itself: -1
+  int64_t scratch;                // bytes
+  double cost;                    // cycles of the slowest thread, estimated
+};
+
+struct Machine {
+  int64_t threads;
+  int64_t second_cache;  // bytes of each core
+  int64_t tile_rows;
+  bool whole_tiles;
+  int64_t element, step;  // bytes; what depth is a multiple of
+};
+
+// chain: without the projection; projection: nullptr for none.
+// stages_x: x has to pass through a norm or an activation before the first convolution.
+Schedule make_schedule(
+    const std::vector<Shape>& chain, const Shape* projection, int64_t images, Size input, bool stages_x,
+    const Machine& machine);
+
+}  // namespace resnet_fused::cpu::engine

@@ -1,0 +1,16 @@
+// Which instruction sets the CPU's kernels use: decided at the first call. RESNET_FUSED_ISA lowers the choice.
+#pragma once
+
+namespace resnet_fused::cpu {
+
+// In ascending order. amx_portable is no instruction set: the kernels of amx with tile operations in plain C++.
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx, amx_portable };
+
+// Throws ValueError where RESNET_FUSED_ISA names none, or one that this processor (or system) does not have.
+Isa isa();
+// The same for kernels without tiles.
+Isa vector_isa();
+
+const char* name(Isa isa);
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,55 @@
+// torch.classes.resnet_fused.PreparedBlock and the operator that runs one: evaluation on the CPU by the engine.
+// resnet_fused/backends/prepared.py makes them.
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include "../cpu/engine/prepared_block.h"
+#include "operators.h"
+
+namespace resnet_fused {
+namespace {
+
+using cpu::engine::PreparedBlock;
+using Prepared = c10::intrusive_ptr<PreparedBlock>;
+
+Prepared prepare(
+    const std::vector<at::Tensor>& weights, const OptionalList& factors, const std::vector<at::Tensor>& scales,
+    const std::vector<at::Tensor>& shifts, const std::optional<at::Tensor>& pre_scale,
+    const std::optional<at::Tensor>& pre_shift, const OptionalList& slopes,
+    const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
+    const std::vector<int64_t>& ints, const std::vector<double>& floats, at::ScalarType dtype) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto spec = BlockSpec::decode(ints, floats);
+  for (const size_t entries : {weights.size(), factors.size(), scales.size(), shifts.size(), slopes.size()})
+    TORCH_CHECK_VALUE(entries == spec.convs.size(), "every list of tensors needs one entry for each convolution");
+  for (const auto& w : weights)
+    TORCH_CHECK_VALUE(w.dim() == 4 && w.numel() > 0, "weights must be [out, in / groups, R, S], got ", w.sizes());
+  return PreparedBlock::prepare(
+      {weights, to_vector(factors), scales, shifts, pre_scale, pre_shift, to_vector(slopes), branch_scale, skip_scale},
+      std::move(spec), dtype);
+}
+
+std::optional<at::Tensor> run(const at::Tensor& x, const Prepared& block) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto out = block->run(x);
+  if (!out.defined()) return std::nullopt;
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
+  m.class_<PreparedBlock>("PreparedBlock")
+      .def(torch::init(&prepare))
+      .def("finite", [](const Prepared& self) { return self->finite(); })
+      .def("describe", [](const Prepared& self, int64_t images, int64_t height, int64_t width) {
+        return self->describe(images, height, width);
+      });
+  m.def("residual_block_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlock block) -> Tensor?");
+}
+
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("residual_block_prepared", &run); }
+
+}  // namespace resnet_fused
