@@ -42,14 +42,16 @@ class StageParams:
 class Kept:
     """What is known of a `BlockParams`' tensors from the last call: it ends with them, and copies begin without it.
 
-    checked: `validation.check`'s results, with what they hold for. folded: of `backends.folding`, likewise.
+    checked: `validation.check`'s results, with what they hold for. folded: of `backends.folding` or `prepared`,
+    likewise. engine: `prepared.reason_against`, by dtype.
     """
 
-    __slots__ = ("checked", "folded")
+    __slots__ = ("checked", "folded", "engine")
 
     def __init__(self) -> None:
         self.checked: Any = None
         self.folded: Any = None
+        self.engine: dict[Any, str | None] = {}
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()

@@ -1,6 +1,7 @@
 // The Python module resnet_fused._C: importing it registers the operators; it tells what it was built with.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
@@ -12,6 +13,7 @@
 #include "../block/activations.h"
 #include "../block/result_format.h"
 #include "../cpu/convolution.h"
+#include "../cpu/engine/prepared_block.h"
 #include "../cpu/isa.h"
 #include "../cpu/running_stats.h"
 #include "../cuda/plan/limits.h"
@@ -94,6 +96,16 @@ PYBIND11_MODULE(_C, m) {
         return resnet_fused::cpu::has_post_ops(THPVariable_Unpack(x.ptr()));
       },
       "See csrc/cpu/convolution.h.");
+  m.def(
+      "engine_reason",
+      [](const std::vector<int64_t>& ints, const std::vector<double>& floats,
+         const std::vector<std::vector<int64_t>>& weights, const pybind11::handle& dtype) {
+        TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "expected a dtype, got ", Py_TYPE(dtype.ptr())->tp_name);
+        const auto type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+        return resnet_fused::cpu::engine::reason_against(
+            resnet_fused::BlockSpec::decode(ints, floats), weights, type);
+      },
+      "See csrc/cpu/engine/prepared_block.h.");
   m.def("unchanged", &resnet_fused::unchanged, "See csrc/python/module_state.h.");
   m.def(
       "fingerprint",

@@ -13,8 +13,9 @@ Where oneDNN will run them, the weights are also brought into its blocked layout
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
 from resnet_fused.spec.facts import NONE, facts
 
+T = TypeVar("T")
 Affine = tuple[Tensor, Tensor]
 # Of few pixels (`operators.few_pixels`) a plain 1x1 weight is multiplied as a matrix: faster than the making of a
 # oneDNN convolution, as long as it is small. Larger ones are read faster in oneDNN's layout.
@@ -66,7 +68,7 @@ class _Kept:
     samples: int
     everything: int | None
     steps: int
-    block: FoldedBlock
+    made: Any
 
 
 def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -> FoldedBlock:
@@ -76,12 +78,20 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -
     pack: into oneDNN's layout, where it will run them.
     """
     packs = pack and x.device.type == "cpu" and operators.has_post_ops(x)
+    key = ("folded", x.dtype, x.device, packs, _few(x))
+    return kept_or_made(source, x, spec, key, lambda: _fold(source, x, spec, packs))
+
+
+def kept_or_made(source: BlockParams, x: Tensor, spec: BlockSpec, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What `make` makes of the parameters for inputs like x: the last result while nothing has changed since.
+
+    key: what it depends on beside tensors and spec.
+    """
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _fold(source, x, spec, packs)  # into the graph, so that its replays see the weights of then
+        return make()  # into the graph, so that its replays see the weights of then
     samples = operators.fingerprint(source.tensors, "samples")
     if samples is None:
-        return _fold(source, x, spec, packs)
-    key = (x.dtype, x.device, packs, _few(x))
+        return make()
     kept: _Kept | None = source.kept.folded
     if (
         kept is not None
@@ -90,11 +100,11 @@ def folded(source: BlockParams, x: Tensor, spec: BlockSpec, pack: bool = True) -
         and (kept.spec is spec or kept.spec == spec)
         and (kept.steps == Steps.taken or _survives(kept, source, x))
     ):
-        return kept.block
+        return kept.made  # type: ignore[no-any-return]
     steps, everything = Steps.taken, operators.fingerprint(source.tensors, "everything")
-    block = _fold(source, x, spec, packs)
-    source.kept.folded = _Kept(spec, key, samples, everything, steps, block)
-    return block
+    made = make()
+    source.kept.folded = _Kept(spec, key, samples, everything, steps, made)
+    return made
 
 
 def _survives(kept: _Kept, source: BlockParams, x: Tensor) -> bool:
@@ -109,7 +119,7 @@ def _survives(kept: _Kept, source: BlockParams, x: Tensor) -> bool:
 @torch.no_grad()
 def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> FoldedBlock:
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norms = [_affine(s, p, precision) for s, p in zip(spec.convs, params.convs, strict=True)]
+    norms = [affine(s, p, precision) for s, p in zip(spec.convs, params.convs, strict=True)]
     pre = norms[0] if spec.order == "pre" else None
     last, keeps_branch_scale = len(spec.stages) - 1, facts(spec).join == "branch"
     weights, biases = [], []
@@ -129,18 +139,20 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> Folde
     finite = x.device.type != "cpu" or all(bool(t.isfinite().all()) for t in made)
     if packs and finite:
         weights = _pack(weights, x, spec)
-    branch_scale = _unless_one(params.branch_scale, x, precision) if keeps_branch_scale else None
-    skip_scale = _unless_one(params.skip_scale, x, precision) if spec.skip == "identity" else None
+    branch_scale = unless_one(params.branch_scale, x, precision) if keeps_branch_scale else None
+    skip_scale = unless_one(params.skip_scale, x, precision) if spec.skip == "identity" else None
     return FoldedBlock(weights, biases, pre, branch_scale, skip_scale, channels_last, finite)
 
 
-def _unless_one(scale: Scale, x: Tensor, precision: torch.dtype) -> Tensor | None:
+def unless_one(scale: Scale, x: Tensor, precision: torch.dtype) -> Tensor | None:
+    """A scale, flat and in `precision`, unless it does nothing."""
     if isinstance(scale, float) and scale == 1.0:
         return None
     return torch.as_tensor(scale, dtype=precision, device=x.device).detach().reshape(-1)
 
 
-def _affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine | None:
+def affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine | None:
+    """norm(y) = a y + b with the running statistics; None without a norm."""
     if not stage.norm:
         return None
     assert p.running_mean is not None and p.running_var is not None  # validation has seen to it

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from resnet_fused.backends import folding, how, measured
+from resnet_fused.backends import folding, how, measured, prepared
 from resnet_fused.backends.how import How, Way
 from resnet_fused.ops import autograd, operators
 from resnet_fused.ops.operators import Tensors
@@ -63,6 +63,9 @@ class NativeBackend:
         )
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
+        if prepared.reason_against(x, params, spec) is None:
+            block = prepared.prepared(params, x, spec)
+            return operators.residual_block_prepared(x, block) if block.finite() else None
         folded = folding.folded(params, x, spec)
         if not folded.finite:
             return None

@@ -136,6 +136,22 @@ def residual_block_infer(
     )
 
 
+def residual_block_prepared(x: Tensor, block: Any) -> Tensor | None:
+    """The block as `backends.prepared` made it ready.
+
+    None where PyTorch has to compute it: an intermediate value that a grouped convolution reads is not finite.
+    """
+    require()
+    return torch.ops.resnet_fused.residual_block_prepared.default(x, block)  # type: ignore[no-any-return]
+
+
+def engine_reason(spec: BlockSpec, weights: Sequence[Tensor], dtype: torch.dtype) -> str | None:
+    """Why the CPU's own engine does not run such a block in evaluation, or None (csrc/cpu/engine/prepared_block.h)."""
+    if _C is None:
+        return _load_error
+    return _C.engine_reason(*encode(spec), [list(w.shape) for w in weights], dtype)  # type: ignore[no-any-return]
+
+
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """(maxima, their positions within the window as uint8)."""
     require()

@@ -13,7 +13,8 @@
 
 namespace resnet_fused::cpu::amx {
 
-// In assembly: GCC 12's intrinsics tell the compiler too little of what they read.
+// In assembly: GCC 12's intrinsics tell the compiler too little of what they read. What a load reads was written before
+// `multiply` was called; only stores write what the same function reads.
 struct Tiles {
   static inline void configure() {
     struct alignas(64) {
@@ -30,11 +31,11 @@ struct Tiles {
   }
   template <int t>
   static inline void load(const void* p, int64_t row_bytes) {
-    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(p), "r"(row_bytes) : "memory");
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(p), "r"(row_bytes));
   }
   template <int t>  // not to be kept in the first cache
   static inline void load_once(const void* p, int64_t row_bytes) {
-    asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(p), "r"(row_bytes) : "memory");
+    asm volatile("tileloaddt1 (%1,%2,1), %%tmm%c0" ::"i"(t), "r"(p), "r"(row_bytes));
   }
   template <int sum, int a, int b>
   static inline void multiply() {
