@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from resnet_fused.backends import dispatch
+from resnet_fused.backends import dispatch, native
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import require_no_hooks
 from resnet_fused.ops import autograd, norm_operators, reference, running_stats, sync_batch_norm, validation
@@ -21,6 +22,14 @@ from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec, batch_norm
 from resnet_fused.spec.activations import IDENTITY, RELU, activation
 from resnet_fused.spec.batch_norm import BatchNorm
+
+
+class Pool(NamedTuple):
+    """Max pooling behind a block."""
+
+    kernel_size: int
+    stride: int
+    padding: int
 
 
 def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: str = "auto") -> Tensor:
@@ -39,6 +48,31 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     Raises ValueError (shapes, one value per channel in training, unknown backend), TypeError (dtypes),
     BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
     """
+    return _residual_block(x, params, spec, backend, None)
+
+
+def residual_block_max_pool2d(
+    x: Tensor,
+    params: BlockParams,
+    spec: BlockSpec,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``max_pool2d(residual_block(x, params, spec), ...)``, as a ResNet's stem has it.
+
+    In evaluation without autograd the CPU's engine pools what it has just computed; otherwise it is these two calls.
+    Arguments and errors are theirs.
+    """
+    pool = Pool(kernel_size, stride, padding)
+    if spec.skip != "none" or type(x) is not Tensor or 2 * padding > kernel_size:
+        return max_pool2d(residual_block(x, params, spec, backend=backend), *pool, backend=backend)
+    return _residual_block(x, params, spec, backend, pool)
+
+
+def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: str, pool: Pool | None) -> Tensor:
     validation.check_input(x)
     dtype = autocast_dtype(x)
     refusal = refuses(x, params, spec)
@@ -46,19 +80,24 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
         x = x.to(dtype)
     counts = validation.check_once(x, params, spec, dtype)
     chosen = dispatch.select(backend, x, params, spec, refusal)
+    pool_backend = "eager" if backend == "eager" else "auto"  # one asked for by name may have no pooling
     if chosen is None:
         out = reference.residual_block(x, params, spec)
         running_stats.count_batch(params, spec)
-        return out
-    if not autograd.trains(spec, x, params) and type(x) is Tensor:
+    elif not autograd.trains(spec, x, params) and type(x) is Tensor:
+        if pool is not None and isinstance(chosen, native.NativeBackend):
+            pooled = chosen.infer_pooled(x, params, spec, pool)
+            if pooled is not None:
+                return pooled
         folded = chosen.infer(x, params, spec)
         # what is not finite is computed in PyTorch's own order of operations, on which its NaN and infinities depend
-        return reference.residual_block(x, params, spec) if folded is None else folded
-    if dtype is not None:
-        params = _autocast(params, dtype)
-    out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
-    running_stats.update(params, spec, batch_stats, counts)
-    return out
+        out = reference.residual_block(x, params, spec) if folded is None else folded
+    else:
+        if dtype is not None:
+            params = _autocast(params, dtype)
+        out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
+        running_stats.update(params, spec, batch_stats, counts)
+    return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
 
 
 def conv_bn_act(

@@ -19,15 +19,21 @@ Prepared prepare(
     const std::vector<at::Tensor>& shifts, const std::optional<at::Tensor>& pre_scale,
     const std::optional<at::Tensor>& pre_shift, const OptionalList& slopes,
     const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
-    const std::vector<int64_t>& ints, const std::vector<double>& floats, at::ScalarType dtype) {
+    const std::vector<int64_t>& pool, const std::vector<int64_t>& ints, const std::vector<double>& floats,
+    at::ScalarType dtype) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   auto spec = BlockSpec::decode(ints, floats);
   for (const size_t entries : {weights.size(), factors.size(), scales.size(), shifts.size(), slopes.size()})
     TORCH_CHECK_VALUE(entries == spec.convs.size(), "every list of tensors needs one entry for each convolution");
   for (const auto& w : weights)
     TORCH_CHECK_VALUE(w.dim() == 4 && w.numel() > 0, "weights must be [out, in / groups, R, S], got ", w.sizes());
+  TORCH_CHECK_VALUE(
+      pool.empty() || (pool.size() == 3 && spec.skip == Skip::none && pool[0] >= 1 && pool[1] >= 1 && pool[2] >= 0 &&
+                       2 * pool[2] <= pool[0]),
+      "pooling behind a block without a skip path is [kernel, stride, padding], got ", pool);
   return PreparedBlock::prepare(
-      {weights, to_vector(factors), scales, shifts, pre_scale, pre_shift, to_vector(slopes), branch_scale, skip_scale},
+      {weights, to_vector(factors), scales, shifts, pre_scale, pre_shift, to_vector(slopes), branch_scale, skip_scale,
+       pool},
       std::move(spec), dtype);
 }
 

@@ -84,6 +84,14 @@ class NativeBackend:
         return out.contiguous(memory_format=torch.channels_last) if folded.channels_last else out
 
 
+    def infer_pooled(self, x: Tensor, params: BlockParams, spec: BlockSpec, pool: Sequence[int]) -> Tensor | None:
+        """`infer` and max pooling (kernel, stride, padding) behind it, where the engine has both; else None."""
+        if prepared.reason_against(x, params, spec) is not None:
+            return None
+        block = prepared.prepared(params, x, spec, pool)
+        return operators.residual_block_prepared(x, block) if block.finite() else None
+
+
 def refuses(x: Tensor) -> str | None:
     """Why no native kernel takes a tensor of this device and dtype, or None."""
     if x.device.type == "cpu":

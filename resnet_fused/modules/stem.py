@@ -38,11 +38,9 @@ class FusedStem(FusedModule):
         if described is None:
             return None
         backend = self._fused_settings.backend
-        x = functional.residual_block(x, *described, backend=backend)
         if pool_reason(self.maxpool) is None:
-            # a backend asked for by name may have no pooling for this device
-            return functional.max_pool2d(x, 3, 2, 1, backend="eager" if backend == "eager" else "auto")
-        return self.maxpool(x)
+            return functional.residual_block_max_pool2d(x, *described, 3, 2, 1, backend=backend)
+        return self.maxpool(functional.residual_block(x, *described, backend=backend))
 
 
 class FusedResNet(FusedStem):

@@ -15,6 +15,7 @@ struct InRegisters {
     constexpr int vectors = kPanel / Vector::lanes;
     typename Vector::Type z[vectors];
     const int64_t at = target * e.pitch + channel;
+    if (e.ahead) __builtin_prefetch(e.out + at + e.ahead, 1);
     for (int v = 0; v < vectors; ++v) {
       const int64_t c = v * Vector::lanes;
       z[v] = Vector::multiply_add(

@@ -121,6 +121,10 @@ class Prepared final : public PreparedBlock {
       pre_slope_ = slopes(given.slopes[leading], pre_act_, in, in);
       finite_ = finite_ && all_finite(pre_scale_) && all_finite(pre_shift_);
     }
+    if (!given.pool.empty()) {
+      const int64_t kernel = given.pool[0], stride = given.pool[1], padding = given.pool[2];
+      pool_ = Window{{kernel, kernel}, {stride, stride}, {padding, padding}, {1, 1}};
+    }
     for (int64_t i = 0; i <= last; ++i) {
       chain_.push_back(convs_[i].shape);
       watches_ = watches_ || convs_[i].shape.groups > 1;
@@ -149,7 +153,7 @@ class Prepared final : public PreparedBlock {
     const bool keeps = first.kind == Layout::Kind::folded && spec_.skip == Skip::none;
     const at::Tensor x = keeps ? given : given.contiguous(kLayout);
     const auto s = schedule(x.size(0), {x.size(2), x.size(3)});
-    const Size size = s->layouts[spec_.last()].output;
+    const Size size = s->pooled;
     auto out = reused_empty(x.size(0), convs_[spec_.last()].shape.out, size.height, size.width, scalar_type(T{}));
     Call call{*s, x, out};
     if (watches_ && s->reads_x)
@@ -213,7 +217,7 @@ class Prepared final : public PreparedBlock {
         at::get_num_threads(), second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles,
         static_cast<int64_t>(sizeof(T)), kDepthStep<T>};
     const Shape* projection = spec_.has_projection() ? &convs_[spec_.projection()].shape : nullptr;
-    return std::make_shared<Schedule>(make_schedule(chain_, projection, images, input, stages_x_, machine));
+    return std::make_shared<Schedule>(make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, stages_x_, machine));
   }
 
   void run_apart(Call& call) const {
@@ -226,6 +230,7 @@ class Prepared final : public PreparedBlock {
         for (const Step& step : s.parts[i % parts]) {
           lay_out_input(call, buffers, i / parts, step);
           multiply(call, buffers, i / parts, step, 0, convs_[step.conv].shape.panels);
+          if (step.pool_end > 0) pool(call, buffers, i / parts, step);
         }
     });
   }
@@ -265,6 +270,25 @@ class Prepared final : public PreparedBlock {
       for (const int32_t position : l.zeros)
         std::memset(buffer(s, buffers, i) + position * l.pitch, 0, l.pitch * sizeof(T));
     }
+  }
+
+  // Rows of the pooling, of the rows that the step has computed.
+  void pool(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
+    const Schedule& s = call.schedule;
+    const Size in = s.layouts[spec_.last()].output, out = s.pooled;
+    const int64_t channels = convs_[spec_.last()].shape.out, kernel = pool_->kernel[0];
+    const T* from = reinterpret_cast<const T*>(buffers + s.pool_buffer);
+    T* to = static_cast<T*>(call.out.mutable_data_ptr()) + item * out.pixels() * channels;
+    std::vector<const T*> rows(kernel * kernel);
+    for (int64_t y = step.pool_begin; y < step.pool_end; ++y)
+      for (int64_t x = 0; x < out.width; ++x) {
+        int64_t count = 0;
+        const int64_t top = y * pool_->stride[0] - pool_->padding[0], left = x * pool_->stride[1] - pool_->padding[1];
+        for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + kernel, in.height); ++h)
+          for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + kernel, in.width); ++w)
+            rows[count++] = from + ((h - step.target_row) * in.width + w) * channels;
+        row_kernels<T>().max_of(rows.data(), count, channels, to + (y * out.width + x) * channels);
+      }
   }
 
   // Of x what the step reads and cannot read in place.
@@ -341,31 +365,34 @@ class Prepared final : public PreparedBlock {
     const auto& w = l.window;
     const int64_t width = l.input.width, channels = l.channels, taps = w.kernel[1], dilation = w.dilation[1];
     const auto strides = call.x.strides();
+    // zeros at both ends, and room for whole pitches to be read
     std::vector<T> padded((width + 2 * w.padding[1] + dilation * taps) * channels + l.pitch, T{});
     T* inside = padded.data() + w.padding[1] * channels;
     const auto read_row = [&](const auto* x) {
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t i = 0; i < width; ++i) inside[i * channels + c] = convert(x[c * strides[1] + i * strides[3]]);
     };
+    const bool is_row = call.x.scalar_type() == scalar_type(T{}) && strides[1] == 1 && strides[3] == channels;
     for (int64_t y = begin; y < end; ++y) {
       if (l.place[y] < 0) continue;
       const int64_t at = image * strides[0] + y * strides[2];
-      if (call.x.scalar_type() == at::kFloat)
+      if (is_row)
+        std::memcpy(inside, data(call.x) + at, width * channels * sizeof(T));
+      else if (call.x.scalar_type() == at::kFloat)
         read_row(call.x.template const_data_ptr<float>() + at);
       else
         read_row(data(call.x) + at);
       T* row = to + l.place[y] * l.pitch;
+      const int64_t step = w.stride[1] * channels;
+      if (dilation == 1) {
+        row_kernels<T>().windows(padded.data(), step, taps * channels, l.pitch, l.output.width, row);
+        continue;
+      }
       for (int64_t o = 0; o < l.output.width; ++o) {
-        const T* window = padded.data() + o * w.stride[1] * channels;
         T* out = row + o * l.pitch;
-        if (dilation == 1) {
-          const int64_t used = taps * channels;
-          for (int64_t k = 0; k < l.pitch; ++k) out[k] = k < used ? window[k] : T{};
-        } else {
-          for (int64_t s = 0; s < taps; ++s)
-            std::memcpy(out + s * channels, window + s * dilation * channels, channels * sizeof(T));
-          std::memset(out + taps * channels, 0, (l.pitch - taps * channels) * sizeof(T));
-        }
+        for (int64_t s = 0; s < taps; ++s)
+          std::memcpy(out + s * channels, padded.data() + o * step + s * dilation * channels, channels * sizeof(T));
+        std::memset(out + taps * channels, 0, (l.pitch - taps * channels) * sizeof(T));
       }
     }
   }
@@ -438,6 +465,7 @@ class Prepared final : public PreparedBlock {
     int64_t depth = 0;
     for (const auto& f : task.factors) depth += f.tap_count * f.depth;
     task.panels_inner = depth * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
+    task.prefetches = s.buffers[step.conv] < 0;
     auto& e = task.epilogue;
     e.scale = conv.scale.data();
     e.shift = conv.shift.data();
@@ -447,8 +475,13 @@ class Prepared final : public PreparedBlock {
     bool wild = false;
     if (last) {
       const int64_t outputs = s.layouts[step.conv].output.pixels() * s.images;
-      e.out = static_cast<T*>(call.out.mutable_data_ptr()) + item * outputs * conv.shape.out;
+      if (pool_)
+        e.out = reinterpret_cast<T*>(buffers + s.pool_buffer) -
+                step.target_row * s.layouts[step.conv].output.width * conv.shape.out;
+      else
+        e.out = static_cast<T*>(call.out.mutable_data_ptr()) + item * outputs * conv.shape.out;
       e.pitch = e.channels = conv.shape.out;
+      if (!pool_) e.ahead = 2 * products<T>().tile_rows * e.pitch;
       if (spec_.skip == Skip::identity) e.residual = data(call.x) + item * outputs * conv.shape.out;
       if (e.residual && !skip_scale_.empty()) e.residual_scale = skip_scale_.data();
       if (!branch_scale_.empty()) e.branch_scale = branch_scale_.data();
@@ -468,6 +501,7 @@ class Prepared final : public PreparedBlock {
   BlockSpec spec_;
   std::vector<Conv> convs_;
   std::vector<Shape> chain_;
+  std::optional<Window> pool_;
   std::vector<float> branch_scale_, skip_scale_;
   std::vector<bool> processes_, weight_is_last_;  // for the result's memory format
   Activation pre_act_;

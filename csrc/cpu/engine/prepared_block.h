@@ -22,6 +22,7 @@ struct Ingredients {
   std::optional<at::Tensor> pre_scale, pre_shift;   // of x before the first convolution
   std::vector<std::optional<at::Tensor>> slopes;
   std::optional<at::Tensor> branch_scale, skip_scale;
+  std::vector<int64_t> pool;  // max pooling behind the block: kernel, stride, padding; empty: none
 };
 
 class PreparedBlock : public torch::CustomClassHolder {

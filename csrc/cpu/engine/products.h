@@ -49,6 +49,7 @@ struct Epilogue {
   int64_t pitch = 0;
   const int32_t* target = nullptr;  // which position of `out` each position is; -1: none
   int64_t channels = 0;             // of `out` that are written; beyond the convolution's own they come out of zeros
+  int64_t ahead = 0;                // where the line lies that will be written soon and is not in any cache; 0: it is
   bool* not_finite = nullptr;       // set where an output is not finite; nullptr: not looked at
 };
 
@@ -59,6 +60,7 @@ struct Task {
   int64_t row_count;
   int64_t panel_begin, panel_end;
   bool panels_inner;  // all panels for some positions before the next positions, or the reverse
+  bool prefetches;    // the first factor's input may be far away
   Epilogue<T> epilogue;
 };
 

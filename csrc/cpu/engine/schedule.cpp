@@ -15,9 +15,15 @@ int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step
 class Planner {
  public:
   Planner(
-      const std::vector<Shape>& chain, const Shape* projection, int64_t images, Size input, bool stages_x,
-      const Machine& machine)
-      : chain_(chain), projection_(projection), all_images_(images), input_(input), stages_x_(stages_x), m_(machine) {}
+      const std::vector<Shape>& chain, const Shape* projection, const Window* pool, int64_t images, Size input,
+      bool stages_x, const Machine& machine)
+      : chain_(chain),
+        projection_(projection),
+        pool_(pool),
+        all_images_(images),
+        input_(input),
+        stages_x_(stages_x),
+        m_(machine) {}
 
   Schedule plan(int64_t images, int64_t parts, bool splits_outputs) const {
     Schedule s{};
@@ -25,7 +31,8 @@ class Planner {
     s.items = all_images_ / images;
     s.splits_outputs = splits_outputs;
     lay_out_all(s);
-    const int64_t height = s.layouts[last()].output.height;
+    s.pooled = pool_ ? pool_->output(s.layouts[last()].output) : s.layouts[last()].output;
+    const int64_t height = s.pooled.height;
     const int64_t band = images > 1 || splits_outputs ? height : band_rows(s);
     for (int64_t p = 0; p < parts; ++p) s.parts.push_back(part(s, p * height / parts, (p + 1) * height / parts, band));
     place_buffers(s, band);
@@ -38,6 +45,7 @@ class Planner {
  private:
   const std::vector<Shape>& chain_;
   const Shape* projection_;
+  const Window* pool_;
   int64_t all_images_;
   Size input_;
   bool stages_x_;
@@ -83,14 +91,14 @@ class Planner {
   int64_t band_rows(const Schedule& s) const {
     double row = 0;  // bytes of one output row in everything that lives as long as the band
     const Layout& end = s.layouts[last()];
-    const double height = static_cast<double>(end.output.height);
+    const double height = static_cast<double>(s.pooled.height);
     row += static_cast<double>(input_.pixels() * chain_[0].in) / height;
     row += static_cast<double>(end.output.pixels() * chain_[last()].out) / height;
     for (size_t i = 0; i < s.layouts.size(); ++i)
       if (buffered(s, i)) row += static_cast<double>(s.layouts[i].positions * s.layouts[i].pitch) / height;
     const double rows = 0.5 * static_cast<double>(m_.second_cache) / (row * static_cast<double>(m_.element));
     const int64_t bands = std::max<int64_t>(1, static_cast<int64_t>(height / std::max(1.0, rows) + 0.999));
-    return (end.output.height + bands - 1) / bands;
+    return (s.pooled.height + bands - 1) / bands;
   }
 
   Part part(const Schedule& s, int64_t begin, int64_t end, int64_t band) const {
@@ -100,14 +108,20 @@ class Planner {
     for (int64_t row = begin; row < end; row += band) {
       std::vector<Step> reversed;
       int64_t from = row, to = std::min(end, row + band);
+      if (pool_) {
+        const auto read = pool_->reads(from, to, s.layouts[last()].output.height);
+        from = read[0];
+        to = read[1];
+      }
       for (int64_t i = last(); i >= 0; --i) {
-        if (row > begin) from = std::max(from, done[i]);
+        // what is pooled is kept for the band alone, and the rows that two bands read are computed twice
+        if (row > begin && !(pool_ && i == last())) from = std::max(from, done[i]);
         if (from >= to) break;
         done[i] = to;
         const Layout& l = s.layouts[i];
         const bool reads_x = i == 0 && s.reads_x;
         const int64_t readable = reads_x ? s.images * input_.pixels() : kUnlimited;
-        Step step{i, from, to, 0, 0, 0, l.tiles(from, to, m_.tile_rows, m_.whole_tiles, readable)};
+        Step step{i, from, to, 0, 0, 0, 0, 0, l.tiles(from, to, m_.tile_rows, m_.whole_tiles, readable)};
         const auto [first, beyond] = l.window.reads(from, to, l.input.height);
         if (i == 0) {
           step.staged_begin = row > begin ? std::max(first, staged) : first;
@@ -116,6 +130,11 @@ class Planner {
         }
         // pixels are kept for the band alone
         if (i < last() && s.layouts[i + 1].kind != Layout::Kind::planes) step.target_row = from;
+        if (i == last() && pool_) {
+          step.target_row = from;
+          step.pool_begin = row;
+          step.pool_end = std::min(end, row + band);
+        }
         reversed.push_back(std::move(step));
         from = first;
         to = beyond;
@@ -145,6 +164,13 @@ class Planner {
       // an odd number of cache lines apart, so that buffers do not meet in the same sets
       s.scratch += round_up(bytes + 64, 128) + 64;
     }
+    if (!pool_) return;
+    int64_t rows = 0;
+    for (const Part& part : s.parts)
+      for (const Step& step : part)
+        if (step.conv == last()) rows = std::max(rows, step.end - step.begin);
+    s.pool_buffer = s.scratch;
+    s.scratch += s.images * rows * s.layouts[last()].output.width * chain_[last()].out * m_.element;
   }
 
   double cost(const Schedule& s) const {
@@ -188,19 +214,20 @@ class Planner {
 }  // namespace
 
 Schedule make_schedule(
-    const std::vector<Shape>& chain, const Shape* projection, int64_t images, Size input, bool stages_x,
-    const Machine& machine) {
-  const Planner planner(chain, projection, images, input, stages_x, machine);
+    const std::vector<Shape>& chain, const Shape* projection, const Window* pool, int64_t images, Size input,
+    bool stages_x, const Machine& machine) {
+  const Planner planner(chain, projection, pool, images, input, stages_x, machine);
   std::optional<Schedule> best;
   const auto consider = [&](Schedule found) {
     if (!best || found.cost < best->cost) best = std::move(found);
   };
   Size output = input;
   for (const Shape& shape : chain) output = shape.window.output(output);
+  if (pool) output = pool->output(output);
   for (int64_t side = 1; side <= std::min<int64_t>(images, kTileRows); ++side) {
-    if (images % side != 0 || (side > 1 && output.pixels() > 400)) continue;
+    if (images % side != 0 || (side > 1 && (pool || output.pixels() > 400))) continue;
     consider(planner.plan(side, 1, false));
-    if (machine.threads > 1) consider(planner.plan(side, 1, true));
+    if (machine.threads > 1 && !pool) consider(planner.plan(side, 1, true));
   }
   for (int64_t parts = 2; parts <= std::min(output.height, 2 * machine.threads); ++parts)
     if (images < 4 * machine.threads) consider(planner.plan(1, parts, false));

@@ -23,6 +23,7 @@ struct Step {
   int64_t begin, end;              // output rows
   int64_t staged_begin, staged_end;  // x's rows to lay out first; of the first convolution
   int64_t target_row;              // the output buffer begins with this row
+  int64_t pool_begin, pool_end;    // rows of the pooling behind the last convolution
   std::vector<Rows> tiles;
 };
 
@@ -40,6 +41,8 @@ struct Schedule {
   std::vector<Layout> layouts;    // of each convolution of the chain, then the projection
   std::vector<std::vector<int32_t>> targets;  // of each convolution of the chain: where its positions go
   std::vector<int64_t> buffers;   // byte offset of each layout's buffer in a thread's scratch; of x itself: -1
+  Size pooled;                    // the result's size
+  int64_t pool_buffer;            // byte offset of what is pooled
   int64_t scratch;                // bytes
   double cost;                    // cycles of the slowest thread, estimated
 };
@@ -52,10 +55,10 @@ struct Machine {
   int64_t element, step;  // bytes; what depth is a multiple of
 };
 
-// chain: without the projection; projection: nullptr for none.
+// chain: without the projection; projection, pool: nullptr for none. Pooling takes a block without a skip path.
 // stages_x: x has to pass through a norm or an activation before the first convolution.
 Schedule make_schedule(
-    const std::vector<Shape>& chain, const Shape* projection, int64_t images, Size input, bool stages_x,
-    const Machine& machine);
+    const std::vector<Shape>& chain, const Shape* projection, const Window* pool, int64_t images, Size input,
+    bool stages_x, const Machine& machine);
 
 }  // namespace resnet_fused::cpu::engine

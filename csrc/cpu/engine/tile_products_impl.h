@@ -33,6 +33,23 @@ static inline void finish_some(Pending& pending, const Epilogue<bf16>& e, int ro
   }
 }
 
+// Fetches the input of the next two tiles while their predecessors are multiplied: rows that a tile reads are too far
+// apart for the processor to see what comes next.
+struct Prefetch {
+  const char *next, *end;
+  int64_t lines;  // at a time
+
+  void start(const Factor<bf16>& f, const Rows* rows, int64_t tiles, int64_t steps) {
+    next = reinterpret_cast<const char*>(f.input + rows->first * f.pitch);
+    end = next + tiles * 16 * f.pitch * 2;
+    lines = ((end - next) / 64 + steps - 1) / steps;
+  }
+  inline void some() {
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + 64 * i);
+    next += 64 * lines;
+  }
+};
+
 template <class Finish>
 static void multiply_tiles(const Task<bf16>& task) {
   const Epilogue<bf16> e = task.epilogue;  // a copy, which assembly cannot change
@@ -44,6 +61,7 @@ static void multiply_tiles(const Task<bf16>& task) {
   const int rows_at_once = static_cast<int>((31 + products) / products);
   Pending pending{{}, 0, 0, 0, nullptr};
   int current = 0;
+  Prefetch prefetch{nullptr, nullptr, 0};
 
   const auto tile = [&](const Rows* rows, const Rows* second, int64_t panel) {
     Tiles::template zero<0>();
@@ -69,6 +87,7 @@ static void multiply_tiles(const Task<bf16>& task) {
           Tiles::template multiply<2, 5, 6>();
           Tiles::template multiply<3, 5, 7>();
           if (pending.next < pending.count) finish_some<Finish>(pending, e, rows_at_once);
+          if (prefetch.next < prefetch.end) prefetch.some();
           // without a store for about 2,000 cycles the next one takes about 900 more
           if (++since_store % 16 == 0) Tiles::template store<4>(unused, 64);
         }
@@ -89,8 +108,11 @@ static void multiply_tiles(const Task<bf16>& task) {
   };
 
   if (task.panels_inner) {
-    for (int64_t row = 0; row < task.row_count; row += 2)
+    for (int64_t row = 0; row < task.row_count; row += 2) {
+      if (task.prefetches && row + 3 < task.row_count)
+        prefetch.start(task.factors[0], task.rows + row + 2, 2, products * (task.panel_end - task.panel_begin));
       for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) pair(row, panel);
+    }
   } else {
     for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel)
       for (int64_t row = 0; row < task.row_count; row += 2) pair(row, panel);

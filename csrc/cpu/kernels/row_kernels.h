@@ -100,6 +100,10 @@ struct RowKernels {
   void (*running_max)(const T* x, A at, bool first, int64_t channels, A* best, A* position);
   // sum += dout wherever position == at
   void (*add_where)(const T* dout, const uint8_t* position, uint8_t at, int64_t channels, A* sum);
+  // out := the largest of `count` rows, NaN where one is
+  void (*max_of)(const T* const* rows, int64_t count, int64_t channels, T* out);
+  // out[i] := row[i * step ...], `used` values and zeros up to `pitch`; reads whole pitches
+  void (*windows)(const T* row, int64_t step, int64_t used, int64_t pitch, int64_t count, T* out);
   void (*store)(const A* values, int64_t channels, T* out);
   void (*store_bytes)(const A* values, int64_t channels, uint8_t* out);
 };

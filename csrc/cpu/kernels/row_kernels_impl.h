@@ -433,6 +433,38 @@ static void running_max(
 }
 
 template <class T>
+static void max_of(const T* const* rows, int64_t count, int64_t channels, T* __restrict out) {
+  arith_t<T> best[kTile];
+  for (int64_t from = 0; from < channels; from += kTile, out += kTile) {
+    const int64_t rest = channels - from < kTile ? channels - from : kTile;
+    const auto tile = [&](int64_t channels) {
+      const T* first = rows[0] + from;
+      CHANNEL_LOOP { best[c] = load(first[c]); }
+      for (int64_t i = 1; i < count; ++i) {
+        const T* row = rows[i] + from;
+        CHANNEL_LOOP {
+          const auto v = load(row[c]);
+          best[c] = (v > best[c]) | (v != v) ? v : best[c];
+        }
+      }
+      CHANNEL_LOOP { out[c] = Store<T>::from(best[c]); }
+    };
+    tile(rest);
+  }
+}
+
+template <class T>
+static void windows(
+    const T* __restrict row, int64_t step, int64_t used, int64_t pitch, int64_t count, T* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T* window = row + i * step;
+    T* target = out + i * pitch;
+    const T zero{};
+    for (int64_t k = 0; k < pitch; ++k) target[k] = k < used ? window[k] : zero;
+  }
+}
+
+template <class T>
 static void add_where(
     const T* __restrict dout, const uint8_t* __restrict position, uint8_t at, int64_t channels,
     arith_t<T>* __restrict sum) {
@@ -452,7 +484,8 @@ static void store_bytes(const arith_t<T>* values, int64_t channels, uint8_t* out
 template <class T>
 static constexpr RowKernels<T> table = {statistics<T>,   normalize<T>,  backward_reduce<T>, backward_apply<T>,
                                         passing_bits<T>, where_bits<T>, all_finite<T>,      running_max<T>,
-                                        add_where<T>,    store<T>,      store_bytes<T>};
+                                        add_where<T>,    max_of<T>,     windows<T>,         store<T>,
+                                        store_bytes<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }
