@@ -8,32 +8,47 @@ namespace resnet_fused::cpu::KERNELS_ISA {
 using engine::Epilogue;
 using engine::kPanel;
 
+// Rows [from, to) of a tile of sums, of the channels from `channel` on, to the positions of the output that `target` tells.
 template <class T, bool relu, bool adds, bool watches>
 struct InRegisters {
-  // One position's 32 sums, of the channels from `channel` on, to position `target` of the output.
-  static inline void row(const float* sums, const Epilogue<T>& e, int64_t channel, int64_t target) {
+  static inline void rows(
+      const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
     constexpr int vectors = kPanel / Vector::lanes;
-    typename Vector::Type z[vectors];
-    const int64_t at = target * e.pitch + channel;
-    if (e.ahead) __builtin_prefetch(e.out + at + e.ahead, 1);
+    typename Vector::Type scale[vectors], shift[vectors], z[vectors];
     for (int v = 0; v < vectors; ++v) {
-      const int64_t c = v * Vector::lanes;
-      z[v] = Vector::multiply_add(
-          Vector::load(sums + c), Vector::load(e.scale + channel + c), Vector::load(e.shift + channel + c));
-      if constexpr (adds) z[v] = Vector::add(z[v], Vector::load(e.residual + at + c));
-      if constexpr (relu) z[v] = Vector::relu(z[v]);
+      scale[v] = Vector::load(e.scale + channel + v * Vector::lanes);
+      shift[v] = Vector::load(e.shift + channel + v * Vector::lanes);
     }
-    Vector::store_panel(e.out + at, z);
-    if constexpr (watches) {
-      bool finite = true;
-      for (int v = 0; v < vectors; ++v) finite &= Vector::all_finite(z[v]);
-      if (!finite) *e.not_finite = true;
+    T* out = e.out + channel;
+    const T* residual = e.residual + channel;
+    for (int row = from; row < to; ++row) {
+      if (target[row] < 0) continue;
+      const int64_t at = target[row] * e.pitch;
+      if constexpr (adds) __builtin_prefetch(out + at + e.ahead, 1);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t c = v * Vector::lanes;
+        z[v] = Vector::multiply_add(Vector::load(sums + row * kPanel + c), scale[v], shift[v]);
+        if constexpr (adds) z[v] = Vector::add(z[v], Vector::load(residual + at + c));
+        if constexpr (relu) z[v] = Vector::relu(z[v]);
+      }
+      Vector::store_panel(out + at, z);
+      if constexpr (watches) {
+        bool finite = true;
+        for (int v = 0; v < vectors; ++v) finite &= Vector::all_finite(z[v]);
+        if (!finite) *e.not_finite = true;
+      }
     }
   }
 };
 
 template <class T>
 struct InMemory {
+  static void rows(
+      const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
+    for (int r = from; r < to; ++r)
+      if (target[r] >= 0) row(sums + r * kPanel, e, channel, target[r]);
+  }
+
   static void row(const float* sums, const Epilogue<T>& e, int64_t channel, int64_t target) {
     static constexpr float zeros[kPanel] = {};
     const int64_t rest = e.channels - channel, channels = rest < kPanel ? rest : kPanel;
@@ -73,11 +88,12 @@ static inline void with_finish(const Epilogue<T>& e, const Body& body) {
 }
 
 template <class Finish, class T>
-static inline void finish_row(const float* sums, const Epilogue<T>& e, int64_t channel, int64_t target) {
+static inline void finish_rows(
+    const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
   if (channel + kPanel <= e.channels)
-    Finish::row(sums, e, channel, target);
+    Finish::rows(sums, e, channel, target, from, to);
   else
-    InMemory<T>::row(sums, e, channel, target);
+    InMemory<T>::rows(sums, e, channel, target, from, to);
 }
 
 }  // namespace resnet_fused::cpu::KERNELS_ISA

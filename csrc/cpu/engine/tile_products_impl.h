@@ -26,9 +26,7 @@ static inline void finish_some(Pending& pending, const Epilogue<bf16>& e, int ro
     const int half = pending.next & 16, stop = end < half + 16 ? end : half + 16;
     const int from = pending.next - half > r.begin ? pending.next - half : r.begin;
     const int to = stop - half < r.end ? stop - half : r.end;
-    const int32_t* target = e.target + r.first;
-    for (int row = from; row < to; ++row)
-      if (target[row] >= 0) finish_row<Finish>(pending.sums + (half + row) * kPanel, e, pending.channel, target[row]);
+    finish_rows<Finish>(pending.sums + half * kPanel, e, pending.channel, e.target + r.first, from, to);
     pending.next = stop;
   }
 }

@@ -88,9 +88,7 @@ static void multiply(const Task<T>& task) {
       const int64_t count = rows.end - rows.begin, first = rows.first + rows.begin;
       for (int column = 0; column < kPanel; column += kColumns)
         kMultiplyTile<T>[count](task, first, panel, column, sums);
-      for (int64_t r = 0; r < count; ++r)
-        if (const int64_t target = e.target[first + r]; target >= 0)
-          finish_row<decltype(finish)>(sums + r * kPanel, e, panel * kPanel, target);
+      finish_rows<decltype(finish)>(sums, e, panel * kPanel, e.target + first, 0, static_cast<int>(count));
     };
     const engine::Rows* end = task.rows + task.row_count;
     if (task.panels_inner) {

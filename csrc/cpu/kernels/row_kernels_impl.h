@@ -453,15 +453,20 @@ static void max_of(const T* const* rows, int64_t count, int64_t channels, T* __r
   }
 }
 
+typedef uint64_t Line __attribute__((vector_size(64), aligned(2), may_alias));
+
 template <class T>
-static void windows(
-    const T* __restrict row, int64_t step, int64_t used, int64_t pitch, int64_t count, T* __restrict out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T* window = row + i * step;
-    T* target = out + i * pitch;
-    const T zero{};
-    for (int64_t k = 0; k < pitch; ++k) target[k] = k < used ? window[k] : zero;
+static void windows(const T* row, int64_t step, int64_t used, int64_t pitch, int64_t count, T* out) {
+  if (pitch * sizeof(T) == 64) {
+    uint8_t bytes[64];
+    for (int64_t i = 0; i < 64; ++i) bytes[i] = i < used * static_cast<int64_t>(sizeof(T)) ? 255 : 0;
+    const Line mask = *reinterpret_cast<const Line*>(bytes);
+    for (int64_t i = 0; i < count; ++i)
+      *reinterpret_cast<Line*>(out + i * pitch) = *reinterpret_cast<const Line*>(row + i * step) & mask;
+    return;
   }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t k = 0; k < pitch; ++k) out[i * pitch + k] = k < used ? row[i * step + k] : T{};
 }
 
 template <class T>
