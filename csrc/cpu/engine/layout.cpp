@@ -69,28 +69,15 @@ void lay_out_planes(Layout& l) {
     if (!filled[p]) l.zeros.push_back(static_cast<int32_t>(p));
 }
 
-void lay_out_folded(Layout& l) {
+void lay_out_folded(Layout& l, int64_t rows_at_once) {
   const auto& w = l.window;
-  const auto rows = planes_of(l.input.height, l.output.height, w.kernel[0], w.stride[0], w.padding[0], w.dilation[0]);
-  const int64_t height = *std::max_element(rows.beyond.begin(), rows.beyond.end());
   l.row = l.output.width;
-  const int64_t plane = height * l.row;
-  l.positions = w.stride[0] * plane + kTileRows;
+  l.plane = (rows_at_once + (w.kernel[0] - 1) * w.dilation[0] / w.stride[0]) * l.row;
+  l.positions = w.stride[0] * l.plane + kTileRows;
   for (int64_t r = 0; r < w.kernel[0]; ++r) {
     const int64_t y = r * w.dilation[0];
-    l.taps.push_back((y % w.stride[0] * plane + y / w.stride[0] * l.row) * l.pitch);
+    l.taps.push_back((y % w.stride[0] * l.plane + y / w.stride[0] * l.row) * l.pitch);
   }
-  // of each input row the first position, as `place` of its first column
-  l.place.assign(l.input.height, -1);
-  std::vector<bool> filled(w.stride[0] * height);
-  for (int64_t y = 0; y < l.input.height; ++y) {
-    const int64_t a = (y + w.padding[0]) % w.stride[0], row = (y + w.padding[0]) / w.stride[0];
-    if (row >= rows.beyond[a]) continue;
-    l.place[y] = static_cast<int32_t>(a * plane + row * l.row);
-    filled[a * height + row] = true;
-  }
-  for (int64_t r = 0; r < w.stride[0] * height; ++r)
-    for (int64_t x = 0; !filled[r] && x < l.row; ++x) l.zeros.push_back(static_cast<int32_t>(r * l.row + x));
 }
 
 }  // namespace
@@ -108,14 +95,19 @@ Size Window::output(Size input) const {
   return {length(input.height, 0), length(input.width, 1)};
 }
 
-std::array<int64_t, 2> Window::reads(int64_t begin, int64_t end, int64_t height) const {
-  const int64_t first = begin * stride[0] - padding[0];
-  const int64_t last = (end - 1) * stride[0] - padding[0] + (kernel[0] - 1) * dilation[0];
-  const int64_t from = std::clamp<int64_t>(first, 0, height);
-  return {from, std::clamp<int64_t>(last + 1, from, height)};
+std::array<int64_t, 2> Window::covers(int64_t begin, int64_t end) const {
+  return {begin * stride[0] - padding[0], (end - 1) * stride[0] - padding[0] + (kernel[0] - 1) * dilation[0] + 1};
 }
 
-Layout lay_out(Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step) {
+std::array<int64_t, 2> Window::reads(int64_t begin, int64_t end, int64_t height) const {
+  const auto [first, beyond] = covers(begin, end);
+  const int64_t from = std::clamp<int64_t>(first, 0, height);
+  return {from, std::clamp<int64_t>(beyond, from, height)};
+}
+
+Layout lay_out(
+    Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step,
+    int64_t rows_at_once) {
   Layout l{};
   l.kind = kind;
   l.images = images;
@@ -133,13 +125,13 @@ Layout lay_out(Layout::Kind kind, const Window& window, Size input, int64_t chan
       lay_out_planes(l);
       break;
     case Layout::Kind::folded:
-      lay_out_folded(l);
+      lay_out_folded(l, rows_at_once);
       break;
     default:
       l.taps = {0};
       l.positions = images * l.output.pixels() + kTileRows;
   }
-  l.pixel.assign(l.positions, -1);
+  l.pixel.assign(std::max(l.positions, images * l.output.pixels() + kTileRows), -1);
   const int64_t outputs = l.output.pixels();
   for (int64_t n = 0; n < images; ++n)
     for (int64_t y = 0; y < l.output.height; ++y)

@@ -22,7 +22,9 @@ struct Window {
 
   bool is_pixel() const;  // of one pixel, nothing padded or skipped
   Size output(Size input) const;
-  // The input rows that output rows [begin, end) read, within the input.
+  // The input rows under output rows [begin, end), padding included.
+  std::array<int64_t, 2> covers(int64_t begin, int64_t end) const;
+  // Those within the input.
   std::array<int64_t, 2> reads(int64_t begin, int64_t end, int64_t height) const;
 };
 
@@ -31,7 +33,8 @@ struct Layout {
     pixels,   // position = pixel; x itself, or the output of the convolution before
     planes,   // padded, one plane for each phase of the stride
     columns,  // position = output, the whole window's values side by side
-    folded    // a row's taps side by side, for few channels: windows of one column remain
+    folded    // a row's taps side by side, for few channels: windows of one column remain. Rows with even coordinates
+              // and with odd ones lie apart, and the buffer holds those of a band
   };
   Kind kind;
   int64_t images;     // side by side, the last dimension before the channels; pixels, columns: one after another
@@ -41,9 +44,10 @@ struct Layout {
   int64_t depth;      // elements of a tap
   int64_t positions;  // with those that a tile reads beyond the last output
   int64_t row;        // positions of an output row and its padding, of one image
+  int64_t plane;      // folded: positions of one phase of the stride
   std::vector<int64_t> taps;    // shifts in elements
   std::vector<int32_t> place;   // planes: of each pixel of `images` images, -1: never read
-  std::vector<int32_t> zeros;   // planes, folded: positions that no pixel fills
+  std::vector<int32_t> zeros;   // planes: positions that no pixel fills
   std::vector<int32_t> pixel;   // which output (image, row, column) a position is, -1: none
   Window window;
 
@@ -56,8 +60,10 @@ struct Layout {
   std::vector<Rows> tiles(int64_t begin, int64_t end, int64_t tile_rows, bool whole, int64_t readable) const;
 };
 
-// channels: of the input; step: what depth is a multiple of.
-Layout lay_out(Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step);
+// channels: of the input; step: what depth is a multiple of; rows_at_once: of outputs, the most that a band has.
+Layout lay_out(
+    Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step,
+    int64_t rows_at_once = 0);
 
 // Columns for the outputs of another layout, which has the same outputs.
 Layout columns_like(const Layout& other, const Window& window, Size input, int64_t channels, int64_t step);

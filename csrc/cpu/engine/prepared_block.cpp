@@ -299,7 +299,7 @@ class Prepared final : public PreparedBlock {
       for (int64_t n = 0; n < l.images; ++n) {
         const int64_t image = item * l.images + n;
         if (l.kind == Layout::Kind::folded)
-          fold_rows(call, l, image, step.staged_begin, step.staged_end, buffer(s, buffers, 0));
+          fold_rows(call, l, image, step, buffer(s, buffers, 0));
         else if (l.kind == Layout::Kind::planes)
           fill_planes(call, l, n, image, step.staged_begin, step.staged_end, buffer(s, buffers, 0));
         else
@@ -361,7 +361,7 @@ class Prepared final : public PreparedBlock {
   }
 
   // A row's taps side by side: row y of x with zeros at its ends, from which each output copies its window.
-  void fold_rows(Call& call, const Layout& l, int64_t image, int64_t begin, int64_t end, T* to) const {
+  void fold_rows(Call& call, const Layout& l, int64_t image, const Step& band, T* to) const {
     const auto& w = l.window;
     const int64_t width = l.input.width, channels = l.channels, taps = w.kernel[1], dilation = w.dilation[1];
     const auto strides = call.x.strides();
@@ -373,8 +373,13 @@ class Prepared final : public PreparedBlock {
         for (int64_t i = 0; i < width; ++i) inside[i * channels + c] = convert(x[c * strides[1] + i * strides[3]]);
     };
     const bool is_row = call.x.scalar_type() == scalar_type(T{}) && strides[1] == 1 && strides[3] == channels;
-    for (int64_t y = begin; y < end; ++y) {
-      if (l.place[y] < 0) continue;
+    for (int64_t y = band.staged_begin; y < band.staged_end; ++y) {
+      const int64_t phase = (y + w.padding[0]) % w.stride[0], coordinate = (y + w.padding[0]) / w.stride[0];
+      T* row = to + (phase * l.plane + (coordinate - band.begin) * l.row) * l.pitch;
+      if (y < 0 || y >= l.input.height) {
+        std::memset(row, 0, l.row * l.pitch * sizeof(T));
+        continue;
+      }
       const int64_t at = image * strides[0] + y * strides[2];
       if (is_row)
         std::memcpy(inside, data(call.x) + at, width * channels * sizeof(T));
@@ -382,7 +387,6 @@ class Prepared final : public PreparedBlock {
         read_row(call.x.template const_data_ptr<float>() + at);
       else
         read_row(data(call.x) + at);
-      T* row = to + l.place[y] * l.pitch;
       const int64_t step = w.stride[1] * channels;
       if (dilation == 1) {
         row_kernels<T>().windows(padded.data(), step, taps * channels, l.pitch, l.output.width, row);
@@ -443,8 +447,9 @@ class Prepared final : public PreparedBlock {
       f.input = data(call.x) + item * l.images * l.input.pixels() * l.channels;
     else
       f.input = buffer(s, buffers, conv);
-    // a band's pixels begin with the band
-    if (s.buffers[conv] >= 0 && conv > 0 && conv <= spec_.last() && l.kind == Layout::Kind::pixels && l.images == 1)
+    // a buffer that holds a band begins with it
+    const bool pixels = conv > 0 && conv <= spec_.last() && l.kind == Layout::Kind::pixels && l.images == 1;
+    if (s.buffers[conv] >= 0 && (pixels || l.kind == Layout::Kind::folded))
       f.input -= step.begin * l.output.width * l.pitch;
     return f;
   }

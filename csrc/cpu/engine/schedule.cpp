@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 
 namespace resnet_fused::cpu::engine {
 namespace {
@@ -11,6 +12,8 @@ constexpr int64_t kUnlimited = int64_t{1} << 40;
 constexpr double kBytesPerCycle = 8, kMeeting = 6000;
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+std::pair<int64_t, int64_t> as_pair(std::array<int64_t, 2> range) { return {range[0], range[1]}; }
 
 class Planner {
  public:
@@ -34,6 +37,14 @@ class Planner {
     s.pooled = pool_ ? pool_->output(s.layouts[last()].output) : s.layouts[last()].output;
     const int64_t height = s.pooled.height;
     const int64_t band = images > 1 || splits_outputs ? height : band_rows(s);
+    if (s.layouts[0].kind == Layout::Kind::folded) {
+      // of the first convolution as many rows as a band can ask for, and the rows that two of its windows share
+      int64_t from = 0, to = band;
+      if (pool_) std::tie(from, to) = as_pair(pool_->covers(from, to));
+      for (int64_t i = last(); i > 0; --i) std::tie(from, to) = as_pair(chain_[i].window.covers(from, to));
+      const int64_t most = std::min(to - from, s.layouts[0].output.height);
+      s.layouts[0] = lay_out(Layout::Kind::folded, chain_[0].window, input_, chain_[0].in, s.images, m_.step, most);
+    }
     for (int64_t p = 0; p < parts; ++p) s.parts.push_back(part(s, p * height / parts, (p + 1) * height / parts, band));
     place_buffers(s, band);
     s.cost = cost(s);
@@ -127,6 +138,8 @@ class Planner {
           step.staged_begin = row > begin ? std::max(first, staged) : first;
           step.staged_end = beyond;
           staged = beyond;
+          if (l.kind == Layout::Kind::folded)
+            std::tie(step.staged_begin, step.staged_end) = as_pair(l.window.covers(from, to));
         }
         // pixels are kept for the band alone
         if (i < last() && s.layouts[i + 1].kind != Layout::Kind::planes) step.target_row = from;
