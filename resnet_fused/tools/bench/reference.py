@@ -1,0 +1,78 @@
+"""Whether a contender computes what the model says, before it is timed: its error against eager float32."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.tools.bench.contenders import Prepared, on_torch
+from resnet_fused.tools.bench.task import Task
+
+# what two right implementations may differ by even if eager has no error at all: a float32 sum in another order, and a
+# ReLU's mask that it flips, which changes a gradient
+FLOORS = {"output": 1e-3, "gradients": 2e-2}
+
+
+class Errors(NamedTuple):
+    """||got - exact|| / ||exact|| of the output and, in training, of all parameters' gradients together."""
+
+    output: float
+    gradients: float | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """output: float32 [N, classes]; gradients: of every parameter, none in evaluation; limits: accepted `Errors`."""
+
+    output: Tensor
+    gradients: list[Tensor]
+    limits: Errors
+
+    @classmethod
+    def of(cls, model: nn.Module, x: Tensor, labels: Tensor, task: Task) -> Reference:
+        """model: eager float32, as `Task.build` gives it; unchanged."""
+        plain = Task(mode=task.mode, device=task.device)
+        exact = on_torch(copy.deepcopy(model), x, labels, plain)
+        output = exact.step().float().clone()
+        gradients = [p.grad.float() for p in exact.parameters if p.grad is not None]
+        found = cls(output, gradients, Errors(0.0, 0.0))
+        eager = Errors(0.0, 0.0)
+        if task.dtype != "float32":
+            eager = found.errors(on_torch(*task.cast(copy.deepcopy(model), x), labels, task))
+        limits = [_limit(error or 0.0, floor) for error, floor in zip(eager, FLOORS.values(), strict=True)]
+        return cls(output, gradients, Errors(*limits))
+
+    def errors(self, prepared: Prepared) -> Errors:
+        """Runs one step. A contender without parameters is taken by its output alone."""
+        output = _distance([prepared.step()], [self.output])
+        given = [p.grad for p in prepared.parameters if p.grad is not None]
+        if not self.gradients or not prepared.parameters:
+            return Errors(output)
+        return Errors(output, _distance(given, self.gradients))
+
+    def refusal(self, errors: Errors) -> str | None:
+        """Why such a contender is not timed, or None."""
+        for what, error, limit in zip(Errors._fields, errors, self.limits, strict=True):
+            if error is not None and not error <= limit:  # NaN is refused
+                return f"wrong {what}: relative error {error:.1e} against eager float32, accepted {limit:.1e}"
+        return None
+
+
+def _limit(eager: float, floor: float) -> float:
+    """Three times eager's own error in the same dtype, but less than 1, which is the error of zeros.
+
+    A deep network of random weights amplifies the rounding of 16-bit training until gradients are half noise, eager's
+    like ours; there this finds what is plainly wrong, and `resnet_fused.verify` tells the rest.
+    """
+    return max(floor, min(3 * eager, max((1 + eager) / 2, 1.2 * eager)))
+
+
+def _distance(given: list[Tensor], exact: list[Tensor]) -> float:
+    if [t.shape for t in given] != [t.shape for t in exact]:
+        return float("inf")
+    off = sum(float((g.float().to(e.device) - e).square().sum()) for g, e in zip(given, exact, strict=True))
+    return float((off / sum(float(e.square().sum()) for e in exact)) ** 0.5)
