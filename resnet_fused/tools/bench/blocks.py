@@ -15,13 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fused.backends.tune import block_inputs
 from resnet_fused.modules.fuse import fuse, unfuse
+from resnet_fused.modules.stem import FusedStem
 from resnet_fused.tools.bench.rounds import Progress, Spread, interleaved, ratios, timed
 from resnet_fused.tools.bench.task import Task
+from resnet_fused.tools.comparison import Stem
 from resnet_fused.tools.saved_bytes import saved_bytes
 from resnet_fused.tools.tables import table
-
-NAMES = ("eager", "fused")
-
 
 @dataclass(frozen=True)
 class Side:
@@ -59,9 +58,10 @@ def measure_blocks(task: Task, rounds: int, progress: Progress = lambda _: None)
         blocks = block_inputs(model, x)
     rows = []
     for name, module, given in blocks:
-        fused = copy.deepcopy(module)
-        sides = {"eager": unfuse(copy.deepcopy(module)), "fused": fused}
-        given = given.detach()
+        sides: dict[str, nn.Module] = {"eager": unfuse(copy.deepcopy(module)), "fused": copy.deepcopy(module)}
+        if isinstance(module, FusedStem):  # the model itself
+            name, sides = "stem", {key: Stem(side) for key, side in sides.items()}
+        given = given.detach().requires_grad_(task.mode == "train" and name != "stem")
         steps = {key: _step(side, given, task) for key, side in sides.items()}
         turns = {key: timed(step) for key, step in steps.items()}
         seconds = interleaved(turns, rounds, lambda what, name=name: progress(f"{name}, {what}"))  # type: ignore[misc]
@@ -72,7 +72,7 @@ def measure_blocks(task: Task, rounds: int, progress: Progress = lambda _: None)
             for key, side in sides.items()
         }
         ratio = ratios(seconds["eager"], seconds["fused"])
-        rows.append(BlockRow(name or "stem", tuple(given.shape), flops.get_total_flops(), **measured, ratio=ratio))
+        rows.append(BlockRow(name, tuple(given.shape), flops.get_total_flops(), **measured, ratio=ratio))
     return rows
 
 
@@ -105,7 +105,6 @@ def _step(block: nn.Module, x: Tensor, task: Task) -> Callable[[], object]:
 
     if task.mode == "eval":
         return torch.no_grad()(forward)
-    x = x.clone().requires_grad_()
     dout = torch.ones_like(forward())
 
     def training() -> None:
@@ -119,7 +118,6 @@ def _step(block: nn.Module, x: Tensor, task: Task) -> Callable[[], object]:
 def _saved(block: nn.Module, x: Tensor, task: Task) -> int:
     if task.mode == "eval":
         return 0
-    x = x.clone().requires_grad_()
 
     def forward() -> Tensor:
         with task.context():

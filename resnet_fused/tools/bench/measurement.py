@@ -95,7 +95,9 @@ class Run:
             for entry in self.entries
         ]
         return {
+            "title": self.task.title,
             "mode": self.task.mode,
+            "batch": self.task.batch,
             "dtype": self.task.dtype,
             "accepted_errors": self.limits._asdict(),
             "contenders": entries,
@@ -114,7 +116,7 @@ def measure(
     """Time the contenders, `OURS` among them, each in a process of its own unless `one_process`.
 
     Contenders that are absent, fail or compute something else are explained in the result; if ours does, nothing is
-    timed. Raises RuntimeError if a contender fails while it is timed.
+    timed. Raises BenchError if a contender's process fails while it is timed.
     """
     run = Run(task)
     for contender in contenders:
@@ -122,7 +124,7 @@ def measure(
             run.absent[contender.name] = reason
     with contextlib.ExitStack() as stack:
         if one_process:
-            stack.enter_context(_confined(cores))
+            stack.enter_context(confined(cores))
         built = task.build()
         progress("reference")
         reference = Reference.of(*built, task)
@@ -171,7 +173,7 @@ def _worker(contender: Contender, task: Task, cores: Sequence[int]) -> Iterator[
 
 
 @contextlib.contextmanager
-def _confined(cores: Sequence[int]) -> Iterator[None]:
+def confined(cores: Sequence[int]) -> Iterator[None]:
     """This process on these cores, with as many threads."""
     threads, allowed = torch.get_num_threads(), os.sched_getaffinity(0)
     torch.set_num_threads(len(cores))

@@ -24,13 +24,17 @@ from pathlib import Path
 from typing import Any
 
 
+class BenchError(RuntimeError):
+    """A measurement cannot go on; the message says whose fault it is."""
+
+
 class Worker:
     """what:  "module:function" or "/path/to/file.py:function", which makes the object from `given`.
 
     cores: for its threads, as many as cores. pin: gives each OpenMP thread a core of its own.
     path:  folders before all others of the child's import path.
 
-    Raises RuntimeError, as every call does, with what the child raised, or that it has died.
+    Raises BenchError, as every call does, with what the child raised, or that it has died.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Worker:
         theirs.close()
         try:
             self._ask((what, list(cores), tuple(given)))
-        except RuntimeError:
+        except BenchError:
             self.close()
             raise
 
@@ -72,11 +76,11 @@ class Worker:
             good, answer = self.pipe.recv()
         except (EOFError, OSError):
             status = self.process.wait()
-            raise RuntimeError(
+            raise BenchError(
                 f"the process of {self.what} ended with status {status}" + (": out of memory?" if status == -9 else "")
             ) from None
         if not good:
-            raise RuntimeError(answer)
+            raise BenchError(answer)
         return answer
 
 

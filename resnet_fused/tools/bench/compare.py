@@ -1,0 +1,206 @@
+"""``--compare``: two versions of this package in turns, once both are right.
+
+A version is a commit of BASE..HEAD, built in a temporary worktree, a wheel, or a folder that holds a built
+`resnet_fused`. Each runs in a process of its own. A version that is wrong is named, and then nothing is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from resnet_fused.tools.bench import side
+from resnet_fused.tools.bench.rounds import Progress, Spread, interleaved, ratios
+from resnet_fused.tools.bench.task import Task
+from resnet_fused.tools.bench.worker import BenchError, Worker
+from resnet_fused.tools.tables import table
+
+# what right kernels may be off by even where eager is exact: sums in another order, and a mask that flips
+FLOORS = {"output": 1e-4, "statistics": 1e-4, "gradients": 1e-2, "worst gradient": 5e-2}
+Open = Callable[[str, Path], Any]  # (label, folder) -> what answers to `Side`'s methods by name
+
+
+@dataclass(frozen=True)
+class Check:
+    """One quantity of one version: relative errors against float64, and the largest that is accepted."""
+
+    version: str
+    mode: str
+    dtype: str
+    what: str
+    error: float
+    eager: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round; ratio: base's / head's, above 1 where head is faster."""
+
+    mode: str
+    dtype: str
+    base: list[float]
+    head: list[float]
+    ratio: Spread
+
+
+@dataclass
+class Comparison:
+    """timings: none unless every check is ok."""
+
+    base: str
+    head: str
+    checks: list[Check] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        rows = [
+            [c.version, c.mode, c.dtype, c.what, f"{c.error:.1e}", f"{c.eager:.1e}", f"{c.limit:.1e}"]
+            + ["ok" if c.ok else "WRONG"]
+            for c in self.checks
+        ]
+        header = ("version", "mode", "dtype", "of", "fused", "eager", "accepted", "")
+        text = table("Relative errors against float64", header, rows)
+        if not self.ok:
+            wrong = " and ".join(dict.fromkeys(c.version for c in self.checks if not c.ok))
+            return f"{text}\n{wrong} computes something else than PyTorch: nothing was timed"
+        rows = [
+            [t.mode, t.dtype]
+            + [f"{Spread.of(seconds).middle * 1e3:.2f}" for seconds in (t.base, t.head)]
+            + [f"{t.ratio.middle:.3f}", f"{t.ratio.low:.3f} to {t.ratio.high:.3f}"]
+            for t in self.timings
+        ]
+        header = ("mode", "dtype", f"{self.base} ms", f"{self.head} ms", "base / head", "p20 to p80")
+        return f"{text}\n\n{table('Times in turns', header, rows)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+
+def compare(
+    versions: Sequence[str],
+    tasks: Sequence[Task],
+    cores: Sequence[int],
+    rounds: int,
+    progress: Progress = lambda _: None,
+    open_side: Open | None = None,
+) -> Comparison:
+    """versions: ["BASE..HEAD"], or two wheels or folders, the base first. tasks: alike but for mode and dtype.
+
+    Correctness is checked for every task, and for its mode in float32, which shows what 16 bits hide.
+
+    Raises ValueError for other versions, BenchError if one cannot be built or does not run.
+    """
+    with contextlib.ExitStack() as stack:
+        labels = _labels(versions)
+        folders = stack.enter_context(_built(versions, progress))
+        asks = []
+        for label, folder in zip(labels, folders, strict=True):
+            progress(f"{label}, getting ready")
+            asks.append(open_side(label, folder) if open_side else stack.enter_context(_side(folder, tasks[0], cores)))
+        found = Comparison(*labels)
+        wanted = {(task.mode, dtype) for task in tasks for dtype in ("float32", task.dtype)}
+        for label, ask in zip(labels, asks, strict=True):
+            for mode, dtype in sorted(wanted):
+                progress(f"{label}, checking {mode}, {dtype}")
+                for what, (error, eager) in ask("errors", mode, dtype).items():
+                    if what != "worst gradient" or dtype == "float32":  # in 16 bits a matter of luck
+                        found.checks.append(Check(label, mode, dtype, what, error, eager, _limit(what, eager)))
+        if not found.ok:
+            return found
+        for task in tasks:
+            for ask in asks:
+                ask("ready", task.mode, task.dtype)
+            turns = {label: lambda ask=ask: ask("turn") for label, ask in zip(labels, asks, strict=True)}
+            base, head = interleaved(turns, rounds, progress).values()
+            found.timings.append(Timing(task.mode, task.dtype, base, head, ratios(base, head)))
+    return found
+
+
+def _limit(what: str, eager: float) -> float:
+    """Three times eager's own error, but less than 1, which is the error of zeros; see `reference`."""
+    return max(FLOORS[what], min(3 * eager, max((1 + eager) / 2, 1.2 * eager)))
+
+
+def _labels(versions: Sequence[str]) -> list[str]:
+    commits = versions[0].split("..")
+    if len(versions) == 1 and len(commits) == 2 and commits[0] and not commits[1].startswith("."):
+        return [f"base {commits[0]}", f"head {commits[1] or 'HEAD'}"]
+    if len(versions) == 2 and all(Path(v).is_dir() or (Path(v).suffix == ".whl" and Path(v).exists()) for v in versions):
+        return [f"base {Path(versions[0]).name}", f"head {Path(versions[1]).name}"]
+    raise ValueError(
+        f"--compare {' '.join(versions)}: accepted are BASE..HEAD, two commits of the repository at hand, or two "
+        "wheels or folders with a built resnet_fused, the base first"
+    )
+
+
+@contextlib.contextmanager
+def _built(versions: Sequence[str], progress: Progress) -> Iterator[list[Path]]:
+    """Folders to import the two versions from."""
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folders = []
+        commits = len(versions) == 1
+        for i, version in enumerate(versions[0].split("..") if commits else versions):
+            target = Path(temporary, str(i))
+            if commits:
+                progress(f"building {version or 'HEAD'}")
+                stack.enter_context(_worktree(version or "HEAD", target))
+            elif Path(version).is_dir():
+                target = Path(version).resolve()
+            else:
+                pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), version]
+                _command(pip)
+            folders.append(target)
+        yield folders
+
+
+@contextlib.contextmanager
+def _worktree(commit: str, target: Path) -> Iterator[None]:
+    """A commit of the repository at hand, with its extension built for the CPU and the GPUs RESNET_FUSED_ARCHS names."""
+    _command(["git", "worktree", "add", "--detach", str(target), commit])
+    try:
+        link = target / "resnet_fused" / "triton_kernels"
+        if not link.exists() and (target / "triton_kernels").exists():
+            link.symlink_to("../triton_kernels")  # as an installation has it
+        environment = {"RESNET_FUSED_ARCHS": "none"} | os.environ
+        _command([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], target, environment)
+        yield
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+        _command(["git", "worktree", "prune"])
+
+
+def _command(arguments: list[str], folder: Path | None = None, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        told = (done.stderr or done.stdout).strip().splitlines()[-5:]
+        raise BenchError(f"`{' '.join(arguments)}` failed: {' '.join(told)}")
+
+
+@contextlib.contextmanager
+def _side(folder: Path, task: Task, cores: Sequence[int]) -> Iterator[Worker]:
+    given = (task.model, task.batch, task.size, task.threads)
+    worker = Worker(f"{side.__file__}:Side", given, cores, path=[str(folder)])
+    try:
+        where = Path(worker("where")).resolve()
+        if not where.is_relative_to(folder.resolve()):
+            raise BenchError(f"{folder} has no resnet_fused: what was imported instead is {where}")
+        yield worker
+    finally:
+        worker.close()
