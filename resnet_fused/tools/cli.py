@@ -1,4 +1,4 @@
-"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, bench, info, explain, cost, compile, tune."""
+"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, bench, info, explain, cost and others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WRONG, USAGE = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if the claim is broken or a version is wrong, 2 for a usage error."""
+    """Run one command; returns the exit status: 0, 1 if something computed is wrong, 2 for a usage error."""
     arguments = _parser().parse_args(argv)
     try:
         for option in ("json", "html"):

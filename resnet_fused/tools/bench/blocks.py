@@ -22,6 +22,7 @@ from resnet_fused.tools.comparison import Stem
 from resnet_fused.tools.saved_bytes import saved_bytes
 from resnet_fused.tools.tables import table
 
+
 @dataclass(frozen=True)
 class Side:
     """seconds: the median of a step. bytes: that its operators read and write, each operand of each once.
@@ -46,7 +47,7 @@ class BlockRow:
     ratio: Spread
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"ratio": dict(zip(("p20", "p50", "p80"), self.ratio, strict=True))}
+        return asdict(self) | {"ratio": self.ratio.to_dict()}
 
 
 def measure_blocks(task: Task, rounds: int, progress: Progress = lambda _: None) -> list[BlockRow]:
@@ -92,7 +93,17 @@ def blocks_table(title: str, rows: list[BlockRow]) -> str:
         ]
         for row in rows
     ]
-    header = ("block", "input", "eager ms", "fused ms", "eager / fused", "p20 to p80", "GFLOP/s", "eager MiB", "fused MiB")
+    header = (
+        "block",
+        "input",
+        "eager ms",
+        "fused ms",
+        "eager / fused",
+        "p20 to p80",
+        "GFLOP/s",
+        "eager MiB",
+        "fused MiB",
+    )
     worst = min(rows, key=lambda row: row.ratio.middle)
     last = f"worst block: {worst.name}, eager's time / fused time {worst.ratio.middle:.2f} ({worst.ratio})"
     return f"{table(title, header, cells)}\n{last}"

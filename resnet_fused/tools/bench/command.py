@@ -47,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--images", metavar="DIR", help="your pictures (default: noise)")
     add("--rounds", type=int, default=9, help="timed, after one that is not (default: %(default)s)")
     add("--threads", type=int, metavar="N", help="each on a core of its own (default: all this process may use)")
+    add("--no-pin", dest="pin", action="store_false", help="leave threads to the scheduler: on a machine that is busy")
     add("--peers", nargs="+", default=["all"], metavar="PEER", help="all, or those below (default: all)")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--backend", choices=dispatch.NAMES, default="auto", help="of the fused model")
@@ -98,7 +99,7 @@ def _measure(arguments: argparse.Namespace, used: list[int], about: dict[str, An
         _write(arguments, record)
     right = True
     for task in [] if arguments.ceilings else _tasks(arguments, used):
-        table = measure(task, contenders, used, arguments.rounds, arguments.one_process, _progress)
+        table = measure(task, contenders, used, arguments.rounds, arguments.one_process, arguments.pin, _progress)
         _progress("")
         print(f"\n{table.table()}", flush=True)
         right = right and OURS not in table.absent
@@ -116,11 +117,13 @@ def _measure(arguments: argparse.Namespace, used: list[int], about: dict[str, An
 
 def _compare(arguments: argparse.Namespace, used: list[int], about: dict[str, Any]) -> int:
     tasks = _tasks(arguments, used)
-    comparison = compare(arguments.compare, tasks, used, arguments.rounds, _progress)
+    comparison = compare(arguments.compare, tasks, used, arguments.rounds, arguments.pin, _progress)
     _progress("")
     print(comparison)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(about | {"comparison": comparison.to_dict()}, indent=1, default=str) + "\n")
+        arguments.json.write_text(
+            json.dumps(about | {"comparison": comparison.to_dict()}, indent=1, default=str) + "\n"
+        )
     return GOOD if comparison.ok else WRONG
 
 

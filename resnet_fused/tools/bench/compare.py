@@ -44,6 +44,10 @@ class Check:
     def ok(self) -> bool:
         return self.error <= self.limit
 
+    @property
+    def verdict(self) -> str:
+        return "ok" if self.ok else "WRONG"
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -71,11 +75,10 @@ class Comparison:
 
     def __str__(self) -> str:
         rows = [
-            [c.version, c.mode, c.dtype, c.what, f"{c.error:.1e}", f"{c.eager:.1e}", f"{c.limit:.1e}"]
-            + ["ok" if c.ok else "WRONG"]
+            [c.version, c.mode, c.dtype, c.what, *(f"{x:.1e}" for x in (c.error, c.eager, c.limit)), c.verdict]
             for c in self.checks
         ]
-        header = ("version", "mode", "dtype", "of", "fused", "eager", "accepted", "")
+        header = ["version", "mode", "dtype", "of", "fused", "eager", "accepted", ""]
         text = table("Relative errors against float64", header, rows)
         if not self.ok:
             wrong = " and ".join(dict.fromkeys(c.version for c in self.checks if not c.ok))
@@ -86,7 +89,7 @@ class Comparison:
             + [f"{t.ratio.middle:.3f}", f"{t.ratio.low:.3f} to {t.ratio.high:.3f}"]
             for t in self.timings
         ]
-        header = ("mode", "dtype", f"{self.base} ms", f"{self.head} ms", "base / head", "p20 to p80")
+        header = ["mode", "dtype", f"{self.base} ms", f"{self.head} ms", "base / head", "p20 to p80"]
         return f"{text}\n\n{table('Times in turns', header, rows)}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +101,7 @@ def compare(
     tasks: Sequence[Task],
     cores: Sequence[int],
     rounds: int,
+    pin: bool = True,
     progress: Progress = lambda _: None,
     open_side: Open | None = None,
 ) -> Comparison:
@@ -113,8 +117,8 @@ def compare(
         asks = []
         for label, folder in zip(labels, folders, strict=True):
             progress(f"{label}, getting ready")
-            asks.append(open_side(label, folder) if open_side else stack.enter_context(_side(folder, tasks[0], cores)))
-        found = Comparison(*labels)
+            asks.append(open_side(label, folder) if open_side else stack.enter_context(_side(folder, tasks[0], cores, pin)))
+        found = Comparison(labels[0], labels[1])
         wanted = {(task.mode, dtype) for task in tasks for dtype in ("float32", task.dtype)}
         for label, ask in zip(labels, asks, strict=True):
             for mode, dtype in sorted(wanted):
@@ -142,7 +146,9 @@ def _labels(versions: Sequence[str]) -> list[str]:
     commits = versions[0].split("..")
     if len(versions) == 1 and len(commits) == 2 and commits[0] and not commits[1].startswith("."):
         return [f"base {commits[0]}", f"head {commits[1] or 'HEAD'}"]
-    if len(versions) == 2 and all(Path(v).is_dir() or (Path(v).suffix == ".whl" and Path(v).exists()) for v in versions):
+    if len(versions) == 2 and all(
+        Path(v).is_dir() or (Path(v).suffix == ".whl" and Path(v).exists()) for v in versions
+    ):
         return [f"base {Path(versions[0]).name}", f"head {Path(versions[1]).name}"]
     raise ValueError(
         f"--compare {' '.join(versions)}: accepted are BASE..HEAD, two commits of the repository at hand, or two "
@@ -172,7 +178,7 @@ def _built(versions: Sequence[str], progress: Progress) -> Iterator[list[Path]]:
 
 @contextlib.contextmanager
 def _worktree(commit: str, target: Path) -> Iterator[None]:
-    """A commit of the repository at hand, with its extension built for the CPU and the GPUs RESNET_FUSED_ARCHS names."""
+    """A commit of the repository at hand, built in place; for a CPU unless RESNET_FUSED_ARCHS names GPUs."""
     _command(["git", "worktree", "add", "--detach", str(target), commit])
     try:
         link = target / "resnet_fused" / "triton_kernels"
@@ -194,9 +200,9 @@ def _command(arguments: list[str], folder: Path | None = None, environment: dict
 
 
 @contextlib.contextmanager
-def _side(folder: Path, task: Task, cores: Sequence[int]) -> Iterator[Worker]:
+def _side(folder: Path, task: Task, cores: Sequence[int], pin: bool) -> Iterator[Worker]:
     given = (task.model, task.batch, task.size, task.threads)
-    worker = Worker(f"{side.__file__}:Side", given, cores, path=[str(folder)])
+    worker = Worker(f"{side.__file__}:Side", given, cores, pin, path=[str(folder)])
     try:
         where = Path(worker("where")).resolve()
         if not where.is_relative_to(folder.resolve()):

@@ -54,7 +54,7 @@ class Run:
     task: Task
     entries: list[Entry] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
-    limits: Errors = Errors(0.0)
+    limits: Errors = field(default=Errors(0.0))
 
     def table(self) -> str:
         """Every contender a row, those that are absent with the reason."""
@@ -86,7 +86,7 @@ class Run:
                 "about": entry.about,
                 "images_per_second": self.task.batch / entry.median,
                 "seconds": entry.seconds,
-                "time_over_ours": None if entry.ratio is None else dict(zip(("p20", "p50", "p80"), entry.ratio)),
+                "time_over_ours": None if entry.ratio is None else entry.ratio.to_dict(),
                 "errors": entry.errors._asdict(),
                 "saved_bytes": entry.saved,
                 "peak_bytes": entry.peak,
@@ -111,9 +111,12 @@ def measure(
     cores: Sequence[int],
     rounds: int,
     one_process: bool = False,
+    pin: bool = True,
     progress: Progress = lambda _: None,
 ) -> Run:
     """Time the contenders, `OURS` among them, each in a process of its own unless `one_process`.
+
+    cores: as many as threads; pin: each of PyTorch's threads to one of them, in processes of their own.
 
     Contenders that are absent, fail or compute something else are explained in the result; if ours does, nothing is
     timed. Raises BenchError if a contender's process fails while it is timed.
@@ -140,7 +143,7 @@ def measure(
                 if one_process and not contender.apart:
                     desk = _method_of(Desk(contender, *copy.deepcopy(built), task))
                 else:
-                    desk = stack.enter_context(_worker(contender, task, cores))
+                    desk = stack.enter_context(_worker(contender, task, cores, pin))
                 errors = desk("errors", str(file))
                 refusal = reference.refusal(errors)
                 if refusal is None:
@@ -163,9 +166,9 @@ def measure(
 
 
 @contextlib.contextmanager
-def _worker(contender: Contender, task: Task, cores: Sequence[int]) -> Iterator[Method]:
+def _worker(contender: Contender, task: Task, cores: Sequence[int], pin: bool) -> Iterator[Method]:
     what = "resnet_fused.tools.bench.desk:open_desk"
-    worker = Worker(what, (contender.name, task), cores, pin=not contender.apart)
+    worker = Worker(what, (contender.name, task), cores, pin and not contender.apart)
     try:
         yield worker
     finally:

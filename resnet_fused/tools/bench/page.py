@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
+from itertools import compress
 
 from resnet_fused.tools.bench.plots import Record, plots
 
@@ -50,7 +51,7 @@ def page(record: Record) -> str:
         "allocated. Relative errors are against eager float32.</p>"
     )
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    return f"<!doctype html>\n<html lang=\"en\"><head>{head}<style>{STYLE}</style></head>\n<body>\n" + (
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n' + (
         "\n".join(part for part in parts if part) + "\n</body></html>\n"
     )
 
@@ -97,10 +98,12 @@ def _definitions(items: dict[str, str]) -> str:
     return f"<dl>{''.join(f'<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>' for k, v in items.items())}</dl>"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], marked: int | None = None) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], marked: int | None = None) -> str:
+    kept = [not rows or any(row[i] for row in rows) for i in range(len(header))]  # no empty columns
+    header, rows = list(compress(header, kept)), [list(compress(row, kept)) for row in rows]
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
-        f'<tr{" class=ours" if i == marked else ""}>{"".join(f"<td>{escape(cell)}</td>" for cell in row)}</tr>'
+        f"<tr{' class=ours' if i == marked else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
         for i, row in enumerate(rows)
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,4 +1,4 @@
-"""The plots of a record as SVG: bars of images/s, a roofline of the blocks, their memory. Light and dark, no scripts."""
+"""The plots of a record as SVG, light and dark: bars of images/s, a roofline of the blocks, their memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def bars(run: Record) -> str:
     batch = run["batch"]
     rows = []
     for entry in run["contenders"]:
-        spread = Spread.of(batch / seconds for seconds in entry["seconds"])
+        spread = Spread(*(batch / seconds for seconds in reversed(Spread.of(entry["seconds"]))))
         ratio = entry["time_over_ours"]
         note = f"{spread.middle:.1f}" + (f", ours {ratio['p50']:.2f} x as fast" if ratio else "")
         rows.append((entry["name"], spread, note))
@@ -92,7 +92,7 @@ def roofline(run: Record, ceilings: Sequence[Record]) -> str:
     every = [point for side in points.values() for point in side]
     across = _Axis.around([*(p[0] for p in every), peak / bandwidth], 80, WIDTH - RIGHT)
     up = _Axis.around([*(p[1] for p in every), peak], 420, 70)
-    parts = list(_legend())
+    parts = list(_legend("hollow"))
     for value in across.ticks():
         x = across(value)
         parts += [_line(x, up.end, x, up.start, "grid"), _text(x, up.start + 18, f"{value:g}", "soft", "middle")]
@@ -100,7 +100,9 @@ def roofline(run: Record, ceilings: Sequence[Record]) -> str:
         y = up(value)
         label = f"{value / 1e9:g}"
         parts += [_line(across.start, y, across.end, y, "grid"), _text(across.start - 8, y + 4, label, "soft", "end")]
-    parts.append(_text((across.start + across.end) / 2, up.start + 38, "FLOP per byte read and written", "soft", "middle"))
+    parts.append(
+        _text((across.start + across.end) / 2, up.start + 38, "FLOP per byte read and written", "soft", "middle")
+    )
     parts.append(_text(8, up.end - 10, "GFLOP/s", "soft"))
     low, knee = across.low, peak / bandwidth
     start = max(low, up.low / bandwidth)
@@ -119,6 +121,8 @@ def roofline(run: Record, ceilings: Sequence[Record]) -> str:
                 f"<title>{escape(about)}</title></circle>"
             )
     worst = min(run["blocks"], key=lambda row: row["ratio"]["p50"])
+    place = across(worst["flops"] / worst["fused"]["bytes"]), up(worst["flops"] / worst["fused"]["seconds"])
+    parts.append(_text(place[0] + 9, place[1] + 4, worst["name"]))
     note = f"least gain: {worst['name']}, eager's time / fused time {worst['ratio']['p50']:.2f}"
     parts.append(_text(WIDTH - RIGHT, 46, note, "soft", "end"))
     return _svg(f"Roofline of the blocks: {run['title']}", 466, parts)
@@ -146,10 +150,10 @@ class _Axis(NamedTuple):
         return [m * 10.0**power for power in powers for m in (1, 2, 5) if self.low <= m * 10.0**power <= self.high]
 
 
-def _legend() -> Iterator[str]:
+def _legend(eager: str = "peer") -> Iterator[str]:
     yield _box(LEFT, 36, 12, 12, "ours")
     yield _text(LEFT + 18, 46, "fused", "soft")
-    yield _box(LEFT + 70, 36, 12, 12, "peer")
+    yield _box(LEFT + 70, 36, 12, 12, eager)
     yield _text(LEFT + 88, 46, "eager", "soft")
 
 

@@ -29,6 +29,9 @@ class Spread(NamedTuple):
         low, *_, high = statistics.quantiles(values, n=5, method="inclusive")
         return cls(low, statistics.median(values), high)
 
+    def to_dict(self) -> dict[str, float]:
+        return {"p20": self.low, "p50": self.middle, "p80": self.high}
+
     def __str__(self) -> str:
         return f"{self.low:.2f} to {self.high:.2f}"
 

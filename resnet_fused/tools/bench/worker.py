@@ -16,8 +16,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,11 +47,11 @@ class Worker:
         }
         if pin:
             environment |= {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(f"{{{core}}}" for core in cores)}
-        command = [sys.executable, __file__, str(theirs.fileno())]
+        command = [sys.executable, __file__, str(theirs.fileno()), *map(str, cores)]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
         theirs.close()
         try:
-            self._ask((what, list(cores), tuple(given)))
+            self._ask((what, tuple(given)))
         except BenchError:
             self.close()
             raise
@@ -86,25 +85,25 @@ class Worker:
 
 def serve(pipe: Connection) -> None:
     """The child's side: makes the object, then a method a message until None comes."""
-    what, cores, given = pipe.recv()
-    os.sched_setaffinity(0, cores)
+    what, given = pipe.recv()
     held: Any = None
-    while True:
-        try:
-            if held is None:
-                held, answer = _function(what)(*given), None
-            else:
-                answer = getattr(held, method)(*given)
-            pipe.send((True, answer))
-        except Exception as error:
-            if os.environ.get("RESNET_FUSED_DEBUG"):
-                traceback.print_exc()
-            pipe.send((False, f"{type(error).__name__}: {error}".strip()))
-            if held is None:
-                return
-        if (request := pipe.recv()) is None:
-            return
-        method, given = request
+
+    def make() -> None:
+        nonlocal held
+        held = _function(what)(*given)
+
+    _answer(pipe, make)
+    while held is not None and (request := pipe.recv()) is not None:
+        method, arguments = request
+        _answer(pipe, lambda method=method, arguments=arguments: getattr(held, method)(*arguments))  # type: ignore[misc]
+
+
+def _answer(pipe: Connection, ask: Callable[[], Any]) -> None:
+    try:
+        answer = True, ask()
+    except Exception as error:  # whatever it is, the parent tells
+        answer = False, f"{type(error).__name__}: {error}".strip()
+    pipe.send(answer)
 
 
 def _function(what: str) -> Any:
@@ -121,5 +120,6 @@ def _function(what: str) -> Any:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder, whose files are modules of a package
+    os.sched_setaffinity(0, list(map(int, sys.argv[2:])))  # before anything loads OpenMP, which narrows it further
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the parent has gone
         serve(Connection(int(sys.argv[1])))
