@@ -13,7 +13,7 @@ from resnet_fused.tools.bench.task import Task
 
 # what two right implementations may differ by even if eager has no error at all: a float32 sum in another order, and a
 # ReLU's mask that it flips, which changes a gradient
-FLOORS = {"output": 1e-3, "gradients": 2e-2}
+FLOORS = {"output": 1e-3, "gradients": 5e-2}
 
 
 class Errors(NamedTuple):
@@ -42,7 +42,7 @@ class Reference:
         eager = Errors(0.0, 0.0)
         if task.dtype != "float32":
             eager = found.errors(on_torch(*task.cast(copy.deepcopy(model), x), labels, task))
-        limits = [_limit(error or 0.0, floor) for error, floor in zip(eager, FLOORS.values(), strict=True)]
+        limits = [limit(error or 0.0, floor) for error, floor in zip(eager, FLOORS.values(), strict=True)]
         return cls(output, gradients, Errors(*limits))
 
     def errors(self, prepared: Prepared) -> Errors:
@@ -55,19 +55,18 @@ class Reference:
 
     def refusal(self, errors: Errors) -> str | None:
         """Why such a contender is not timed, or None."""
-        for what, error, limit in zip(Errors._fields, errors, self.limits, strict=True):
-            if error is not None and limit is not None and not error <= limit:  # NaN is refused
-                return f"wrong {what}: relative error {error:.1e} against eager float32, accepted {limit:.1e}"
+        for what, error, most in zip(Errors._fields, errors, self.limits, strict=True):
+            if error is not None and most is not None and not error <= most:  # NaN is refused
+                return f"wrong {what}: relative error {error:.1e} against eager float32, accepted {most:.1e}"
         return None
 
 
-def _limit(eager: float, floor: float) -> float:
-    """Three times eager's own error in the same dtype, but less than 1, which is the error of zeros.
+def limit(eager: float, floor: float) -> float:
+    """Of a relative error, given eager's own in the same dtype: three times as much, but less than 1, the error of zeros.
 
-    A deep network of random weights amplifies the rounding of 16-bit training until gradients are half noise, eager's
-    like ours; there this finds what is plainly wrong, and `resnet_fused.verify` tells the rest.
+    Where eager itself is off by all of it (batch norms of two values, say) nothing can be told but NaN.
     """
-    return max(floor, min(3 * eager, max((1 + eager) / 2, 1.2 * eager)))
+    return max(floor, min(3 * eager, (1 + eager) / 2)) if eager < 1 else 100 * eager
 
 
 def _distance(given: list[Tensor], exact: list[Tensor]) -> float:

@@ -38,6 +38,7 @@ class Side:
                 if isinstance(module, nn.BatchNorm2d):
                     module.weight.uniform_(0.5, 1.5)
                     module.bias.normal_(std=0.1)
+            calm(self.model)
             self.model(_noise(*CHECKED, seed=0))  # running statistics
 
     def where(self) -> str:
@@ -72,6 +73,19 @@ class Side:
         start = time.perf_counter()
         self.step()
         return time.perf_counter() - start
+
+
+@torch.no_grad()
+def calm(model: nn.Module, share: float = 0.2) -> None:
+    """Scales the weight of each residual branch's last norm, where ResNets begin with zero, in place.
+
+    At random weights a deep network amplifies rounding until 16-bit gradients are noise, whoever computes them, and
+    nothing can be compared. So calmed, ResNet-50's are a third off instead of more than their own size.
+    """
+    for module in model.modules():
+        last = getattr(module, "bn3", getattr(module, "bn2", None))
+        if hasattr(module, "downsample") and isinstance(last, nn.BatchNorm2d) and last.affine:
+            last.weight.mul_(share)
 
 
 def _noise(batch: int, size: int, seed: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.tools import named_models
+from resnet_fused.tools.bench.side import calm
 from resnet_fused.tools.pictures import photographs
 
 Mode = Literal["eval", "train"]
@@ -60,6 +61,7 @@ class Task:
             x = photographs(self.batch, self.size, Path(self.images))
         x = x.to(self.device).contiguous(memory_format=last)
         named_models.settle_norms(model, x)
+        calm(model)
         return model.train(self.mode == "train"), x, torch.arange(self.batch, device=self.device) % 1000
 
     def cast(self, model: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor]:
