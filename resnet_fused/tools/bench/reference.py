@@ -62,7 +62,7 @@ class Reference:
 
 
 def limit(eager: float, floor: float) -> float:
-    """Of a relative error, given eager's own in the same dtype: three times as much, but less than 1, the error of zeros.
+    """Of a relative error: three times eager's own in the same dtype, but less than 1, which is the error of zeros.
 
     Where eager itself is off by all of it (batch norms of two values, say) nothing can be told but NaN.
     """

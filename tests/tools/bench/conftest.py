@@ -17,7 +17,7 @@ from resnet_fused.tools.bench.ceilings import ceilings
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every model name stands for a ResNet of four blocks; ceilings are of small matrices, turns of one step; threads stay as they were."""
+    """Every model name stands for a ResNet of four blocks; ceilings are of small matrices, turns of one step."""
 
     def build(name: str) -> nn.Module:
         return models.ResNet(models.BasicBlock, (1, 1, 1, 1), num_classes=10)
