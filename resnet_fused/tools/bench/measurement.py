@@ -126,8 +126,7 @@ def measure(
         if (reason := contender.absent(task)) is not None:
             run.absent[contender.name] = reason
     with contextlib.ExitStack() as stack:
-        if one_process:
-            stack.enter_context(confined(cores))
+        stack.enter_context(confined(cores))
         built = task.build()
         progress("reference")
         reference = Reference.of(*built, task)
