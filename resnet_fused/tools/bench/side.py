@@ -49,17 +49,18 @@ class Side:
         """(fused, eager) for each quantity: the relative error against eager float64, the larger of two seeds.
 
         "output", and in training "statistics" (running), "gradients" (of all parameters and x together), "worst
-        gradient" (of a single one of them).
+        gradient" (of a single one of them). The same as "output, timed shape" etc. against eager float32.
         """
         found: dict[str, tuple[float, float]] = {}
-        for seed in range(SEEDS):
-            x = _noise(*CHECKED, seed)
-            exact = _run(copy.deepcopy(self.model).double(), x.double(), mode, "float64")
+        cases = [("", torch.float64, _noise(*CHECKED, seed)) for seed in range(SEEDS)]
+        cases.append((", timed shape", torch.float32, _noise(self.batch, self.size, 0)))
+        for where, exactly, x in cases:
+            exact = _run(copy.deepcopy(self.model).to(exactly), x.to(exactly), mode, "as it is")
             fused = _errors(_run(resnet_fused.fuse(copy.deepcopy(self.model)), x, mode, dtype), exact)
             eager = _errors(_run(copy.deepcopy(self.model), x, mode, dtype), exact)
             for what in fused:
-                worst = found.get(what, (0.0, 0.0))
-                found[what] = max(fused[what], worst[0]), max(eager[what], worst[1])
+                worst = found.get(what + where, (0.0, 0.0))
+                found[what + where] = max(fused[what], worst[0]), max(eager[what], worst[1])
         return found
 
     def ready(self, mode: str, dtype: str) -> None:
