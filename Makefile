@@ -49,8 +49,8 @@ test: $(READY)
 	$(RUN) -m pytest $(SIDE_BY_SIDE) --durations=10
 
 bench: $(READY)
-	$(RUN) -m pytest benches/blocks.py
-	$(RUN) benches/model.py
+	$(RUN) -m pytest benches/operators.py benches/blocks.py
+	$(RUN) -m resnet_fused bench --mode eval train
 
 # Compiling Triton's kernels takes most of the tests' time, so they run in parts side by side; what counts launches or
 # needs most of the memory follows alone, then small blocks of the native kernels under compute-sanitizer, where there is

@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from resnet_fused import fuse
 from resnet_fused.models.resnet import Bottleneck
 from resnet_fused.ops import operators
-from resnet_fused.tools import benchmark, named_models
+from resnet_fused.tools import named_models
+from resnet_fused.tools.bench.rounds import interleaved, ratios, timed
 from resnet_fused.tools.info import extension, machine
 from resnet_fused.tools.tables import table
 
 LAST = torch.channels_last
+Step = Callable[[], object]
 CALLS = 100  # per round and contestant
 
 
@@ -111,11 +113,11 @@ def network(name: str, kind: Kind, size: int, rounds: int) -> Row:
     return _row(f"{size}x{size}, {kind.name}", steps, rounds, 1)
 
 
-def _evaluation(module: nn.Module, x: Tensor) -> benchmark.Step:
+def _evaluation(module: nn.Module, x: Tensor) -> Step:
     return torch.no_grad()(lambda: module(x))
 
 
-def _training(module: nn.Module, x: Tensor) -> benchmark.Step:
+def _training(module: nn.Module, x: Tensor) -> Step:
     leaf, dout = x.clone().requires_grad_(), torch.randn_like(x)
 
     def step() -> None:
@@ -159,7 +161,7 @@ def _operators_answer_at_once(fused: nn.Module, x: Tensor, kind: Kind, train: bo
             setattr(operators, f"residual_block_{name}", original)
 
 
-def _many(step: benchmark.Step, kind: Kind, calls: int = CALLS) -> benchmark.Step:
+def _many(step: Step, kind: Kind, calls: int = CALLS) -> Step:
     def run() -> None:
         with kind.context():
             for _ in range(calls):
@@ -168,13 +170,11 @@ def _many(step: benchmark.Step, kind: Kind, calls: int = CALLS) -> benchmark.Ste
     return run
 
 
-def _row(what: str, steps: dict[str, benchmark.Step], rounds: int, calls: int) -> Row:
-    seconds = benchmark.interleaved(steps, rounds, clock=time.process_time)
+def _row(what: str, steps: dict[str, Step], rounds: int, calls: int) -> Row:
+    seconds = interleaved({name: timed(step, time.process_time) for name, step in steps.items()}, rounds)
     micro: Callable[[str], float] = lambda name: statistics.median(seconds[name]) / calls * 1e6  # noqa: E731
-    ratios = [ours / theirs for ours, theirs in zip(seconds["fused"], seconds["eager"], strict=True)]
-    low, *_, high = statistics.quantiles(ratios, n=5, method="inclusive")
     overhead = micro("overhead") if "overhead" in steps else None
-    return Row(what, micro("eager"), micro("fused"), overhead, (low, statistics.median(ratios), high))
+    return Row(what, micro("eager"), micro("fused"), overhead, ratios(seconds["fused"], seconds["eager"]))
 
 
 def _arguments() -> argparse.Namespace:

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_fused
-from resnet_fused.tools import benchmark, named_models
+from resnet_fused.tools import named_models
+from resnet_fused.tools.bench.contenders import chosen
+from resnet_fused.tools.bench.measurement import measure
+from resnet_fused.tools.bench.task import MODES, Task, cores
 from resnet_fused.tools.info import machine
 from resnet_fused.tools.pictures import photographs
 from resnet_fused.tools.tables import table
@@ -45,7 +48,7 @@ def main() -> int:
     # a fresh deep network amplifies rounding until its losses are noise; with branches that start at zero it trains
     trainable = named_models.build(args.model, zero_init_residual=True).to(memory_format=torch.channels_last)
     losses(trainable, small)
-    speed(model, photographs(args.batch, args.size), args.rounds)
+    speed(args.model, args.batch, args.size, args.rounds)
     print(f"\n{time.perf_counter() - start:.0f} s in all")
     return 0 if equal else 1
 
@@ -107,18 +110,16 @@ def _train(model: nn.Module, x: Tensor, labels: Tensor, steps: int) -> list[floa
     return found
 
 
-def speed(model: nn.Module, x: Tensor, rounds: int) -> None:
-    """Images per second, and the memory saved for backward."""
-    labels = torch.arange(len(x)) % 2
-    for dtype, name in ((None, "float32"), (torch.bfloat16, "bfloat16 autocast")):
-        for train in (True, False):
-            models = benchmark.contestants(model)
-            if not train:
-                del models["fused, low memory"]  # memory concerns training only
-            found = benchmark.measure(models, x, labels, train=train, dtype=dtype, rounds=rounds, progress=_note)
+def speed(model: str, batch: int, size: int, rounds: int) -> None:
+    """Images per second, and the memory saved for backward; `resnet-fused bench` has more peers."""
+    used = cores()
+    for dtype in ("float32", "autocast"):
+        for mode in MODES:
+            task = Task(model, mode, dtype, batch, size, len(used))  # type: ignore[arg-type]
+            peers = ["eager", "low-memory"] if mode == "train" else ["eager"]
+            run = measure(task, chosen(peers), used, rounds, one_process=True, progress=_note)
             _note("")
-            mode = "Training (forward and backward)" if train else "Evaluation"
-            print(benchmark.results(f"\n{mode}, {name}, {len(x)} x {x.shape[2]} x {x.shape[3]}", found), flush=True)
+            print(f"\n{run.table()}", flush=True)
 
 
 def _note(what: str) -> None:

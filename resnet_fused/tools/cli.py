@@ -1,4 +1,4 @@
-"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, info, explain, cost, compile, tune."""
+"""The command line, ``resnet-fused`` or ``python -m resnet_fused``: verify, bench, info, explain, cost and others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import resnet_fused
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import BackendError
 from resnet_fused.tools import named_models
+from resnet_fused.tools.bench import command
 from resnet_fused.tools.comparison import Progress
 from resnet_fused.tools.info import info
 from resnet_fused.tools.verification import CLAIM, SEEDS, verify
@@ -29,17 +30,18 @@ WRONG, USAGE = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 if verify finds the claim broken, 2 for a usage error."""
+    """Run one command; returns the exit status: 0, 1 if something computed is wrong, 2 for a usage error."""
     arguments = _parser().parse_args(argv)
     try:
-        _require_writable(getattr(arguments, "json", None))
+        for option in ("json", "html"):
+            _require_writable(option, getattr(arguments, option, None))
         return arguments.run(arguments)
     except (ValueError, ImportError, OSError, BackendError) as error:
         print(f"resnet-fused {arguments.command}: {error}", file=sys.stderr)
         return USAGE
 
 
-def _require_writable(file: Path | None) -> None:
+def _require_writable(option: str, file: Path | None) -> None:
     """Raises OSError at once, and not after minutes of work; leaves no file behind."""
     if file is None:
         return
@@ -48,7 +50,7 @@ def _require_writable(file: Path | None) -> None:
         file.open("a").close()
     except OSError as error:
         raise OSError(
-            f"--json {file} cannot be written ({error.strerror}); give a file in a folder that exists"
+            f"--{option} {file} cannot be written ({error.strerror}); give a file in a folder that exists"
         ) from error
     if not existed:
         file.unlink()
@@ -80,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--min-fused", type=float, default=0.0, metavar="SHARE", help="of blocks, 0 to 1 (default: any)")
     check.add_argument("--json", type=Path, metavar="FILE", help="write every comparison there")
     check.set_defaults(run=_verify)
+
+    command.configure(commands.add_parser("bench", **command.HELP))
 
     about = commands.add_parser("info", help="how the extension was built, and which backends can run")
     about.set_defaults(run=_info)

@@ -98,7 +98,7 @@ class Comparison:
                     continue
                 step(name)
                 if name == "stem" and name not in names:
-                    self._compare_block(parts[name], seed, _Stem(eager), _Stem(ours), given)
+                    self._compare_block(parts[name], seed, Stem(eager), Stem(ours), given)
                 elif name in seen:
                     pair = eager.get_submodule(name), ours.get_submodule(name)
                     self._compare_block(parts[name], seed, *pair, seen.pop(name))
@@ -279,12 +279,12 @@ def _straightened(module: nn.Module) -> nn.Module | None:
 
     An adapter names the activations; one that is no child of the block cannot be replaced.
     """
-    if isinstance(module, _Stem):
+    if isinstance(module, Stem):
         model = _straightened(module.model)
         if model is None:
             return None
         model.maxpool = nn.Identity()
-        return _Stem(model)
+        return Stem(model)
     adapter = adapters.find(module._fused_from if isinstance(module, FusedModule) else type(module))
     if adapter is None:
         return None
@@ -314,7 +314,7 @@ def capture(model: nn.Module, names: list[str], inputs: dict[str, Tensor]) -> It
     yield watched
 
 
-class _Stem(nn.Module):
+class Stem(nn.Module):
     """What a ResNet computes before layer1, which is part of the model's own forward: run until there."""
 
     def __init__(self, model: nn.Module) -> None:

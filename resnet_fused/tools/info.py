@@ -12,6 +12,9 @@ import resnet_fused
 from resnet_fused.ops import operators
 from resnet_fused.tools.tables import table
 
+# what the speed of convolutions depends on, by the names of /proc/cpuinfo
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+
 
 def info() -> str:
     """Versions, device and threads, how the extension was built, and why each backend can or cannot run."""
@@ -30,6 +33,7 @@ def machine() -> dict[str, str]:
         "torch": torch.__version__,
         "device": ", ".join(gpus) or "CPU only (torch sees no GPU)",
         "cpu": f"{_cpu_name()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "instructions": ", ".join(flag for flag in INSTRUCTIONS if flag in _cpu("flags").split()) or "unknown",
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
     }
@@ -47,9 +51,13 @@ def _backends() -> dict[str, str]:
 
 
 def _cpu_name() -> str:
+    return _cpu("model name") or platform.processor() or platform.machine()
+
+
+def _cpu(field: str) -> str:
+    """What /proc/cpuinfo says of the first processor, "" where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field), "")
