@@ -237,8 +237,9 @@ Schedule make_schedule(
   Size output = input;
   for (const Shape& shape : chain) output = shape.window.output(output);
   if (pool) output = pool->output(output);
+  const bool folds = chain[0].kind == Layout::Kind::folded;  // its buffer is laid out for one image
   for (int64_t side = 1; side <= std::min<int64_t>(images, kTileRows); ++side) {
-    if (images % side != 0 || (side > 1 && (pool || output.pixels() > 400))) continue;
+    if (images % side != 0 || (side > 1 && (pool || folds || output.pixels() > 400))) continue;
     consider(planner.plan(side, 1, false));
     if (machine.threads > 1 && !pool) consider(planner.plan(side, 1, true));
   }
