@@ -228,7 +228,7 @@ class Prepared final : public PreparedBlock {
       clear_padding(s, buffers);
       for (int64_t i = begin; i < end; ++i)
         for (const Step& step : s.parts[i % parts]) {
-          lay_out_input(call, buffers, i / parts, step);
+          lay_out_input(call, buffers, i / parts, step, step.begin);
           multiply(call, buffers, i / parts, step, 0, convs_[step.conv].shape.panels);
           if (step.pool_end > 0) pool(call, buffers, i / parts, step);
         }
@@ -250,7 +250,7 @@ class Prepared final : public PreparedBlock {
             share.staged_end = step.staged_begin + (t + 1) * height / threads;
             share.begin = step.begin + t * (step.end - step.begin) / threads;
             share.end = step.begin + (t + 1) * (step.end - step.begin) / threads;
-            lay_out_input(call, buffers, item, share);
+            lay_out_input(call, buffers, item, share, step.begin);
           });
         const int64_t panels = convs_[step.conv].shape.panels;
         each_in_parallel(std::min(threads, panels), [&](int64_t t) {
@@ -291,15 +291,16 @@ class Prepared final : public PreparedBlock {
       }
   }
 
-  // Of x what the step reads and cannot read in place.
-  void lay_out_input(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
+  // Of x what the step, or a share of it, reads and cannot read in place. first_row: of the whole step's outputs.
+  void lay_out_input(
+      Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t first_row) const {
     const Schedule& s = call.schedule;
     if (step.conv == 0 && !s.reads_x) {
       const Layout& l = s.layouts[0];
       for (int64_t n = 0; n < l.images; ++n) {
         const int64_t image = item * l.images + n;
         if (l.kind == Layout::Kind::folded)
-          fold_rows(call, l, image, step, buffer(s, buffers, 0));
+          fold_rows(call, l, image, step.staged_begin, step.staged_end, first_row, buffer(s, buffers, 0));
         else if (l.kind == Layout::Kind::planes)
           fill_planes(call, l, n, image, step.staged_begin, step.staged_end, buffer(s, buffers, 0));
         else
@@ -361,7 +362,10 @@ class Prepared final : public PreparedBlock {
   }
 
   // A row's taps side by side: row y of x with zeros at its ends, from which each output copies its window.
-  void fold_rows(Call& call, const Layout& l, int64_t image, const Step& band, T* to) const {
+  // The buffer begins with what output row `first_row` reads.
+  void fold_rows(
+      Call& call, const Layout& l, int64_t image, int64_t staged_begin, int64_t staged_end, int64_t first_row,
+      T* to) const {
     const auto& w = l.window;
     const int64_t width = l.input.width, channels = l.channels, taps = w.kernel[1], dilation = w.dilation[1];
     const auto strides = call.x.strides();
@@ -373,9 +377,9 @@ class Prepared final : public PreparedBlock {
         for (int64_t i = 0; i < width; ++i) inside[i * channels + c] = convert(x[c * strides[1] + i * strides[3]]);
     };
     const bool is_row = call.x.scalar_type() == scalar_type(T{}) && strides[1] == 1 && strides[3] == channels;
-    for (int64_t y = band.staged_begin; y < band.staged_end; ++y) {
+    for (int64_t y = staged_begin; y < staged_end; ++y) {
       const int64_t phase = (y + w.padding[0]) % w.stride[0], coordinate = (y + w.padding[0]) / w.stride[0];
-      T* row = to + (phase * l.plane + (coordinate - band.begin) * l.row) * l.pitch;
+      T* row = to + (phase * l.plane + (coordinate - first_row) * l.row) * l.pitch;
       if (y < 0 || y >= l.input.height) {
         std::memset(row, 0, l.row * l.pitch * sizeof(T));
         continue;
