@@ -108,7 +108,10 @@ class Prepared final : public PreparedBlock {
       convs_.push_back(std::move(conv));
     }
     const int64_t out = convs_[last].shape.out, padded = convs_[last].shape.panels * kPanel;
-    if (given.branch_scale) branch_scale_ = per_channel(*given.branch_scale, out, padded);
+    if (given.branch_scale)
+      branch_scale_ = per_channel(*given.branch_scale, out, padded);
+    else if (spec_.join == JoinReads::branch)
+      branch_scale_.assign(padded, 1.0f);  // tells that the activation stands before the addition
     if (given.skip_scale) skip_scale_ = per_channel(*given.skip_scale, out, padded);
     const int64_t leading = spec_.convs[0].input_stage;
     if (leading != kNone) {
