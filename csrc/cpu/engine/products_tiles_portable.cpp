@@ -32,20 +32,22 @@ struct Tiles {
   static void load_once(const void* p, int64_t row_bytes) {
     load<t>(p, row_bytes);
   }
+  // In the processor's order: pairs' first and second products are summed apart, then both are added to the sum.
   template <int sum, int a, int b>
   static void multiply() {
     for (int m = 0; m < 16; ++m) {
-      float total[16];
-      __builtin_memcpy(total, tiles[sum].row[m], 64);
+      float total[16], first[16] = {}, second[16] = {};
       bf16 left[32], right[32];
       __builtin_memcpy(left, tiles[a].row[m], 64);
       for (int k = 0; k < 16; ++k) {
         __builtin_memcpy(right, tiles[b].row[k], 64);
         for (int n = 0; n < 16; ++n) {
-          total[n] += KERNELS_ISA::load(left[2 * k]) * KERNELS_ISA::load(right[2 * n]);
-          total[n] += KERNELS_ISA::load(left[2 * k + 1]) * KERNELS_ISA::load(right[2 * n + 1]);
+          first[n] += KERNELS_ISA::load(left[2 * k]) * KERNELS_ISA::load(right[2 * n]);
+          second[n] += KERNELS_ISA::load(left[2 * k + 1]) * KERNELS_ISA::load(right[2 * n + 1]);
         }
       }
+      __builtin_memcpy(total, tiles[sum].row[m], 64);
+      for (int n = 0; n < 16; ++n) total[n] += first[n] + second[n];
       __builtin_memcpy(tiles[sum].row[m], total, 64);
     }
   }
