@@ -34,9 +34,11 @@ Window window_of(const Stage& stage, int64_t height, int64_t width) {
   return {{height, width}, stage.stride, stage.padding, stage.dilation};
 }
 
-Layout::Kind kind_of(const Window& window, int64_t channels, int64_t groups, bool first) {
+// staged: the first convolution's input has to pass through a norm or an activation, which folding does not do.
+Layout::Kind kind_of(const Window& window, int64_t channels, int64_t groups, bool first, bool staged) {
   if (window.is_pixel()) return Layout::Kind::pixels;
-  if (first && groups == 1 && window.kernel[1] > 1 && window.kernel[1] * channels <= 32) return Layout::Kind::folded;
+  const bool few = window.kernel[1] > 1 && window.kernel[1] * channels <= 32;
+  if (first && !staged && groups == 1 && few) return Layout::Kind::folded;
   if (first && groups == 1 && window.kernel[0] * window.kernel[1] == 1) return Layout::Kind::columns;
   return Layout::Kind::planes;
 }
@@ -88,7 +90,7 @@ class Prepared final : public PreparedBlock {
       Conv conv;
       conv.shape = {window_of(stage, weight.size(2), weight.size(3)), stage.groups, in, out};
       conv.shape.kind = projects ? (conv.shape.window.is_pixel() ? Layout::Kind::pixels : Layout::Kind::columns)
-                                 : kind_of(conv.shape.window, in, stage.groups, i == 0);
+                                 : kind_of(conv.shape.window, in, stage.groups, i == 0, stage.input_stage != kNone);
       const auto factor = given.factors[i] ? to_floats(*given.factors[i], out, 1.0f) : std::vector<float>();
       conv.packed = pack<T>(weight, factor.empty() ? nullptr : factor.data(), conv.shape.kind, stage.groups);
       conv.shape.panels = conv.packed.panels;
