@@ -506,7 +506,8 @@ class Prepared final : public PreparedBlock {
         e.out -= step.target_row * next.output.width * next.pitch;
       e.pitch = next.pitch;
       e.channels = next.pitch;
-      if (watches_) e.not_finite = &wild;
+      // channels that only pad are sums of zeros times the input: of infinity they would be NaN
+      if (watches_ || next.pitch > conv.shape.out) e.not_finite = &wild;
     }
     products<T>().multiply(task);
     if (wild) call.wild = true;

@@ -31,7 +31,8 @@ class PreparedBlock : public torch::CustomClassHolder {
   static c10::intrusive_ptr<PreparedBlock> prepare(Ingredients ingredients, BlockSpec spec, at::ScalarType dtype);
 
   // x: [N, C, H, W] of the block's dtype; the stem also takes float32 for it, in any layout. Returns channels_last; an
-  // undefined tensor where PyTorch has to compute it, since a value between grouped convolutions is not finite.
+  // undefined tensor where PyTorch has to compute it, since a value between grouped convolutions, or between those of
+  // padded channels, is not finite.
   virtual at::Tensor run(const at::Tensor& x) = 0;
   // Whether every weight and vector is finite; otherwise the block must not run.
   virtual bool finite() const = 0;
