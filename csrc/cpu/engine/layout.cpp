@@ -143,7 +143,7 @@ Layout lay_out(
 
 Layout columns_like(const Layout& other, const Window& window, Size input, int64_t channels, int64_t step) {
   Layout l = lay_out(Layout::Kind::columns, window, input, channels, other.images, step);
-  l.positions = other.positions;
+  l.positions = std::max(l.positions, other.positions);  // of folded rows the other's hold a band
   l.row = other.row;
   l.pixel = other.pixel;
   return l;
