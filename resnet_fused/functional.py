@@ -86,6 +86,7 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
         running_stats.count_batch(params, spec)
     elif not autograd.trains(spec, x, params) and type(x) is Tensor:
         if pool is not None and isinstance(chosen, native.NativeBackend):
+            validation.check_window(_result_shape(x, params, spec), *pool)
             pooled = chosen.infer_pooled(x, params, spec, pool)
             if pooled is not None:
                 return pooled
@@ -98,6 +99,13 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
         out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
         running_stats.update(params, spec, batch_stats, counts)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
+
+
+def _result_shape(x: Tensor, params: BlockParams, spec: BlockSpec) -> tuple[int, int, int, int]:
+    size = x.shape[2], x.shape[3]
+    for stage, tensors in zip(spec.stages, params.stages, strict=True):
+        size = stage.output_size(size, (tensors.weight.shape[2], tensors.weight.shape[3]))
+    return (x.shape[0], params.stages[-1].weight.shape[0], *size)
 
 
 def conv_bn_act(

@@ -95,13 +95,18 @@ def values_per_channel(x: Tensor, shapes: list[Shape], spec: BlockSpec) -> list[
 def check_pool(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:
     """Raises ValueError or TypeError for an input or a window that `max_pool2d` does not take."""
     check_input(x)
+    check_window(tuple(x.shape), kernel_size, stride, padding)
+
+
+def check_window(shape: tuple[int, ...], kernel_size: int, stride: int, padding: int) -> None:
+    """`check_pool` of an input [N, C, H, W] that is yet to be computed."""
     if not 1 <= kernel_size <= 15 or stride < 1 or not 0 <= padding <= kernel_size // 2:
         raise ValueError(
             f"got kernel_size={kernel_size}, stride={stride}, padding={padding}; accepted: a kernel of 1 to 15, "
             "a positive stride, padding of at most half the kernel"
         )
-    if min(x.shape[2], x.shape[3]) + 2 * padding < kernel_size:
-        raise ValueError(f"a {kernel_size}x{kernel_size} window does not fit the input {tuple(x.shape)}")
+    if min(shape[2], shape[3]) + 2 * padding < kernel_size:
+        raise ValueError(f"a {kernel_size}x{kernel_size} window does not fit the input {shape}")
 
 
 def check_batch_norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activation) -> None:
