@@ -213,8 +213,8 @@ class Planner {
     for (size_t i = 0; i < s.layouts.size(); ++i)
       if (buffered(s, i)) inside += static_cast<double>(s.layouts[i].bytes(m_.element));
     if (s.splits_outputs) {
-      // each thread reads its share of the weights once and everything that the others have written
-      streamed = weights / static_cast<double>(threads) + inside;
+      // each thread reads its share of the weights once, and out of other cores everything that the others have written
+      streamed = weights / static_cast<double>(threads) + 3 * inside;
       const double item = products + streamed / kBytesPerCycle + static_cast<double>(chain_.size()) * kMeeting;
       return item * static_cast<double>(s.items);
     }
