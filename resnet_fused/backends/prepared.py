@@ -29,7 +29,10 @@ def reason_against(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | Non
         return f"the engine computes CPU tensors, x is on {x.device}"
     known, key = params.kept.engine, (spec, x.dtype)
     if key not in known:
-        known[key] = operators.engine_reason(spec, [p.weight for p in params.convs], x.dtype)
+        weights = [p.weight for p in params.convs]
+        known[key] = operators.engine_reason_against(spec, weights, x.dtype) or operators.engine_faster_elsewhere(
+            spec, weights, x.dtype
+        )
     return known[key]
 
 
