@@ -101,14 +101,13 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     evaluates = not (module.training or spec.batch_stats)
     if backend == "native" and x.device.type == "cpu" and evaluates:
         against = prepared.reason_against(x, params, spec)
-        finite = prepared.prepared(params, x, spec).finite() if against is None else folded(params, x, spec).finite
+        finite = prepared.prepared(params, x, spec).finite if against is None else folded(params, x, spec).finite
         if not finite:
             return "eager", "in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"
         if against is not None:
             notes.append(f"evaluation runs oneDNN's convolutions: {against}")
         elif given:
-            images, _, height, width = x.shape
-            notes.append(f"engine: {prepared.prepared(params, x, spec).describe(images, height, width)}")
+            notes.append(f"engine: {prepared.prepared(params, x, spec).describe(x)}")
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)
