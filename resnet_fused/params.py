@@ -51,7 +51,7 @@ class Kept:
     def __init__(self) -> None:
         self.checked: Any = None
         self.folded: Any = None
-        self.engine: dict[Any, str | None] = {}
+        self.engine: dict[Any, Any] = {}
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()

@@ -149,11 +149,13 @@ WeightGradients convolution_backward_weight(
   return grads;
 }
 
-bool has_post_ops(const at::Tensor& x) {
-  if (!at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn() || x.numel() == 0) return false;
+bool has_post_ops(const at::Tensor& x) { return x.numel() > 0 && has_post_ops(x.scalar_type()); }
+
+bool has_post_ops(at::ScalarType dtype) {
+  if (!at::hasMKLDNN() || !at::globalContext().userEnabledMkldnn()) return false;
   static const bool bf16 = supported("mkldnn::_is_mkldnn_bf16_supported");
   static const bool fp16 = supported("mkldnn::_is_mkldnn_fp16_supported");
-  switch (x.scalar_type()) {
+  switch (dtype) {
     case at::kFloat:
       return true;
     case at::kBFloat16:

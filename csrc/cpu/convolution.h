@@ -36,6 +36,7 @@ WeightGradients convolution_backward_weight(
 constexpr int64_t kFewPixels = 128;
 
 // Whether oneDNN runs x's dtype here, so that the fused forms below can be used.
+bool has_post_ops(at::ScalarType dtype);
 bool has_post_ops(const at::Tensor& x);
 
 // relu(conv + bias), or without the relu, as one oneDNN primitive.

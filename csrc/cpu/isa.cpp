@@ -43,10 +43,15 @@ Isa best() {
   return Isa::baseline;
 }
 
+const char* wished() {
+  const char* wish = std::getenv("RESNET_FUSED_ISA");
+  return wish && *wish ? wish : nullptr;
+}
+
 Isa detect() {
   const Isa found = best();
-  const char* wish = std::getenv("RESNET_FUSED_ISA");
-  if (!wish || !*wish) return found;
+  const char* wish = wished();
+  if (!wish) return found;
   std::string accepted;
   for (int i = 0; i <= static_cast<int>(Isa::amx_portable); ++i) {
     const Isa isa = static_cast<Isa>(i);
@@ -68,6 +73,11 @@ Isa isa() {
 Isa vector_isa() {
   static const Isa chosen = isa() == Isa::amx_portable ? best() : isa();
   return chosen;
+}
+
+bool is_forced() {
+  static const bool forced = wished() != nullptr;
+  return forced;
 }
 
 const char* name(Isa isa) { return kNames[static_cast<int>(isa)]; }

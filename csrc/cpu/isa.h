@@ -11,6 +11,9 @@ Isa isa();
 // The same for kernels without tiles.
 Isa vector_isa();
 
+// Whether RESNET_FUSED_ISA has chosen.
+bool is_forced();
+
 const char* name(Isa isa);
 
 }  // namespace resnet_fused::cpu

@@ -96,16 +96,19 @@ PYBIND11_MODULE(_C, m) {
         return resnet_fused::cpu::has_post_ops(THPVariable_Unpack(x.ptr()));
       },
       "See csrc/cpu/convolution.h.");
-  m.def(
-      "engine_reason",
-      [](const std::vector<int64_t>& ints, const std::vector<double>& floats,
-         const std::vector<std::vector<int64_t>>& weights, const pybind11::handle& dtype) {
-        TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "expected a dtype, got ", Py_TYPE(dtype.ptr())->tp_name);
-        const auto type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
-        return resnet_fused::cpu::engine::reason_against(
-            resnet_fused::BlockSpec::decode(ints, floats), weights, type);
-      },
-      "See csrc/cpu/engine/prepared_block.h.");
+  for (const auto& [name, question] :
+       {std::pair{"engine_reason_against", &resnet_fused::cpu::engine::reason_against},
+        std::pair{"engine_faster_elsewhere", &resnet_fused::cpu::engine::faster_elsewhere}})
+    m.def(
+        name,
+        [question](
+            const std::vector<int64_t>& ints, const std::vector<double>& floats,
+            const std::vector<std::vector<int64_t>>& weights, const pybind11::handle& dtype) {
+          TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "expected a dtype, got ", Py_TYPE(dtype.ptr())->tp_name);
+          const auto type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+          return question(resnet_fused::BlockSpec::decode(ints, floats), weights, type);
+        },
+        "See csrc/cpu/engine/prepared_block.h.");
   m.def("unchanged", &resnet_fused::unchanged, "See csrc/python/module_state.h.");
   m.def(
       "fingerprint",

@@ -64,8 +64,7 @@ class NativeBackend:
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
         if prepared.reason_against(x, params, spec) is None:
-            block = prepared.prepared(params, x, spec)
-            return operators.residual_block_prepared(x, block) if block.finite() else None
+            return prepared.prepared(params, x, spec).run(x)
         folded = folding.folded(params, x, spec)
         if not folded.finite:
             return None
@@ -88,8 +87,7 @@ class NativeBackend:
         """`infer` and max pooling (kernel, stride, padding) behind it, where the engine has both; else None."""
         if prepared.reason_against(x, params, spec) is not None:
             return None
-        block = prepared.prepared(params, x, spec, pool)
-        return operators.residual_block_prepared(x, block) if block.finite() else None
+        return prepared.prepared(params, x, spec, pool).run(x)
 
 
 def refuses(x: Tensor) -> str | None:

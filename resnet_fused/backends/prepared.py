@@ -8,7 +8,7 @@ the weights. What is prepared is kept as `folding` keeps its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,18 +23,45 @@ from resnet_fused.spec.facts import NONE, facts
 SCALAR_TYPES = {torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
 
 
+class Reason(NamedTuple):
+    """For a spec, as this very object; None: the engine runs it."""
+
+    spec: BlockSpec
+    reason: str | None
+
+
+class Prepared(NamedTuple):
+    """handle: a torch.classes.resnet_fused.PreparedBlock. finite: otherwise it must not run."""
+
+    handle: Any
+    finite: bool
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The block's result; None where PyTorch has to compute it (csrc/cpu/engine/prepared_block.h)."""
+        return operators.residual_block_prepared(x, self.handle) if self.finite else None
+
+    def describe(self, x: Tensor) -> str:
+        """How inputs like x run."""
+        images, _, height, width = x.shape
+        return str(self.handle.describe(images, height, width))
+
+
 def reason_against(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
     """Why the engine does not run this block in evaluation, and oneDNN's convolutions do, or None."""
     if x.device.type != "cpu":
         return f"the engine computes CPU tensors, x is on {x.device}"
-    known, key = params.kept.engine, (spec, x.dtype)
-    if key not in known:
-        known[key] = operators.engine_reason(spec, [p.weight for p in params.convs], x.dtype)
-    return known[key]
+    known = params.kept.engine.get(x.dtype)
+    if known is None or known.spec is not spec:
+        weights = [p.weight for p in params.convs]
+        reason = operators.engine_reason_against(spec, weights, x.dtype) or operators.engine_faster_elsewhere(
+            spec, weights, x.dtype
+        )
+        known = params.kept.engine[x.dtype] = Reason(spec, reason)
+    return known.reason
 
 
-def prepared(source: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int] = ()) -> Any:
-    """The block for inputs of x's dtype: a torch.classes.resnet_fused.PreparedBlock.
+def prepared(source: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int] = ()) -> Prepared:
+    """The block for inputs of x's dtype.
 
     source: the parameters as the caller owns them, not copies cast for one call.
     pool:   kernel, stride and padding of max pooling behind the block, or nothing.
@@ -44,7 +71,7 @@ def prepared(source: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int
 
 
 @torch.no_grad()
-def _prepare(params: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int]) -> Any:
+def _prepare(params: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int]) -> Prepared:
     known, last = facts(spec), len(spec.stages) - 1
     norms = [affine(s, p, torch.float32) for s, p in zip(spec.convs, params.convs, strict=True)]
     behind = [
@@ -60,7 +87,7 @@ def _prepare(params: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int
         behind[last] = torch.ones_like(a), b + b_skip
     pre = norms[0] if spec.order == "pre" else None
     encoded = encode(spec)
-    return torch.classes.resnet_fused.PreparedBlock(
+    handle = torch.classes.resnet_fused.PreparedBlock(
         [p.weight.detach() for p in params.convs],
         factors,
         [a for a, _ in behind],
@@ -75,6 +102,7 @@ def _prepare(params: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int
         encoded.floats,
         SCALAR_TYPES[x.dtype],
     )
+    return Prepared(handle, handle.finite())
 
 
 def _affine_behind(p: StageParams, norm: Affine | None) -> Affine:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.backends import dispatch, how
+from resnet_fused.backends import dispatch, how, prepared
 from resnet_fused.backends.folding import folded
 from resnet_fused.backends.tune import block_inputs
 from resnet_fused.errors import NotFusable
@@ -89,6 +89,7 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         params, spec = module.fused_describe()
     except NotFusable as reason:
         return "eager", str(reason)
+    given = x is not None
     if x is None:
         weight = params.stages[0].weight
         x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
@@ -98,8 +99,15 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
         notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
     evaluates = not (module.training or spec.batch_stats)
-    if backend == "native" and x.device.type == "cpu" and evaluates and not folded(params, x, spec).finite:
-        return "eager", "in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"
+    if backend == "native" and x.device.type == "cpu" and evaluates:
+        against = prepared.reason_against(x, params, spec)
+        finite = prepared.prepared(params, x, spec).finite if against is None else folded(params, x, spec).finite
+        if not finite:
+            return "eager", "in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"
+        if against is not None:
+            notes.append(f"evaluation runs oneDNN's convolutions: {against}")
+        elif given:
+            notes.append(f"engine: {prepared.prepared(params, x, spec).describe(x)}")
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)

@@ -68,7 +68,7 @@ def test_the_engine_pools() -> None:
         got = on_engine(x, params, spec, entry.pool)
         kept = prepared.prepared(params, x, spec, entry.pool)
         assert_equal(got, in_two(x, params, spec, *entry.pool))
-        assert_equal(torch.ops.resnet_fused.residual_block_prepared(x, kept), got)
+        assert_equal(kept.run(x), got)
 
 
 @dtypes

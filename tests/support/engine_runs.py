@@ -70,7 +70,7 @@ def threads(count: int) -> Iterator[None]:
 def on_engine(x: Tensor, params: BlockParams, spec: BlockSpec, pool: tuple[int, int, int] | None = None) -> Tensor:
     """The block, and pooling behind it, by the engine: fails where anything else would compute it."""
     assert prepared.reason_against(x, params, spec) is None
-    assert prepared.prepared(params, x, spec, pool or ()).finite()
+    assert prepared.prepared(params, x, spec, pool or ()).finite
     if pool is None:
         return functional.residual_block(x, params, spec, backend="native")
     return functional.residual_block_max_pool2d(x, params, spec, *pool, backend="native")
@@ -78,8 +78,7 @@ def on_engine(x: Tensor, params: BlockParams, spec: BlockSpec, pool: tuple[int, 
 
 def schedule_of(x: Tensor, params: BlockParams, spec: BlockSpec, pool: tuple[int, int, int] | None = None) -> str:
     """How inputs like x run, in words."""
-    batch, _, height, width = x.shape
-    return prepared.prepared(params, x, spec, pool or ()).describe(batch, height, width)
+    return prepared.prepared(params, x, spec, pool or ()).describe(x)
 
 
 def in_eager(x: Tensor, params: BlockParams, spec: BlockSpec, pool: tuple[int, int, int] | None = None) -> Tensor:

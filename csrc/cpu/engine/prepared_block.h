@@ -44,4 +44,8 @@ class PreparedBlock : public torch::CustomClassHolder {
 std::optional<std::string> reason_against(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype);
 
+// Why oneDNN's convolutions run such a block faster here, by a rule from the measurements beside it, or nullopt.
+std::optional<std::string> faster_elsewhere(
+    const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype);
+
 }  // namespace resnet_fused::cpu::engine

@@ -212,14 +212,18 @@ class Planner {
     double inside = 0;  // bytes between the convolutions of one item
     for (size_t i = 0; i < s.layouts.size(); ++i)
       if (buffered(s, i)) inside += static_cast<double>(s.layouts[i].bytes(m_.element));
+    // What lies between convolutions and outgrows the cache is fetched again for every panel: tiles whole, of which the
+    // processor has several under way, but vectors one value after the other.
+    const bool fits = s.images == 1 || inside <= (m_.whole_tiles ? 0.7 : 0.3) * cache;
+    const double again = fits ? 0 : inside * (m_.whole_tiles ? 2 : 16);
     if (s.splits_outputs) {
-      // each thread reads its share of the weights once and everything that the others have written
-      streamed = weights / static_cast<double>(threads) + inside;
+      // each thread reads its share of the weights once, and out of other cores everything that the others have written
+      streamed = weights / static_cast<double>(threads) + 3 * inside + (m_.whole_tiles ? 0 : again);
       const double item = products + streamed / kBytesPerCycle + static_cast<double>(chain_.size()) * kMeeting;
       return item * static_cast<double>(s.items);
     }
     streamed = weights * (weights > 0.6 * cache ? each : 1.0);
-    if (s.images > 1 && inside > 0.7 * cache) streamed += 2 * inside * each;
+    streamed += again * each;
     return products / static_cast<double>(s.parts.size()) * each + streamed / kBytesPerCycle + kMeeting;
   }
 };

@@ -1,8 +1,8 @@
 // Products by tiles (AMX): 32 positions times a panel in four accumulators, one tile loaded for each product.
 // Included once per body of the tile operations, after epilogue_impl.h; Tiles holds these operations.
 //
-// The epilogue of a tile runs between the products of the next one: tiles are multiplied by a unit of their own, which
-// would wait while the vector units finish what it made.
+// Sums leave the tiles between the first products of the next ones, and their epilogue runs between the products that
+// follow: tiles are multiplied by a unit of their own, which would wait while the vector units finish what it made.
 
 namespace resnet_fused::cpu::KERNELS_ISA {
 
@@ -56,16 +56,17 @@ static void multiply_tiles(const Task<bf16>& task) {
   alignas(64) unsigned char unused[1024];
   int64_t products = 0;
   for (const auto& f : task.factors) products += f.tap_count * f.depth / 32;
-  const int rows_at_once = static_cast<int>((31 + products) / products);
-  Pending pending{{}, 0, 0, 0, nullptr};
+  // half a tile at a time: each beginning costs as much as a row
+  const int rows_at_once = products == 1 ? 32 : 16;
+  const int64_t interval = products < 2 ? 1 : products / 2;
+  Pending pending{{}, 0, 0, 0, sums[0]};
   int current = 0;
   Prefetch prefetch{nullptr, nullptr, 0};
 
   const auto tile = [&](const Rows* rows, const Rows* second, int64_t panel) {
-    Tiles::template zero<0>();
-    Tiles::template zero<1>();
-    Tiles::template zero<2>();
-    Tiles::template zero<3>();
+    float* out = sums[current];  // of the tile before
+    bool first = true;
+    int64_t until = 1;
     int since_store = 0;
     for (const Factor<bf16>& f : task.factors) {
       const int64_t taps = f.tap_count, depth = f.depth, pitch = f.pitch, row_bytes = 2 * f.pitch;
@@ -78,13 +79,34 @@ static void multiply_tiles(const Task<bf16>& task) {
         for (int64_t k = 0; k < depth; k += 32, w += 1024) {
           Tiles::template load_once<6>(w, 64);
           Tiles::template load<4>(upper + shift + k, row_bytes);
-          Tiles::template multiply<0, 4, 6>();
-          Tiles::template load_once<7>(w + 512, 64);
-          Tiles::template multiply<1, 4, 7>();
-          Tiles::template load<5>(lower + shift + k, row_bytes);
-          Tiles::template multiply<2, 5, 6>();
-          Tiles::template multiply<3, 5, 7>();
-          if (pending.next < pending.count) finish_some<Finish>(pending, e, rows_at_once);
+          if (first) {
+            Tiles::template store<0>(out, 4 * kPanel);
+            Tiles::template zero<0>();
+            Tiles::template multiply<0, 4, 6>();
+            Tiles::template load_once<7>(w + 512, 64);
+            Tiles::template store<1>(out + 16, 4 * kPanel);
+            Tiles::template zero<1>();
+            Tiles::template multiply<1, 4, 7>();
+            Tiles::template load<5>(lower + shift + k, row_bytes);
+            Tiles::template store<2>(out + 16 * kPanel, 4 * kPanel);
+            Tiles::template zero<2>();
+            Tiles::template multiply<2, 5, 6>();
+            Tiles::template store<3>(out + 16 * kPanel + 16, 4 * kPanel);
+            Tiles::template zero<3>();
+            Tiles::template multiply<3, 5, 7>();
+            first = false;
+          } else {
+            Tiles::template multiply<0, 4, 6>();
+            Tiles::template load_once<7>(w + 512, 64);
+            Tiles::template multiply<1, 4, 7>();
+            Tiles::template load<5>(lower + shift + k, row_bytes);
+            Tiles::template multiply<2, 5, 6>();
+            Tiles::template multiply<3, 5, 7>();
+          }
+          if (--until == 0) {
+            if (pending.next < pending.count) finish_some<Finish>(pending, e, rows_at_once);
+            until = interval;
+          }
           if (prefetch.next < prefetch.end) prefetch.some();
           // without a store for about 2,000 cycles the next one takes about 900 more
           if (++since_store % 16 == 0) Tiles::template store<4>(unused, 64);
@@ -92,13 +114,8 @@ static void multiply_tiles(const Task<bf16>& task) {
       }
     }
     if (pending.next < pending.count) finish_some<Finish>(pending, e, 32);
-    float* out = sums[current];
-    Tiles::template store<0>(out, 4 * kPanel);
-    Tiles::template store<1>(out + 16, 4 * kPanel);
-    Tiles::template store<2>(out + 16 * kPanel, 4 * kPanel);
-    Tiles::template store<3>(out + 16 * kPanel + 16, 4 * kPanel);
-    pending = {{rows, second}, panel * kPanel, 0, second == rows ? 16 : 32, out};
     current ^= 1;
+    pending = {{rows, second}, panel * kPanel, 0, second == rows ? 16 : 32, sums[current]};
   };
   const auto pair = [&](int64_t row, int64_t panel) {
     const Rows* rows = task.rows + row;
@@ -115,6 +132,11 @@ static void multiply_tiles(const Task<bf16>& task) {
     for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel)
       for (int64_t row = 0; row < task.row_count; row += 2) pair(row, panel);
   }
+  float* out = sums[current];
+  Tiles::template store<0>(out, 4 * kPanel);
+  Tiles::template store<1>(out + 16, 4 * kPanel);
+  Tiles::template store<2>(out + 16 * kPanel, 4 * kPanel);
+  Tiles::template store<3>(out + 16 * kPanel + 16, 4 * kPanel);
   finish_some<Finish>(pending, e, 32);
 }
 
