@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make format | make bench | make gpu | make clean
+# make demo | make test | make lint | make format | make bench | make sanitize | make gpu | make clean
 #
 # Everything runs in .venv, made on first use. An existing environment that has torch can be named instead:
 #   make demo PYTHON=/path/to/python
@@ -18,9 +18,9 @@ endif
 CLANG_FORMAT := $(RUN) -c 'from clang_format import clang_format; clang_format()'
 PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/engine/*.cpp)
 
-.PHONY: setup demo test lint format bench gpu clean
+.PHONY: setup demo test lint format bench sanitize gpu clean
 setup: $(READY)
 
 # torch comes first and pinned: the extension is compiled against it, without build isolation.
@@ -51,6 +51,17 @@ test: $(READY)
 bench: $(READY)
 	$(RUN) -m pytest benches/operators.py benches/blocks.py
 	$(RUN) -m resnet_fused bench --mode eval train
+
+# The engine's convolutions without torch, by every instruction set at hand: memory, arithmetic, threads.
+SANITIZED := tests/cpu/engine/sanitize.cpp csrc/cpu/engine/layout.cpp csrc/cpu/engine/schedule.cpp \
+  $(wildcard csrc/cpu/engine/products_*.cpp)
+SANITIZE := $(CXX) -std=c++20 -O1 -g -w -pthread -fno-trapping-math -fno-sanitize-recover=all
+sanitize:
+	mkdir -p build/sanitize
+	$(SANITIZE) -fsanitize=address,undefined $(SANITIZED) -o build/sanitize/memory
+	build/sanitize/memory 200
+	$(SANITIZE) -fsanitize=thread $(SANITIZED) -o build/sanitize/threads
+	build/sanitize/threads 100
 
 # Compiling Triton's kernels takes most of the tests' time, so they run in parts side by side; what counts launches or
 # needs most of the memory follows alone, then small blocks of the native kernels under compute-sanitizer, where there is

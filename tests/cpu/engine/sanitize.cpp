@@ -1,0 +1,310 @@
+// Random convolutions through layouts, schedules and the products of every instruction set that this machine has, each
+// buffer alone on the heap and exactly as large as its layout says: `make sanitize` compiles this with AddressSanitizer
+// and UndefinedBehaviorSanitizer, and again with ThreadSanitizer. Torch-free; the tables are chosen here, not by
+// isa.cpp.
+//
+// What AMX loads is not seen by a sanitizer; amx_portable reads the same in C++.
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../../csrc/cpu/engine/schedule.h"
+
+namespace resnet_fused::cpu {
+
+#define TABLE(isa, type)                        \
+  namespace isa {                               \
+  const engine::Products<type>& products(type); \
+  }
+TABLE(baseline, float)
+TABLE(baseline, bf16)
+TABLE(amx_portable, bf16)
+#if defined(__x86_64__)
+TABLE(avx2, float)
+TABLE(avx2, bf16)
+TABLE(avx512, float)
+TABLE(avx512, bf16)
+TABLE(avx512_bf16, bf16)
+TABLE(amx, bf16)
+#endif
+#undef TABLE
+
+namespace engine {
+namespace {
+
+std::mt19937 generator(1);
+int64_t any(int64_t from, int64_t to) { return std::uniform_int_distribution<int64_t>(from, to)(generator); }
+
+float to_float(float v) { return v; }
+float to_float(bf16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+template <class T>
+T small(int64_t v) {  // exact in both types, and so are sums of them
+  const float f = static_cast<float>(v);
+  if constexpr (sizeof(T) == 4) {
+    return f;
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    return T{static_cast<uint16_t>(bits >> 16)};
+  }
+}
+
+template <class T>
+std::unique_ptr<T[]> exactly(int64_t count) {  // not filled: what is read without having been written shows as garbage
+  std::unique_ptr<T[]> memory(new T[count]);
+  std::memset(memory.get(), 0xff, count * sizeof(T));  // NaN
+  return memory;
+}
+
+int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+template <class T>
+struct Convolution {
+  Window window;
+  Size input, output;
+  int64_t images, in, out;
+  std::unique_ptr<T[]> x, weight;  // [N, H, W, C], [O, R, S, C]
+
+  Convolution() {
+    do {
+      for (int d = 0; d < 2; ++d) {
+        window.kernel[d] = any(1, 5);
+        window.stride[d] = any(1, 3);
+        window.padding[d] = any(0, 3);
+        window.dilation[d] = any(1, 2);
+      }
+      if (any(0, 3) == 0) window = {{1, 1}, {1, 1}, {0, 0}, {1, 1}};
+      input = {any(1, 9), any(1, 12)};
+      output = window.output(input);
+    } while (output.height < 1 || output.width < 1);
+    images = any(1, 6);
+    in = any(0, 2) == 0 ? 32 * any(1, 2) : any(1, 40);
+    out = any(1, 70);
+    const int64_t values = images * input.pixels() * in, weights = out * window.kernel[0] * window.kernel[1] * in;
+    x = exactly<T>(values);
+    weight = exactly<T>(weights);
+    for (int64_t i = 0; i < values; ++i) x[i] = small<T>(any(-2, 2));
+    for (int64_t i = 0; i < weights; ++i) weight[i] = small<T>(any(-1, 1));
+  }
+
+  const T* pixel(int64_t n, int64_t y, int64_t c) const {
+    if (y < 0 || c < 0 || y >= input.height || c >= input.width) return nullptr;
+    return x.get() + ((n * input.height + y) * input.width + c) * in;
+  }
+
+  Layout::Kind kind() const {
+    if (window.is_pixel()) return Layout::Kind::pixels;
+    if (window.kernel[1] > 1 && window.kernel[1] * in <= 32) return Layout::Kind::folded;
+    return any(0, 1) ? Layout::Kind::planes : Layout::Kind::columns;
+  }
+
+  float expected(int64_t n, int64_t o, int64_t y, int64_t c) const {
+    float sum = 0;
+    for (int64_t r = 0; r < window.kernel[0]; ++r)
+      for (int64_t s = 0; s < window.kernel[1]; ++s) {
+        const T* at = pixel(
+            n, y * window.stride[0] - window.padding[0] + r * window.dilation[0],
+            c * window.stride[1] - window.padding[1] + s * window.dilation[1]);
+        const T* w = weight.get() + ((o * window.kernel[0] + r) * window.kernel[1] + s) * in;
+        for (int64_t k = 0; at && k < in; ++k) sum += to_float(at[k]) * to_float(w[k]);
+      }
+    return std::max(sum, 0.0f);
+  }
+};
+
+template <class T>
+int64_t offset_in_panel(int64_t channel, int64_t output) {  // as in pack.cpp
+  if (sizeof(T) == 4) return channel * kPanel + output;
+  return channel / 32 * 1024 + output / 16 * 512 + channel % 32 / 2 * 32 + output % 16 * 2 + channel % 2;
+}
+
+// [panel][tap][depth][32], as pack.cpp has it.
+template <class T>
+std::unique_ptr<T[]> pack(const Convolution<T>& c, const Layout& l, int64_t taps, int64_t panels) {
+  auto packed = exactly<T>(panels * taps * l.depth * kPanel);
+  std::memset(packed.get(), 0, panels * taps * l.depth * kPanel * sizeof(T));
+  const auto [height, width] = c.window.kernel;
+  for (int64_t o = 0; o < c.out; ++o)
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t s = 0; s < width; ++s)
+        for (int64_t k = 0; k < c.in; ++k) {
+          const bool rows = l.kind == Layout::Kind::columns, columns = rows || l.kind == Layout::Kind::folded;
+          const int64_t tap = (rows ? 0 : r) * (columns ? 1 : width) + (columns ? 0 : s);
+          const int64_t channel = ((rows ? r : 0) * width + (columns ? s : 0)) * c.in + k;
+          packed[(o / kPanel * taps + tap) * l.depth * kPanel + offset_in_panel<T>(channel, o % kPanel)] =
+              c.weight[((o * height + r) * width + s) * c.in + k];
+        }
+  return packed;
+}
+
+// What a step reads of the images of an item, in a buffer of the layout's size.
+template <class T>
+std::unique_ptr<T[]> lay_out_input(const Convolution<T>& c, const Layout& l, int64_t first, const Step& step) {
+  auto buffer = exactly<T>(l.positions * l.pitch);
+  const auto& w = c.window;
+  const auto put = [&](T* to, const T* from, int64_t count) {
+    if (from)
+      std::memcpy(to, from, count * sizeof(T));
+    else
+      std::memset(to, 0, count * sizeof(T));
+  };
+  for (const int32_t position : l.zeros) put(buffer.get() + position * l.pitch, nullptr, l.pitch);
+  for (int64_t n = 0; n < l.images; ++n) {
+    if (l.kind == Layout::Kind::planes) {
+      for (int64_t p = 0; p < l.input.pixels(); ++p) {
+        const int64_t place = l.place[n * l.input.pixels() + p];
+        if (place < 0) continue;
+        put(buffer.get() + place * l.pitch, nullptr, l.pitch);
+        put(buffer.get() + place * l.pitch, c.pixel(first + n, p / l.input.width, p % l.input.width), c.in);
+      }
+    } else if (l.kind == Layout::Kind::folded) {
+      for (int64_t y = step.staged_begin; y < step.staged_end; ++y) {
+        const int64_t phase = (y + w.padding[0]) % w.stride[0], row = (y + w.padding[0]) / w.stride[0] - step.begin;
+        for (int64_t o = 0; o < l.output.width; ++o) {
+          T* to = buffer.get() + (phase * l.plane + row * l.row + o) * l.pitch;
+          put(to, nullptr, l.pitch);
+          for (int64_t s = 0; s < w.kernel[1]; ++s)
+            put(to + s * c.in, c.pixel(first + n, y, o * w.stride[1] - w.padding[1] + s * w.dilation[1]), c.in);
+        }
+      }
+    } else {
+      for (int64_t y = 0; y < l.output.height; ++y)
+        for (int64_t o = 0; o < l.output.width; ++o) {
+          T* to = buffer.get() + l.position(n, y, o) * l.pitch;
+          put(to, nullptr, l.pitch);
+          for (int64_t tap = 0; tap < w.kernel[0] * w.kernel[1]; ++tap)
+            put(to + tap * c.in,
+                c.pixel(
+                    first + n, y * w.stride[0] - w.padding[0] + tap / w.kernel[1] * w.dilation[0],
+                    o * w.stride[1] - w.padding[1] + tap % w.kernel[1] * w.dilation[1]),
+                c.in);
+        }
+    }
+  }
+  return buffer;
+}
+
+template <class T>
+void check(const char* isa, const Products<T>& products) {
+  const Convolution<T> c;
+  const int64_t threads = any(1, 3), panels = (c.out + kPanel - 1) / kPanel;
+  const auto kind = c.kind();
+  const Machine machine{threads,   any(1, 64) * 1024, products.tile_rows, products.reads_whole_tiles,
+                        sizeof(T), kDepthStep<T>};
+  const bool columns = kind == Layout::Kind::columns;
+  const int64_t all_taps = c.window.kernel[0] * c.window.kernel[1];
+  const Shape shape{c.window, 1, c.in, c.out, kind, panels, round_up(all_taps * c.in, kDepthStep<T>)};
+  const Schedule s = make_schedule({shape}, nullptr, nullptr, c.images, c.input, false, machine);
+  const Layout& l = s.layouts[0];
+  const int64_t taps = columns ? 1 : static_cast<int64_t>(l.taps.size());
+  const auto weights = pack(c, l, taps, panels);
+  auto out = exactly<T>(c.images * c.output.pixels() * c.out);
+  const std::vector<float> scale(panels * kPanel, 1.0f), shift(panels * kPanel, 0.0f);
+
+  const auto run = [&](int64_t item, const Step& step, const T* input, int64_t begin, int64_t end) {
+    Task<T> task{};
+    auto& f = task.factors[0];
+    f.input = input;
+    f.pitch = l.pitch;
+    f.taps = l.taps.data();
+    f.tap_count = taps;
+    f.depth = l.depth;
+    f.weights = weights.get();
+    task.rows = step.tiles.data();
+    task.row_count = static_cast<int64_t>(step.tiles.size());
+    task.panel_begin = begin;
+    task.panel_end = end;
+    task.panels_inner = item % 2 == 0;
+    auto& e = task.epilogue;
+    e.scale = scale.data();
+    e.shift = shift.data();
+    e.act.kind = ActivationKind::relu;
+    e.target = s.targets[0].data();
+    e.out = out.get() + item * s.images * c.output.pixels() * c.out;
+    e.pitch = e.channels = c.out;
+    products.multiply(task);
+  };
+  // a thread for each part, or for each share of the outputs: none waits for another
+  for (int64_t item = 0; item < s.items; ++item)
+    for (size_t first = 0; first < s.parts.size(); first += threads) {
+      std::vector<std::thread> running;
+      const size_t beyond = std::min(s.parts.size(), first + threads);
+      for (size_t p = first; p < beyond; ++p)
+        running.emplace_back([&, p] {
+          for (const Step& step : s.parts[p]) {
+            const auto buffer = s.reads_x ? nullptr : lay_out_input(c, l, item * s.images, step);
+            const T* input = s.reads_x ? c.x.get() + item * s.images * c.input.pixels() * c.in : buffer.get();
+            if (l.kind == Layout::Kind::folded) input -= step.begin * l.output.width * l.pitch;
+            std::vector<std::thread> sharing;
+            const int64_t shares = s.splits_outputs ? std::min(threads, panels) : 1;
+            for (int64_t t = 0; t < shares; ++t)
+              sharing.emplace_back([&, t] { run(item, step, input, t * panels / shares, (t + 1) * panels / shares); });
+            for (auto& thread : sharing) thread.join();
+          }
+        });
+      for (auto& thread : running) thread.join();
+    }
+
+  for (int64_t n = 0; n < c.images; ++n)
+    for (int64_t p = 0; p < c.output.pixels(); ++p)
+      for (int64_t o = 0; o < c.out; ++o) {
+        const float got = to_float(out[(n * c.output.pixels() + p) * c.out + o]);
+        const float expected = c.expected(n, o, p / c.output.width, p % c.output.width);
+        if (std::fabs(got - expected) <= expected / 256 * (sizeof(T) == 2)) continue;  // false for NaN
+        std::printf("%s: got %g instead of %g, layout %d\n", isa, got, expected, static_cast<int>(l.kind));
+        std::exit(1);
+      }
+}
+
+#if defined(__x86_64__)
+bool has_tiles() {
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
+int main_of(int64_t each) {
+  for (int64_t i = 0; i < each; ++i) {
+    check<float>("baseline", baseline::products(float{}));
+    check<bf16>("baseline", baseline::products(bf16{}));
+    if (i % 4 == 0) check<bf16>("amx_portable", amx_portable::products(bf16{}));
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      check<float>("avx2", avx2::products(float{}));
+      check<bf16>("avx2", avx2::products(bf16{}));
+    }
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      check<float>("avx512", avx512::products(float{}));
+      check<bf16>("avx512", avx512::products(bf16{}));
+      if (__builtin_cpu_supports("avx512bf16")) check<bf16>("avx512_bf16", avx512_bf16::products(bf16{}));
+    }
+    if (has_tiles()) check<bf16>("amx", amx::products(bf16{}));
+#endif
+  }
+  std::puts("clean");
+  return 0;
+}
+
+}  // namespace
+}  // namespace engine
+}  // namespace resnet_fused::cpu
+
+int main(int argc, char** argv) { return resnet_fused::cpu::engine::main_of(argc > 1 ? std::atoll(argv[1]) : 40); }
