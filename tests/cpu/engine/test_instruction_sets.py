@@ -57,18 +57,16 @@ def test_a_name_this_machine_lacks_is_refused() -> None:
         assert f'ValueError: RESNET_FUSED_ISA is "{isa}"; accepted on this processor' in ask(isa).stderr
 
 
-def test_an_empty_name_leaves_the_choice_to_the_processor() -> None:
-    assert "computed" in ask("").stdout
-
-
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_as_exact_as_eager(isa: str, tmp_path: Path) -> None:
     if isa not in accepted():
         pytest.skip(f"this machine has no {isa}")
     dtypes = ("float32", "bfloat16") if isa in FLOAT32 else ("bfloat16",)
-    report = report_of(isa, dtypes, tmp_path)
+    slow = ("bands", "wide", "large") if isa == "amx_portable" else ()  # a hundred times slower, by amx's schedules
+    names = [name for name in TABLE if not name.startswith(slow)] if slow else list(TABLE)
+    report = report_of(isa, dtypes, tmp_path, *names)
     assert not report.wrong
-    assert len(report.ratios) == len(TABLE) * len(dtypes)
+    assert len(report.ratios) == len(names) * len(dtypes)
     for dtype in dtypes:
         ratios = {name: ratio for name, ratio in report.ratios.items() if name.endswith(dtype)}
         mean = Report(ratios=ratios).mean_ratio
