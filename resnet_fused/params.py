@@ -46,7 +46,7 @@ class Kept:
     likewise. engine: `prepared.reason_against`, by dtype.
     """
 
-    __slots__ = ("checked", "folded", "engine")
+    __slots__ = ("checked", "engine", "folded")
 
     def __init__(self) -> None:
         self.checked: Any = None

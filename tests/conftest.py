@@ -13,6 +13,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; before torch reads it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more threads than cores must not wait for each other spinning
 
 import torch
 

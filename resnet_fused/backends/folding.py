@@ -100,7 +100,7 @@ def kept_or_made(source: BlockParams, x: Tensor, spec: BlockSpec, key: tuple[Any
         and (kept.spec is spec or kept.spec == spec)
         and (kept.steps == Steps.taken or _survives(kept, source, x))
     ):
-        return kept.made  # type: ignore[no-any-return]
+        return kept.made
     steps, everything = Steps.taken, operators.fingerprint(source.tensors, "everything")
     made = make()
     source.kept.folded = _Kept(spec, key, samples, everything, steps, made)

@@ -82,7 +82,6 @@ class NativeBackend:
         # a packed weight has lost the memory format that, with x's, decides on the output's
         return out.contiguous(memory_format=torch.channels_last) if folded.channels_last else out
 
-
     def infer_pooled(self, x: Tensor, params: BlockParams, spec: BlockSpec, pool: Sequence[int]) -> Tensor | None:
         """`infer` and max pooling (kernel, stride, padding) behind it, where the engine has both; else None."""
         if prepared.reason_against(x, params, spec) is not None:

@@ -142,19 +142,19 @@ def residual_block_prepared(x: Tensor, block: Any) -> Tensor | None:
     None where PyTorch has to compute it: an intermediate value that a grouped convolution reads is not finite.
     """
     require()
-    return torch.ops.resnet_fused.residual_block_prepared.default(x, block)  # type: ignore[no-any-return]
+    return torch.ops.resnet_fused.residual_block_prepared.default(x, block)
 
 
 def engine_reason_against(spec: BlockSpec, weights: Sequence[Tensor], dtype: torch.dtype) -> str | None:
     """Why the CPU's own engine has no kernels for such a block, or None (csrc/cpu/engine/prepared_block.h)."""
     if _C is None:
         return _load_error
-    return _C.engine_reason_against(*encode(spec), [list(w.shape) for w in weights], dtype)  # type: ignore[no-any-return]
+    return _C.engine_reason_against(*encode(spec), [list(w.shape) for w in weights], dtype)
 
 
 def engine_faster_elsewhere(spec: BlockSpec, weights: Sequence[Tensor], dtype: torch.dtype) -> str | None:
     """Why oneDNN's convolutions run such a block faster than the engine's on this machine, or None."""
-    return _C.engine_faster_elsewhere(*encode(spec), [list(w.shape) for w in weights], dtype)  # type: ignore[no-any-return]
+    return _C.engine_faster_elsewhere(*encode(spec), [list(w.shape) for w in weights], dtype)
 
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:

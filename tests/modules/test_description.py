@@ -205,7 +205,7 @@ def test_a_registered_adapter_is_asked_every_time(monkeypatch: pytest.MonkeyPatc
         eager.factor[0] = fused.factor[0] = factor
         with torch.no_grad():
             torch.testing.assert_close(fused(picture()), eager(picture()))
-        folded.append(fused._fused_description.block[0].kept.folded.block)  # type: ignore[index, union-attr]
+        folded.append(fused._fused_description.block[0].kept.folded.made)  # type: ignore[index, union-attr]
     assert folded[0] is folded[1] is not folded[2]
 
 

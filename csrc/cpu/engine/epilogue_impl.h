@@ -1,14 +1,17 @@
-// What becomes of sums of products; included once per file of kernels, after vectors_impl.h.
+// What becomes of sums of products; included once per file of kernels.
 //
 // A full panel with ReLU or no activation and no scale but the norm's is finished in registers, everything else in the
 // first cache.
+
+#include "vectors_impl.h"
 
 namespace resnet_fused::cpu::KERNELS_ISA {
 
 using engine::Epilogue;
 using engine::kPanel;
 
-// Rows [from, to) of a tile of sums, of the channels from `channel` on, to the positions of the output that `target` tells.
+// Rows [from, to) of a tile of sums, of the channels from `channel` on, to the positions of the output that `target`
+// tells.
 template <class T, bool relu, bool adds, bool watches>
 struct InRegisters {
   static inline void rows(
@@ -43,8 +46,7 @@ struct InRegisters {
 
 template <class T>
 struct InMemory {
-  static void rows(
-      const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
+  static void rows(const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
     for (int r = from; r < to; ++r)
       if (target[r] >= 0) row(sums + r * kPanel, e, channel, target[r]);
   }
@@ -82,7 +84,8 @@ static inline void with_finish(const Epilogue<T>& e, const Body& body) {
   const bool relu = e.act.is(ActivationKind::relu);
   const bool plain = !e.branch_scale && !e.residual_scale && (relu || e.act.is(ActivationKind::identity));
   if (!plain || (e.residual && e.not_finite)) return body(InMemory<T>{});
-  if (e.not_finite) return relu ? body(InRegisters<T, true, false, true>{}) : body(InRegisters<T, false, false, true>{});
+  if (e.not_finite)
+    return relu ? body(InRegisters<T, true, false, true>{}) : body(InRegisters<T, false, false, true>{});
   if (e.residual) return relu ? body(InRegisters<T, true, true, false>{}) : body(InRegisters<T, false, true, false>{});
   return relu ? body(InRegisters<T, true, false, false>{}) : body(InRegisters<T, false, false, false>{});
 }

@@ -9,8 +9,8 @@ int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step
 
 // One dimension of planes: the coordinates of phase a are those of padded inputs a, a + stride, a + 2 stride, ...
 struct Dimension {
-  int64_t extent;                  // coordinates of every plane, the padding of two neighbours shared
-  std::vector<int64_t> beyond;     // by phase: one past the last coordinate that is read, 0: never read
+  int64_t extent;               // coordinates of every plane, the padding of two neighbours shared
+  std::vector<int64_t> beyond;  // by phase: one past the last coordinate that is read, 0: never read
 };
 
 Dimension planes_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -21,7 +21,8 @@ Dimension planes_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int
   }
   for (int64_t phase = 0; phase < stride; ++phase) {
     if (d.beyond[phase] == 0) continue;
-    const int64_t first = std::max<int64_t>(0, (padding - phase + stride - 1) / stride);  // the first that is no padding
+    const int64_t first =
+        std::max<int64_t>(0, (padding - phase + stride - 1) / stride);  // the first that is no padding
     const int64_t last = (in - 1 + padding - phase) / stride;
     if (in - 1 + padding < phase || first > last) continue;  // only padding
     // what is read beyond the extent has to be the next row's padding, and no pixel may lie there
@@ -115,7 +116,7 @@ Layout lay_out(
   l.output = window.output(input);
   l.channels = channels;
   l.window = window;
-  const int64_t across = kind == Layout::Kind::columns ? window.kernel[0] * window.kernel[1]
+  const int64_t across = kind == Layout::Kind::columns  ? window.kernel[0] * window.kernel[1]
                          : kind == Layout::Kind::folded ? window.kernel[1]
                                                         : 1;
   l.pitch = l.depth = round_up(across * channels, step);
@@ -156,7 +157,8 @@ std::vector<Rows> Layout::tiles(int64_t begin, int64_t end, int64_t tile_rows, b
     const int64_t count = (to - from + tile_rows - 1) / tile_rows;
     const int64_t part = whole ? tile_rows : (to - from + count - 1) / count;
     for (int64_t at = from; at < to; at += part) {
-      const int64_t stop = std::min(at + part, to), excess = whole ? std::max<int64_t>(0, at + tile_rows - readable) : 0;
+      const int64_t stop = std::min(at + part, to),
+                    excess = whole ? std::max<int64_t>(0, at + tile_rows - readable) : 0;
       const int64_t first = at - excess;
       tiles.push_back(
           {static_cast<int32_t>(first), static_cast<int16_t>(at - first), static_cast<int16_t>(stop - first)});

@@ -37,18 +37,18 @@ struct Layout {
               // and with odd ones lie apart, and the buffer holds those of a band
   };
   Kind kind;
-  int64_t images;     // side by side, the last dimension before the channels; pixels, columns: one after another
+  int64_t images;  // side by side, the last dimension before the channels; pixels, columns: one after another
   Size input, output;
   int64_t channels;
-  int64_t pitch;      // elements of a position
-  int64_t depth;      // elements of a tap
-  int64_t positions;  // with those that a tile reads beyond the last output
-  int64_t row;        // positions of an output row and its padding, of one image
-  int64_t plane;      // folded: positions of one phase of the stride
-  std::vector<int64_t> taps;    // shifts in elements
-  std::vector<int32_t> place;   // planes: of each pixel of `images` images, -1: never read
-  std::vector<int32_t> zeros;   // planes: positions that no pixel fills
-  std::vector<int32_t> pixel;   // which output (image, row, column) a position is, -1: none
+  int64_t pitch;               // elements of a position
+  int64_t depth;               // elements of a tap
+  int64_t positions;           // with those that a tile reads beyond the last output
+  int64_t row;                 // positions of an output row and its padding, of one image
+  int64_t plane;               // folded: positions of one phase of the stride
+  std::vector<int64_t> taps;   // shifts in elements
+  std::vector<int32_t> place;  // planes: of each pixel of `images` images, -1: never read
+  std::vector<int32_t> zeros;  // planes: positions that no pixel fills
+  std::vector<int32_t> pixel;  // which output (image, row, column) a position is, -1: none
   Window window;
 
   int64_t position(int64_t image, int64_t y, int64_t x) const {

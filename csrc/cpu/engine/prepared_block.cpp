@@ -103,7 +103,8 @@ class Prepared final : public PreparedBlock {
         conv.scale = to_floats(given.scales[i], padded, 0.0f);
         conv.shift = to_floats(given.shifts[i], padded, 0.0f);
         finite_ = finite_ && all_finite(conv.scale) && all_finite(conv.shift);
-        const int64_t behind = spec_.order == Order::pre && static_cast<int64_t>(i) == last ? kNone : stage.output_stage;
+        const int64_t behind =
+            spec_.order == Order::pre && static_cast<int64_t>(i) == last ? kNone : stage.output_stage;
         if (behind != kNone) {
           conv.act = spec_.convs[behind].act;
           conv.slope = slopes(given.slopes[behind], conv.act, out, padded);
@@ -225,11 +226,12 @@ class Prepared final : public PreparedBlock {
     return kept;
   }
   std::shared_ptr<const Schedule> make(int64_t images, Size input) const {
-    const Machine machine{
-        at::get_num_threads(), second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles,
-        static_cast<int64_t>(sizeof(T)), kDepthStep<T>};
+    const Machine machine{at::get_num_threads(),           second_cache(),
+                          products<T>().tile_rows,         products<T>().reads_whole_tiles,
+                          static_cast<int64_t>(sizeof(T)), kDepthStep<T>};
     const Shape* projection = spec_.has_projection() ? &convs_[spec_.projection()].shape : nullptr;
-    return std::make_shared<Schedule>(make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, stages_x_, machine));
+    return std::make_shared<Schedule>(
+        make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, stages_x_, machine));
   }
 
   void run_apart(Call& call) const {
@@ -255,7 +257,8 @@ class Prepared final : public PreparedBlock {
     for (int64_t item = 0; item < s.items; ++item)
       for (const Step& step : s.parts[0]) {
         const int64_t height = step.conv == 0 ? step.staged_end - step.staged_begin : 0;
-        if ((step.conv == 0 && !s.reads_x) || (step.conv == spec_.last() && spec_.has_projection() && !s.projection_reads_x))
+        if ((step.conv == 0 && !s.reads_x) ||
+            (step.conv == spec_.last() && spec_.has_projection() && !s.projection_reads_x))
           each_in_parallel(threads, [&](int64_t t) {
             Step share = step;
             share.staged_begin = step.staged_begin + t * height / threads;
@@ -304,8 +307,7 @@ class Prepared final : public PreparedBlock {
   }
 
   // Of x what the step, or a share of it, reads and cannot read in place. first_row: of the whole step's outputs.
-  void lay_out_input(
-      Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t first_row) const {
+  void lay_out_input(Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t first_row) const {
     const Schedule& s = call.schedule;
     if (step.conv == 0 && !s.reads_x) {
       const Layout& l = s.layouts[0];
@@ -355,8 +357,7 @@ class Prepared final : public PreparedBlock {
     if (watches_x() && !row_kernels<T>().all_finite(to, count * pitch)) call.wild = true;
   }
 
-  void fill_planes(
-      Call& call, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) const {
+  void fill_planes(Call& call, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) const {
     const int64_t width = l.input.width, stride = l.window.stride[1];
     const T* x = data(call.x) + image * l.input.pixels() * l.channels;
     for (int64_t y = begin; y < end; ++y) {
@@ -485,7 +486,8 @@ class Prepared final : public PreparedBlock {
     task.panel_end = panel_end;
     int64_t depth = 0;
     for (const auto& f : task.factors) depth += f.tap_count * f.depth;
-    task.panels_inner = depth * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
+    task.panels_inner =
+        depth * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
     task.prefetches = s.buffers[step.conv] < 0;
     auto& e = task.epilogue;
     e.scale = conv.scale.data();
@@ -551,8 +553,9 @@ std::optional<std::string> reason_against(
 }
 
 // Measured with torch 2.13 on a Sapphire Rapids processor, 2 threads, ResNet-50 at 224 x 224 (oneDNN's time / ours, the
-// range of its blocks): AMX 1.2 to 2.1 at batch 16, 1.3 to 1.8 at batch 1. float32 by AVX-512, batch 16: 1.03 to 1.28 where
-// the weights fit the second cache (stages 1 and 2), 0.84 to 0.90 where they do not. bfloat16 by AVX512-BF16 0.87 to 1.0.
+// range of its blocks): AMX 1.2 to 2.1 at batch 16, 1.3 to 1.8 at batch 1. float32 by AVX-512, batch 16: 1.03 to 1.28
+// where the weights fit the second cache (stages 1 and 2), 0.84 to 0.90 where they do not. bfloat16 by AVX512-BF16 0.87
+// to 1.0.
 std::optional<std::string> faster_elsewhere(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
   if (is_forced() || !has_post_ops(dtype)) return std::nullopt;
@@ -567,8 +570,7 @@ std::optional<std::string> faster_elsewhere(
     if (spec.convs[i].groups > 1 && width < kPanel)
       return "float32 convolutions of groups of " + std::to_string(width) + " channels are faster in oneDNN";
   }
-  if (bytes > second_cache())
-    return "float32 convolutions whose weights outgrow the second cache are faster in oneDNN";
+  if (bytes > second_cache()) return "float32 convolutions whose weights outgrow the second cache are faster in oneDNN";
   return std::nullopt;
 }
 

@@ -16,10 +16,10 @@ namespace resnet_fused::cpu::engine {
 
 // What a block is prepared from; lists by convolution, float32 vectors by channel.
 struct Ingredients {
-  std::vector<at::Tensor> weights;                  // [out, in / groups, R, S], any float dtype
-  std::vector<std::optional<at::Tensor>> factors;   // multiplied into the weights
-  std::vector<at::Tensor> scales, shifts;           // of the product; the projection's are not read
-  std::optional<at::Tensor> pre_scale, pre_shift;   // of x before the first convolution
+  std::vector<at::Tensor> weights;                 // [out, in / groups, R, S], any float dtype
+  std::vector<std::optional<at::Tensor>> factors;  // multiplied into the weights
+  std::vector<at::Tensor> scales, shifts;          // of the product; the projection's are not read
+  std::optional<at::Tensor> pre_scale, pre_shift;  // of x before the first convolution
   std::vector<std::optional<at::Tensor>> slopes;
   std::optional<at::Tensor> branch_scale, skip_scale;
   std::vector<int64_t> pool;  // max pooling behind the block: kernel, stride, padding; empty: none

@@ -17,7 +17,8 @@ constexpr int64_t kTileRows = 16;  // the most positions of a tile of any instru
 template <class T>
 constexpr int64_t kDepthStep = sizeof(T) == 2 ? 32 : 1;
 
-// Neighbouring positions: a tile reads `first` and what follows, as many as it has rows, and gives [begin, end) of them.
+// Neighbouring positions: a tile reads `first` and what follows, as many as it has rows, and gives [begin, end) of
+// them.
 struct Rows {
   int32_t first;
   int16_t begin, end;
@@ -28,9 +29,9 @@ template <class T>
 struct Factor {
   const T* input = nullptr;  // position 0
   int64_t pitch = 0;
-  const int64_t* taps = nullptr;  // shifts, in elements
-  int64_t tap_count = 0;          // 0: no such factor
-  int64_t depth = 0;              // multiple of kDepthStep
+  const int64_t* taps = nullptr;           // shifts, in elements
+  int64_t tap_count = 0;                   // 0: no such factor
+  int64_t depth = 0;                       // multiple of kDepthStep
   const int32_t* first_channel = nullptr;  // of each panel, where groups read a part of the channels; nullptr: 0
   const T* weights = nullptr;              // [panel][tap][depth][32]
 };

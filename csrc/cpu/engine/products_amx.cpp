@@ -7,8 +7,6 @@
 #define KERNELS_ISA amx
 #define VECTOR_BYTES 64
 #define HAS_BF16
-#include "../kernels/elementwise_impl.h"
-#include "vectors_impl.h"
 #include "epilogue_impl.h"
 
 namespace resnet_fused::cpu::amx {

@@ -6,9 +6,6 @@
 #pragma GCC target("avx2,fma,f16c")
 #define KERNELS_ISA avx2
 #define VECTOR_BYTES 32
-#include "../kernels/elementwise_impl.h"
-#include "vectors_impl.h"
-#include "epilogue_impl.h"
 #include "vector_products_impl.h"
 
 namespace resnet_fused::cpu::avx2 {

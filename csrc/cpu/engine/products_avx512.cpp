@@ -6,9 +6,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw,prefer-vector-width=512")
 #define KERNELS_ISA avx512
 #define VECTOR_BYTES 64
-#include "../kernels/elementwise_impl.h"
-#include "vectors_impl.h"
-#include "epilogue_impl.h"
 #include "vector_products_impl.h"
 
 namespace resnet_fused::cpu::avx512 {

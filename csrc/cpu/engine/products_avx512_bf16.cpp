@@ -7,9 +7,6 @@
 #define KERNELS_ISA avx512_bf16
 #define VECTOR_BYTES 64
 #define HAS_BF16
-#include "../kernels/elementwise_impl.h"
-#include "vectors_impl.h"
-#include "epilogue_impl.h"
 #include "vector_products_impl.h"
 
 namespace resnet_fused::cpu::avx512_bf16 {

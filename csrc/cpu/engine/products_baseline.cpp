@@ -3,9 +3,6 @@
 
 #define KERNELS_ISA baseline
 #define VECTOR_BYTES 16
-#include "../kernels/elementwise_impl.h"
-#include "vectors_impl.h"
-#include "epilogue_impl.h"
 #include "vector_products_impl.h"
 
 namespace resnet_fused::cpu::baseline {

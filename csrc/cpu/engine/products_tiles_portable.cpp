@@ -5,8 +5,6 @@
 
 #define KERNELS_ISA amx_portable
 #define VECTOR_BYTES 16
-#include "../kernels/elementwise_impl.h"
-#include "vectors_impl.h"
 #include "epilogue_impl.h"
 
 namespace resnet_fused::cpu::amx_portable {
@@ -53,8 +51,7 @@ struct Tiles {
   }
   template <int t>
   static void store(void* p, int64_t row_bytes) {
-    for (int r = 0; r < 16; ++r)
-      __builtin_memcpy(static_cast<unsigned char*>(p) + r * row_bytes, tiles[t].row[r], 64);
+    for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<unsigned char*>(p) + r * row_bytes, tiles[t].row[r], 64);
   }
 };
 

@@ -196,7 +196,8 @@ class Planner {
         if (step.conv == last() && projection_) depth += static_cast<double>(projection_->products);
         double panels = static_cast<double>(shape.panels);
         if (s.splits_outputs) panels = static_cast<double>((shape.panels + threads - 1) / threads);
-        // a pair of tiles takes 64 cycles for 32 channels; a vector kernel one for each row and channel; and an epilogue
+        // a pair of tiles takes 64 cycles for 32 channels; a vector kernel one for each row and channel; and an
+        // epilogue
         double cycles = 0;
         if (m_.whole_tiles)
           cycles = static_cast<double>((step.tiles.size() + 1) / 2) * (2 * depth + 100);

@@ -12,18 +12,18 @@ namespace resnet_fused::cpu::engine {
 struct Shape {
   Window window;
   int64_t groups;
-  int64_t in, out;            // channels
-  Layout::Kind kind;          // of its input; the projection's is columns, or pixels where the last one's is
-  int64_t panels, products;   // of weights; channels that are multiplied for each output, padded
+  int64_t in, out;           // channels
+  Layout::Kind kind;         // of its input; the projection's is columns, or pixels where the last one's is
+  int64_t panels, products;  // of weights; channels that are multiplied for each output, padded
 };
 
 // One convolution of some output rows, after the input rows it reads have been laid out.
 struct Step {
   int64_t conv;
-  int64_t begin, end;              // output rows
+  int64_t begin, end;                // output rows
   int64_t staged_begin, staged_end;  // x's rows to lay out first; of the first convolution
-  int64_t target_row;              // the output buffer begins with this row
-  int64_t pool_begin, pool_end;    // rows of the pooling behind the last convolution
+  int64_t target_row;                // the output buffer begins with this row
+  int64_t pool_begin, pool_end;      // rows of the pooling behind the last convolution
   std::vector<Rows> tiles;
 };
 
@@ -32,19 +32,19 @@ struct Step {
 using Part = std::vector<Step>;
 
 struct Schedule {
-  int64_t images;                 // of an item, laid out side by side
+  int64_t images;  // of an item, laid out side by side
   int64_t items;
-  std::vector<Part> parts;        // of each item
-  bool splits_outputs;            // one item after another, of one part: the threads share each convolution's outputs
-  bool reads_x;                   // the first convolution reads x itself
+  std::vector<Part> parts;  // of each item
+  bool splits_outputs;      // one item after another, of one part: the threads share each convolution's outputs
+  bool reads_x;             // the first convolution reads x itself
   bool projection_reads_x;
-  std::vector<Layout> layouts;    // of each convolution of the chain, then the projection
+  std::vector<Layout> layouts;                // of each convolution of the chain, then the projection
   std::vector<std::vector<int32_t>> targets;  // of each convolution of the chain: where its positions go
-  std::vector<int64_t> buffers;   // byte offset of each layout's buffer in a thread's scratch; of x itself: -1
-  Size pooled;                    // the result's size
-  int64_t pool_buffer;            // byte offset of what is pooled
-  int64_t scratch;                // bytes
-  double cost;                    // cycles of the slowest thread, estimated
+  std::vector<int64_t> buffers;  // byte offset of each layout's buffer in a thread's scratch; of x itself: -1
+  Size pooled;                   // the result's size
+  int64_t pool_buffer;           // byte offset of what is pooled
+  int64_t scratch;               // bytes
+  double cost;                   // cycles of the slowest thread, estimated
 };
 
 struct Machine {

@@ -1,5 +1,7 @@
-// Products by vector instructions: a tile of positions times a panel, or a part of one, stays in registers for the whole
-// depth. Included once per instruction set, after epilogue_impl.h.
+// Products by vector instructions: a tile of positions times a panel, or a part of one, stays in registers for the
+// whole depth. Included once per instruction set.
+
+#include "epilogue_impl.h"
 
 namespace resnet_fused::cpu::KERNELS_ISA {
 
@@ -71,11 +73,11 @@ using MultiplyTile = void (*)(const Task<T>&, int64_t, int64_t, int, float*);
 // By the number of rows.
 template <class T>
 constexpr MultiplyTile<T> kMultiplyTile[] = {
-    nullptr,           multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>, multiply_tile<5>,
-    multiply_tile<6>,
+    nullptr,           multiply_tile<1>,  multiply_tile<2>, multiply_tile<3>,  multiply_tile<4>,
+    multiply_tile<5>,  multiply_tile<6>,
 #if VECTOR_BYTES == 64
-    multiply_tile<7>,  multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>,
-    multiply_tile<13>, multiply_tile<14>
+    multiply_tile<7>,  multiply_tile<8>,  multiply_tile<9>, multiply_tile<10>, multiply_tile<11>,
+    multiply_tile<12>, multiply_tile<13>, multiply_tile<14>
 #endif
 };
 

@@ -3,6 +3,8 @@
 //
 // multiply_pairs(sum, a, b) adds a[2i] b[2i] + a[2i+1] b[2i+1] of bfloat16 to sum[i]; a is one pair, broadcast.
 
+#include "../kernels/elementwise_impl.h"
+
 #if VECTOR_BYTES == 64
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics leave on purpose what they mask
 #endif

@@ -1,7 +1,7 @@
 // Element types, activations and their arithmetic, for every file of kernels: included once per file, after the target
-// pragma, so that each instruction set has functions of its own in namespace KERNELS_ISA. Loops over channels are written
-// for the compiler's vectoriser: no branch, no aliasing, no call.
-// No standard header may be included from here: its inline functions would be compiled for the instruction set.
+// pragma, so that each instruction set has functions of its own in namespace KERNELS_ISA. Loops over channels are
+// written for the compiler's vectoriser: no branch, no aliasing, no call. No standard header may be included from here:
+// its inline functions would be compiled for the instruction set.
 
 #define CHANNEL_LOOP _Pragma("GCC ivdep") for (int64_t c = 0; c < channels; ++c)
 

@@ -487,10 +487,9 @@ static void store_bytes(const arith_t<T>* values, int64_t channels, uint8_t* out
 }
 
 template <class T>
-static constexpr RowKernels<T> table = {statistics<T>,   normalize<T>,  backward_reduce<T>, backward_apply<T>,
-                                        passing_bits<T>, where_bits<T>, all_finite<T>,      running_max<T>,
-                                        add_where<T>,    max_of<T>,     windows<T>,         store<T>,
-                                        store_bytes<T>};
+static constexpr RowKernels<T> table = {
+    statistics<T>,  normalize<T>, backward_reduce<T>, backward_apply<T>, passing_bits<T>, where_bits<T>, all_finite<T>,
+    running_max<T>, add_where<T>, max_of<T>,          windows<T>,        store<T>,        store_bytes<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }
