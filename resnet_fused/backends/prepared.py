@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from resnet_fused.backends.folding import Affine, affine, kept_or_made, unless_one
 from resnet_fused.ops import operators
@@ -50,6 +51,8 @@ def reason_against(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | Non
     """Why the engine does not run this block in evaluation, and oneDNN's convolutions do, or None."""
     if x.device.type != "cpu":
         return f"the engine computes CPU tensors, x is on {x.device}"
+    if isinstance(x, FakeTensor):
+        return "the engine reads values, and a fake tensor has none"
     known = params.kept.engine.get(x.dtype)
     if known is None or known.spec is not spec:
         weights = [p.weight for p in params.convs]

@@ -20,27 +20,50 @@ static inline const bf16* packed(const bf16* panel, int64_t depth, int column) {
   return panel + depth * kPanel + column / 16 * 512 + column % 16 * 2;
 }
 
+// Products of float are summed in registers for so many channels and then added up: one long sum rounds more.
+constexpr int64_t kSummedAtOnce = 256;
+
 // sums[row][column + 0 ..] := the products of `rows` positions with some columns of a panel
 template <int rows>
 static void multiply_tile(const Task<float>& task, int64_t first, int64_t panel, int column, float* sums) {
   Vector::Type sum[rows][kVectors];
-  EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero();
+  const auto begin = [&] { EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero(); };
+  bool adds = false;
+  const auto put = [&] {
+    EACH_ROW for (int v = 0; v < kVectors; ++v) {
+      float* at = sums + r * kPanel + column + v * Vector::lanes;
+      Vector::store(at, adds ? Vector::add(Vector::load(at), sum[r][v]) : sum[r][v]);
+    }
+    adds = true;
+  };
+  begin();
+  int64_t left = kSummedAtOnce;
   for (const Factor<float>& f : task.factors) {
     const float* w = f.weights + panel * f.tap_count * f.depth * kPanel + column;
     const float* base = f.input + first * f.pitch + (f.first_channel ? f.first_channel[panel] : 0);
     for (int64_t tap = 0; tap < f.tap_count; ++tap) {
       const float* a = base + f.taps[tap];
-      for (int64_t k = 0; k < f.depth; ++k, w += kPanel) {
-        Vector::Type b[kVectors];
-        for (int v = 0; v < kVectors; ++v) b[v] = Vector::load(w + v * Vector::lanes);
-        EACH_ROW {
-          const auto value = Vector::broadcast(a + r * f.pitch + k);
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::multiply_add(value, b[v], sum[r][v]);
+      for (int64_t from = 0; from < f.depth;) {
+        const int64_t to = f.depth - from < left ? f.depth : from + left;
+        left -= to - from;
+        for (int64_t k = from; k < to; ++k, w += kPanel) {
+          Vector::Type b[kVectors];
+          for (int v = 0; v < kVectors; ++v) b[v] = Vector::load(w + v * Vector::lanes);
+          EACH_ROW {
+            const auto value = Vector::broadcast(a + r * f.pitch + k);
+            for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::multiply_add(value, b[v], sum[r][v]);
+          }
+        }
+        from = to;
+        if (left == 0) {
+          put();
+          begin();
+          left = kSummedAtOnce;
         }
       }
     }
   }
-  EACH_ROW for (int v = 0; v < kVectors; ++v) Vector::store(sums + r * kPanel + column + v * Vector::lanes, sum[r][v]);
+  put();
 }
 
 template <int rows>
