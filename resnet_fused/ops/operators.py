@@ -139,7 +139,7 @@ def residual_block_infer(
 def residual_block_prepared(x: Tensor, block: Any) -> Tensor | None:
     """The block as `backends.prepared` made it ready.
 
-    None where PyTorch has to compute it: an intermediate value that a grouped convolution reads is not finite.
+    None where PyTorch has to compute it: what a grouped convolution reads, or one of padded channels, is not finite.
     """
     require()
     return torch.ops.resnet_fused.residual_block_prepared.default(x, block)

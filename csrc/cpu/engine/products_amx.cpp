@@ -48,11 +48,4 @@ struct Tiles {
 }  // namespace resnet_fused::cpu::amx
 
 #include "tile_products_impl.h"
-
-namespace resnet_fused::cpu::amx {
-const engine::Products<bf16>& products(bf16) {
-  static constexpr engine::Products<bf16> table{16, true, &multiply_by_tiles};
-  return table;
-}
-}  // namespace resnet_fused::cpu::amx
 #endif

@@ -9,13 +9,7 @@
 #include "vector_products_impl.h"
 
 namespace resnet_fused::cpu::avx512 {
-const engine::Products<float>& products(float) {
-  static constexpr engine::Products<float> table{kVectorRows, false, &multiply<float>};
-  return table;
-}
-const engine::Products<bf16>& products(bf16) {
-  static constexpr engine::Products<bf16> table{kVectorRows, false, &multiply<bf16>};
-  return table;
-}
+const engine::Products<float>& products(float) { return kVectorProducts<float>; }
+const engine::Products<bf16>& products(bf16) { return kVectorProducts<bf16>; }
 }  // namespace resnet_fused::cpu::avx512
 #endif

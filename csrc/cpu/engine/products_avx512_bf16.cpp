@@ -10,9 +10,6 @@
 #include "vector_products_impl.h"
 
 namespace resnet_fused::cpu::avx512_bf16 {
-const engine::Products<bf16>& products(bf16) {
-  static constexpr engine::Products<bf16> table{kVectorRows, false, &multiply<bf16>};
-  return table;
-}
+const engine::Products<bf16>& products(bf16) { return kVectorProducts<bf16>; }
 }  // namespace resnet_fused::cpu::avx512_bf16
 #endif

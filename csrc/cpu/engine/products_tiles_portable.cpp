@@ -58,10 +58,3 @@ struct Tiles {
 }  // namespace resnet_fused::cpu::amx_portable
 
 #include "tile_products_impl.h"
-
-namespace resnet_fused::cpu::amx_portable {
-const engine::Products<bf16>& products(bf16) {
-  static constexpr engine::Products<bf16> table{16, true, &multiply_by_tiles};
-  return table;
-}
-}  // namespace resnet_fused::cpu::amx_portable

@@ -146,4 +146,9 @@ static void multiply_by_tiles(const Task<bf16>& task) {
   Tiles::release();
 }
 
+const engine::Products<bf16>& products(bf16) {
+  static constexpr engine::Products<bf16> table{16, true, &multiply_by_tiles};
+  return table;
+}
+
 }  // namespace resnet_fused::cpu::KERNELS_ISA

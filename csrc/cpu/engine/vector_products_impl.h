@@ -126,4 +126,7 @@ static void multiply(const Task<T>& task) {
   });
 }
 
+template <class T>
+static constexpr engine::Products<T> kVectorProducts{kVectorRows, false, &multiply<T>};
+
 }  // namespace resnet_fused::cpu::KERNELS_ISA
