@@ -17,7 +17,17 @@ from torch.autograd import forward_ad
 from resnet_fused.backends import dispatch, native
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import require_no_hooks
-from resnet_fused.ops import autograd, norm_operators, reference, running_stats, sync_batch_norm, validation
+from resnet_fused.ops import (
+    autograd,
+    gated_block,
+    norm_operators,
+    operators,
+    reference,
+    running_stats,
+    sync_batch_norm,
+    validation,
+)
+from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec, batch_norm
 from resnet_fused.spec.activations import IDENTITY, RELU, activation
@@ -32,7 +42,9 @@ class Pool(NamedTuple):
     padding: int
 
 
-def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: str = "auto") -> Tensor:
+def residual_block(
+    x: Tensor, params: BlockParams, spec: BlockSpec, *, gate: Gate | None = None, backend: str = "auto"
+) -> Tensor:
     """A whole residual block, forward and (through autograd) backward, as one operator each.
 
     x:       [N, C, H, W]; float32, float64, bfloat16 or float16; channels_last is the fast layout, contiguous is
@@ -41,6 +53,11 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     spec:    what to compute (formula: `resnet_fused.spec`). Stages with `batch_stats` normalise with the batch and
              update `running_mean`, `running_var` and `num_batches_tracked` in place, after everything succeeded.
              Keep params and spec for many calls: what is known of them is kept with them.
+    gate:    what the branch is multiplied with before the addition: a factor for each image and channel [N, C_out], for
+             each image [N] or [N, 1] (stochastic depth, a mask), or a function that computes it from the branch's mean
+             over pixels, [N, C_out] in x's dtype (squeeze-excitation, ECA). It receives gradients. On the CPU the mean
+             comes from the pass that gathers the last norm's statistics, and the product from the one that adds;
+             elsewhere PyTorch's own operations follow the fused chain.
     backend: "auto", or a name from `resnet_fused.backends()`.
 
     Returns [N, C_out, H', W'] in x's dtype; channels_last if x or the first weight is, as PyTorch's convolution.
@@ -48,6 +65,8 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, *, backend: 
     Raises ValueError (shapes, one value per channel in training, unknown backend), TypeError (dtypes),
     BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
     """
+    if gate is not None:
+        return _gated_block(x, params, spec, gate, backend)
     return _residual_block(x, params, spec, backend, None)
 
 
@@ -99,6 +118,34 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
         out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
         running_stats.update(params, spec, batch_stats, counts)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
+
+
+def _gated_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate, backend: str) -> Tensor:
+    """The chain and the projection as blocks of their own, then the join with its gate."""
+    validation.check_input(x)
+    dtype = autocast_dtype(x)
+    refusal = refuses(x, params, spec, gate)
+    if dtype is not None and refusal is not _MIXES:
+        x = x.to(dtype)
+    validation.check_once(x, params, spec, dtype)
+    if not dispatch.takes_gate(backend, x, refusal):
+        out = reference.residual_block(x, params, spec, gate)
+        running_stats.count_batch(params, spec)
+        return out
+    parts = gated_block.parts(params, spec)
+    native_join = gated_block.has_join(x)
+    leaves_norm = native_join and autograd.trains(spec, x, params)
+    form = operators.output_format(x, [p.weight for p in params.convs], spec)
+    if native_join:
+        x = x.contiguous(memory_format=torch.channels_last)  # once, rather than in each pass of the join
+    y = residual_block(x, *(parts.chain if leaves_norm else parts.evaluated), backend=backend)
+    skip = None
+    if spec.skip != "none":
+        skip = x if parts.projection is None else residual_block(x, *parts.projection, backend=backend)
+    if not native_join:
+        return parts.act(reference.join(y, skip, params, spec, gate), parts.slope)
+    out = gated_block.join(y, skip, params, parts, gate, leaves_norm)
+    return out.contiguous(memory_format=form)
 
 
 def _result_shape(x: Tensor, params: BlockParams, spec: BlockSpec) -> tuple[int, int, int, int]:
@@ -215,8 +262,10 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]
     return norm.running_mean, norm.running_var, None
 
 
-def refuses(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+def refuses(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None = None) -> str | None:
     """Why only PyTorch's own operations compute this block, whatever the backend, or None."""
+    if gate is not None and (reason := gated_block.reason_against(spec)) is not None:
+        return reason
     if autocast_dtype(x) not in (None, x.dtype) and _keeps_width(spec):
         return _MIXES
     return differentiated_otherwise(x, params.tensors)

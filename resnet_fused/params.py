@@ -43,15 +43,16 @@ class Kept:
     """What is known of a `BlockParams`' tensors from the last call: it ends with them, and copies begin without it.
 
     checked: `validation.check`'s results, with what they hold for. folded: of `backends.folding` or `prepared`,
-    likewise. engine: `prepared.reason_against`, by dtype.
+    likewise. engine: `prepared.reason_against`, by dtype. gated: `functional`'s parts of a block with a gate.
     """
 
-    __slots__ = ("checked", "engine", "folded")
+    __slots__ = ("checked", "engine", "folded", "gated")
 
     def __init__(self) -> None:
         self.checked: Any = None
         self.folded: Any = None
         self.engine: dict[Any, Any] = {}
+        self.gated: Any = None
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()

@@ -14,20 +14,31 @@ namespace {
 constexpr int64_t kChunkElements = 1 << 15;
 constexpr int64_t kMinChunkRows = 16;
 
+// In groups of equally many rows: all of y, or its images. A chunk lies within one group.
 struct Chunks {
-  int64_t rows, channels, rows_each, count;
+  int64_t groups, rows, channels, rows_each, each, count;  // rows and each: of a group; each, count: chunks
 
-  explicit Chunks(const at::Tensor& y)
-      : rows(y.size(0) * y.size(2) * y.size(3)),
+  Chunks(const at::Tensor& y, int64_t groups)
+      : groups(groups),
+        rows(y.size(0) * y.size(2) * y.size(3) / groups),
         channels(y.size(1)),
         rows_each(std::max(kMinChunkRows, kChunkElements / std::max<int64_t>(channels, 1))),
-        count((rows + rows_each - 1) / rows_each) {}
+        each((rows + rows_each - 1) / rows_each),
+        count(each * groups) {}
+  explicit Chunks(const at::Tensor& y) : Chunks(y, 1) {}
+  // As many groups as the vectors of `norm` have sets of channels.
+  template <class A>
+  Chunks(const at::Tensor& y, const NormVectors<A>& norm) : Chunks(y, norm.sets(y.size(1))) {}
+
+  int64_t rows_of(int64_t chunk) const { return std::min(rows_each, rows - chunk % each * rows_each); }
+  // Where a group's channels begin in vectors with a set for each group.
+  int64_t channels_of(int64_t chunk) const { return chunk / each * channels; }
 
   // body(chunk, first row, rows of the chunk)
   template <class Body>
   void parallel(const Body& body) const {
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(i, i * rows_each, std::min(rows_each, rows - i * rows_each));
+      for (int64_t i = begin; i < end; ++i) body(i, i / each * rows + i % each * rows_each, rows_of(i));
     });
   }
 };
@@ -74,14 +85,15 @@ class DzChunk {
   std::unique_ptr<T[]> scratch_;
 };
 
-// out[c] = sum over chunks of partial[chunk][k][c], in chunk order
+// out[group][c] = sum over the group's chunks of partial[chunk][k][c], in chunk order
 template <class Sum>
 std::vector<double> merge_sums(const std::vector<Sum>& partial, const Chunks& chunks, int64_t kinds, int64_t k) {
   const int64_t channels = chunks.channels;
-  std::vector<double> total(channels, 0.0);
+  std::vector<double> total(chunks.groups * channels, 0.0);
   for (int64_t i = 0; i < chunks.count; ++i) {
     const Sum* p = partial.data() + (i * kinds + k) * channels;
-    for (int64_t c = 0; c < channels; ++c) total[c] += p[c];
+    double* sum = total.data() + chunks.channels_of(i);
+    for (int64_t c = 0; c < channels; ++c) sum[c] += p[c];
   }
   return total;
 }
@@ -114,11 +126,14 @@ std::vector<A> to_vector(const at::Tensor& t) {
   return {p, p + flat.numel()};
 }
 
+namespace {
+
+// [groups, 2, C]: mean and biased variance of each group of rows, in arithmetic type.
 template <class S>
-at::Tensor batch_statistics(const at::Tensor& y) {
+at::Tensor statistics(const at::Tensor& y, int64_t groups) {
   using A = acc_t<S>;
   using Sum = sum_t<element_t<S>>;
-  const Chunks chunks(y);
+  const Chunks chunks(y, groups);
   const int64_t channels = chunks.channels;
   std::vector<Sum> partial(chunks.count * 2 * channels);
   const auto& kernels = row_kernels<element_t<S>>();
@@ -129,28 +144,44 @@ at::Tensor batch_statistics(const at::Tensor& y) {
   });
 
   auto result = at::empty(
-      {2, channels}, y.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
+      {groups, 2, channels},
+      y.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
   A* mean = result.template mutable_data_ptr<A>();
-  A* var = mean + channels;
   // Chan, Golub & LeVeque 1979: merge (count, mean, M2) pairwise, here in double and in chunk order.
-  std::vector<double> m(channels, 0.0), m2(channels, 0.0);
-  double seen = 0;
-  for (int64_t i = 0; i < chunks.count; ++i) {
-    const double rows = static_cast<double>(std::min(chunks.rows_each, chunks.rows - i * chunks.rows_each));
-    const double weight = rows / (seen + rows), cross = seen * weight;
-    const Sum* p = partial.data() + i * 2 * channels;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double delta = p[c] - m[c];
-      m[c] += delta * weight;
-      m2[c] += p[channels + c] + delta * delta * cross;
+  std::vector<double> m(channels), m2(channels);
+  for (int64_t group = 0; group < groups; ++group, mean += 2 * channels) {
+    std::fill(m.begin(), m.end(), 0.0);
+    std::fill(m2.begin(), m2.end(), 0.0);
+    double seen = 0;
+    for (int64_t i = group * chunks.each; i < (group + 1) * chunks.each; ++i) {
+      const double rows = static_cast<double>(chunks.rows_of(i));
+      const double weight = rows / (seen + rows), cross = seen * weight;
+      const Sum* p = partial.data() + i * 2 * channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double delta = p[c] - m[c];
+        m[c] += delta * weight;
+        m2[c] += p[channels + c] + delta * delta * cross;
+      }
+      seen += rows;
     }
-    seen += rows;
-  }
-  for (int64_t c = 0; c < channels; ++c) {
-    mean[c] = static_cast<A>(m[c]);
-    var[c] = static_cast<A>(m2[c] / seen);
+    for (int64_t c = 0; c < channels; ++c) {
+      mean[c] = static_cast<A>(m[c]);
+      mean[channels + c] = static_cast<A>(m2[c] / seen);
+    }
   }
   return result;
+}
+
+}  // namespace
+
+template <class S>
+at::Tensor batch_statistics(const at::Tensor& y) {
+  return statistics<S>(y, 1).select(0, 0);
+}
+
+template <class S>
+at::Tensor image_statistics(const at::Tensor& y) {
+  return statistics<S>(y, y.size(0));
 }
 
 template <class S>
@@ -159,17 +190,18 @@ at::Tensor normalize(
     const ResidualInput<acc_t<S>>& residual, const at::Tensor& bits) {
   using A = acc_t<S>;
   auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
-  const Chunks chunks(y);
+  const Chunks chunks(y, norm);
   const auto& kernels = row_kernels<element_t<S>>();
   const Affine<A> skip_norm = skip_affine(residual);
   const auto *source = data<S>(y), *skip = data<S>(residual.skip);
   auto* target = mutable_data<S>(out);
   uint8_t* passing = bits.defined() ? bits.mutable_data_ptr<uint8_t>() : nullptr;
-  chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
+  chunks.parallel([&](int64_t i, int64_t row, int64_t rows) {
     const int64_t channels = chunks.channels, offset = row * channels;
     kernels.normalize(
-        {source + offset, norm.affine(), at_offset(skip, offset), skip_norm, act.pointers(), target + offset}, rows,
-        channels);
+        {source + offset, norm.affine(chunks.channels_of(i)), at_offset(skip, offset), skip_norm, act.pointers(),
+         target + offset},
+        rows, channels);
     if (passing) kernels.passing_bits(target + offset, rows, channels, passing + row * bytes_of(channels));
   });
   return out;
@@ -180,7 +212,7 @@ Sums backward_reduce(
     const ReduceInput& in, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
     const NormVectors<acc_t<S>>* norm2, const ResidualInput<acc_t<S>>& residual) {
   using Sum = sum_t<element_t<S>>;
-  const Chunks chunks(in.y);
+  const Chunks chunks(in.y, norm);
   const int64_t channels = chunks.channels;
   int64_t kinds = 2;
   const int64_t of_y2 = norm2 ? kinds++ : 0, of_slope = in.sums_slope ? kinds++ : 0, of_act = in.sums_act ? kinds++ : 0;
@@ -195,10 +227,11 @@ Sums backward_reduce(
     Sum* sums = partial.data() + i * kinds * channels;
     DzChunk<S> dz_rows(in.dout, in.bits, channels);
     kernels.backward_reduce(
-        {dz_rows(row, rows), in.reads, at_offset(out, offset), y + offset, norm.affine(), act.pointers(),
-         at_offset(skip, offset), skip_norm, at_offset(y2, offset), norm2 ? norm2->center.data() : nullptr,
-         at_offset(dz, offset), at_offset(p, offset), sums, sums + channels, of_y2 ? sums + of_y2 * channels : nullptr,
-         of_slope ? sums + of_slope * channels : nullptr, of_act ? sums + of_act * channels : nullptr},
+        {dz_rows(row, rows), in.reads, at_offset(out, offset), y + offset, norm.affine(chunks.channels_of(i)),
+         act.pointers(), at_offset(skip, offset), skip_norm, at_offset(y2, offset),
+         norm2 ? norm2->center.data() : nullptr, at_offset(dz, offset), at_offset(p, offset), sums, sums + channels,
+         of_y2 ? sums + of_y2 * channels : nullptr, of_slope ? sums + of_slope * channels : nullptr,
+         of_act ? sums + of_act * channels : nullptr},
         rows, channels);
   });
   Sums sums{merge_sums(partial, chunks, kinds, 0), merge_sums(partial, chunks, kinds, 1)};
@@ -212,16 +245,16 @@ template <class S>
 void backward_apply(
     const at::Tensor& dz, Reads reads, const at::Tensor& y, const NormVectors<acc_t<S>>& norm,
     const ApplyVectors<acc_t<S>>& k, const at::Tensor& add, const at::Tensor& dx, const BitMask& bits) {
-  const Chunks chunks(dz);
+  const Chunks chunks(dz, norm);
   const auto& kernels = row_kernels<element_t<S>>();
   const auto *y_data = data<S>(y), *add_data = data<S>(add);
   auto* target = mutable_data<S>(dx);
-  chunks.parallel([&](int64_t, int64_t row, int64_t rows) {
-    const int64_t offset = row * chunks.channels;
+  chunks.parallel([&](int64_t i, int64_t row, int64_t rows) {
+    const int64_t offset = row * chunks.channels, set = chunks.channels_of(i);
     DzChunk<S> dz_rows(dz, bits, chunks.channels);
     kernels.backward_apply(
-        {dz_rows(row, rows), reads, at_offset(y_data, offset), k.y_term, norm.affine(), k.k_dz.data(), k.k_y.data(),
-         k.k.data(), at_offset(add_data, offset), k.k_add.data(), target + offset},
+        {dz_rows(row, rows), reads, at_offset(y_data, offset), k.y_term, norm.affine(set), k.k_dz.data() + set,
+         k.k_y.data() + set, k.k.data() + set, at_offset(add_data, offset), k.k_add.data(), target + offset},
         rows, chunks.channels);
   });
 }
@@ -241,6 +274,7 @@ bool all_finite(const at::Tensor& x) {
 #define INSTANTIATE(S)                                                                                              \
   template bool all_finite<S>(const at::Tensor&);                                                                   \
   template at::Tensor batch_statistics<S>(const at::Tensor&);                                                       \
+  template at::Tensor image_statistics<S>(const at::Tensor&);                                                       \
   template at::Tensor normalize<S>(                                                                                 \
       const at::Tensor&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const ResidualInput<acc_t<S>>&, \
       const at::Tensor&);                                                                                           \

@@ -32,13 +32,17 @@ using element_t = typename Element<S>::type;
 template <class S>
 using acc_t = arith_t<element_t<S>>;
 
-// z = (y - center) * scale + shift, with its own storage; inverse_std is kept for the gradients.
+// z = (y - center) * scale + shift, with its own storage; inverse_std is kept for the gradients. Vectors hold one set
+// of channels, or one for each image.
 template <class A>
 struct NormVectors {
   std::vector<A> center, scale, shift, inverse_std;
   explicit NormVectors(int64_t channels = 0)
       : center(channels, A(0)), scale(channels, A(1)), shift(channels, A(0)), inverse_std(channels, A(1)) {}
-  Affine<A> affine() const { return {center.data(), scale.data(), shift.data()}; }
+  int64_t sets(int64_t channels) const { return static_cast<int64_t>(center.size()) / channels; }
+  Affine<A> affine(int64_t first = 0) const {
+    return {center.data() + first, scale.data() + first, shift.data() + first};
+  }
 };
 
 template <class A>
@@ -61,7 +65,8 @@ struct ActVectors {
 template <class A>
 ActVectors<A> act_vectors(const Activation& act, const std::optional<at::Tensor>& slope, int64_t channels);
 
-// Per channel: sum of dz, of dz * (y - center), of dz * (y2 - center2), and those of BackwardReduceArgs.
+// Per channel, for each set of the norm: sum of dz, of dz * (y - center), of dz * (y2 - center2), and those of
+// BackwardReduceArgs.
 struct Sums {
   std::vector<double> dz, dz_y, dz_y2, slope, act;
 };
@@ -85,7 +90,7 @@ struct ReduceInput {
   bool sums_act = false;
 };
 
-// dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]
+// dx = k_dz * dz + k_y * (y - center) + k [+ k_add * add]; as many sets as the norm has, one of k_add
 template <class A>
 struct ApplyVectors {
   std::vector<A> k_dz, k_y, k, k_add;
@@ -100,6 +105,10 @@ std::vector<A> to_vector(const at::Tensor& t);
 // [2, C]: mean and biased variance, in arithmetic type.
 template <class S>
 at::Tensor batch_statistics(const at::Tensor& y);
+
+// [N, 2, C]: the same for each image.
+template <class S>
+at::Tensor image_statistics(const at::Tensor& y);
 
 // act(norm(y) [+ residual]) as a new tensor. bits, uint8 [rows, ceil(C / 8)], are set where it is not <= 0.
 template <class S>

@@ -115,6 +115,14 @@ def select_pool(backend: str, x: Tensor, refusal: str | None = None) -> Backend 
     return _select_native("max_pool2d", backend, refusal, "Triton has no pooling kernel")
 
 
+def takes_gate(backend: str, x: Tensor, refusal: str | None = None) -> bool:
+    """Whether a block with a gate is computed in fused parts; else in plain PyTorch. Raises as `select`."""
+    check_name(backend)
+    if refusal is not None and backend not in ("auto", "eager"):
+        raise BackendError(f"backend {backend!r} cannot run this block: {refusal}. Accepted here: 'auto', 'eager'")
+    return backend != "eager" and refusal is None and x.numel() > 0
+
+
 def select_norm(backend: str, x: Tensor, refusal: str | None = None) -> Backend | None:
     """As `select`, for `batch_norm_act`, which the native backend has for CPU and CUDA tensors."""
     refusal = refusal or native.refuses(x)

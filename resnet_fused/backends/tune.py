@@ -20,6 +20,7 @@ from resnet_fused.backends.how import Way, launch_mode, library_convolutions
 from resnet_fused.backends.measured import BackendName, Decision
 from resnet_fused.errors import BackendError, NotFusable
 from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.ops import gated_block
 from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
 from resnet_fused.tools.tables import table
@@ -92,7 +93,7 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
     result, decisions = Tuning(), {}
     for name, module, block_input in block_inputs(model, x):
         try:
-            params, spec = module.fused_describe()
+            params, spec = gated_block.chosen_for(*module.fused_describe())
         except NotFusable:
             continue
         block = Block(block_input, params, spec, train=spec.batch_stats or module.training)

@@ -41,6 +41,8 @@ class BlockModules:
 
     branch_scale, skip_scale: a float, or a tensor (a parameter, say), for scaled residuals such as ReZero.
     in_place_add:             forward adds by ``out += skip``, which keeps out's dtype.
+    gate: what the branch is multiplied with before the addition, computed from its mean over pixels: [N, C] -> [N, C]
+          or [N, 1], as `functional.residual_block` takes it.
     """
 
     stages: tuple[StageModules, ...]
@@ -50,10 +52,11 @@ class BlockModules:
     branch_scale: Scale = 1.0
     skip_scale: Scale = 1.0
     in_place_add: bool = False
+    gate: Callable[[Tensor], Tensor] | None = None
 
 
 def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockSpec]:
-    """The tensors and the spec that compute what `modules` would compute, in their present state.
+    """The tensors and the spec that compute what `modules` would compute, its gate apart, in their present state.
 
     Raises NotFusable, naming the part, where the fused block would compute something else: modules of other types,
     hooks (they would not run), asymmetric or non-zero padding.

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from resnet_fused import functional
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters, module_state
 from resnet_fused.modules.block_modules import describe
+from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
 
@@ -33,7 +34,15 @@ class Settings:
     memory: Memory
 
 
-Block = tuple[BlockParams, BlockSpec] | None
+class Described(NamedTuple):
+    """A block's arguments of `functional.residual_block`."""
+
+    params: BlockParams
+    spec: BlockSpec
+    gate: Gate | None
+
+
+Block = Described | None
 
 
 class Description:
@@ -96,14 +105,15 @@ class FusedModule(nn.Module):
         self._fused_description.forget()
         return super()._apply(*args, **kwargs)
 
-    def fused_describe(self) -> tuple[BlockParams, BlockSpec]:
-        """The block's tensors and spec in its present state; raises NotFusable."""
+    def fused_describe(self) -> Described:
+        """The block's tensors, spec and gate in its present state; raises NotFusable."""
         adapter = adapters.find(self._fused_from)
         if adapter is None:  # unpickled where nobody has registered it
             raise NotFusable(f"{self._fused_from.__name__} is not registered here; call register_block")
-        return describe(adapter(self), self._fused_settings.memory)
+        modules = adapter(self)
+        return Described(*describe(modules, self._fused_settings.memory), modules.gate)
 
-    def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
+    def _fused_or_none(self, x: Tensor) -> Block:
         """`fused_describe`, kept while it holds; or None, the reason logged, where the original runs."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
         if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -115,14 +125,14 @@ class FusedModule(nn.Module):
         if holds:
             return last
         block = self._fused_describe_or_log()
-        if block is not None and last is not None and block[1] == last[1] and same(block[0], last[0]):
-            block = last  # with what is known of its tensors
+        if block is not None and last is not None and block.spec == last.spec and same(block.params, last.params):
+            block = last._replace(gate=block.gate)  # with what is known of its tensors
         # a registered adapter may read anything, so it is asked every time
         lasts = adapters.is_built_in(self._fused_from)
         kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None, narrowed)
         return block
 
-    def _fused_describe_or_log(self) -> tuple[BlockParams, BlockSpec] | None:
+    def _fused_describe_or_log(self) -> Block:
         try:
             return self.fused_describe()
         except NotFusable as reason:
@@ -152,7 +162,8 @@ class FusedBlock(FusedModule):
         described = self._fused_or_none(x)
         if described is None:
             return super().forward(x)
-        return functional.residual_block(x, *described, backend=self._fused_settings.backend)
+        params, spec, gate = described
+        return functional.residual_block(x, params, spec, gate=gate, backend=self._fused_settings.backend)
 
 
 def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> None:

@@ -37,10 +37,11 @@ class FusedStem(FusedModule):
         described = self._fused_or_none(x)
         if described is None:
             return None
+        params, spec, _ = described
         backend = self._fused_settings.backend
         if pool_reason(self.maxpool) is None:
-            return functional.residual_block_max_pool2d(x, *described, 3, 2, 1, backend=backend)
-        return self.maxpool(functional.residual_block(x, *described, backend=backend))
+            return functional.residual_block_max_pool2d(x, params, spec, 3, 2, 1, backend=backend)
+        return self.maxpool(functional.residual_block(x, params, spec, backend=backend))
 
 
 class FusedResNet(FusedStem):

@@ -119,7 +119,7 @@ class ResidualBlock(torch.autograd.Function):
                 ctx.needs,
             )
         flat = grads.flat
-        given = _refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], [dout, *saved[:a]])
+        given = refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], [dout, *saved[:a]])
         return None, None, None, None, *given
 
 
@@ -147,7 +147,7 @@ class MaxPool2d(torch.autograd.Function):
         (positions,) = ctx.saved_tensors
         with torch.no_grad():
             dx = operators.max_pool2d_backward(dout, positions, *ctx.size, *ctx.window)
-        return *_refuse_second_derivative("max_pool2d", [dx], [dout]), None, None, None
+        return *refuse_second_derivative("max_pool2d", [dx], [dout]), None, None, None
 
 
 class BatchNormAct(torch.autograd.Function):
@@ -187,7 +187,7 @@ class BatchNormAct(torch.autograd.Function):
         x, mask, weight, bias, mean, var = ctx.saved_tensors
         with torch.no_grad():
             grads = BatchNormAct._gradients(ctx, dout, dout if x is None else x, mask, weight, bias, mean, var)
-        grads = _refuse_second_derivative("batch_norm_act", grads, [dout, x, weight])
+        grads = refuse_second_derivative("batch_norm_act", grads, [dout, x, weight])
         return *grads, None, None, None, None, None, None
 
     @staticmethod
@@ -230,7 +230,7 @@ class BatchNormAct(torch.autograd.Function):
         return [dx if needs_x else None, dz if needs_residual else None, d_weight, d_bias]
 
 
-def _refuse_second_derivative(
+def refuse_second_derivative(
     name: str, grads: list[Tensor | None], sources: list[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients; under create_graph, tied to what they depend on by a node that explains itself when asked."""

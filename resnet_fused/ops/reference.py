@@ -8,19 +8,22 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_fused.ops.gate import Gate, per_channel
 from resnet_fused.ops.running_stats import update_factor
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, StageSpec
 
 
-def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
+def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None = None) -> Tensor:
     """The block of `spec` on x [N, C, H, W] -> [N, C_out, H', W']; differentiable any number of times.
+
+    gate: as in `functional.residual_block`.
 
     Updates the running statistics of stages with `batch_stats` in place, as ``nn.BatchNorm2d`` does, but not
     `num_batches_tracked`: that is its caller's.
     """
     stages = list(zip(spec.stages, params.stages, strict=True))
-    skip = x
+    skip = None if spec.skip == "none" else x
     if spec.order == "pre":
         u = x
         for i, (stage, tensors) in enumerate(stages):
@@ -28,7 +31,7 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
             if i == 0 and spec.projection is not None and params.projection is not None:
                 skip = _conv(spec.projection, params.projection, u)
             u = _conv(stage, tensors, u)
-        return _join(u, skip, params, spec)
+        return join(u, skip, params, spec, gate)
 
     u = x
     for stage, tensors in stages[:-1]:
@@ -38,8 +41,8 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
     if spec.projection is not None and params.projection is not None:
         skip = _norm(spec.projection, params.projection, _conv(spec.projection, params.projection, x))
     if spec.order == "branch":
-        return _join(_act(stage, tensors, u), skip, params, spec)
-    return _act(stage, tensors, _join(u, skip, params, spec))
+        return join(_act(stage, tensors, u), skip, params, spec, gate)
+    return _act(stage, tensors, join(u, skip, params, spec, gate))
 
 
 def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activation) -> Tensor:
@@ -75,15 +78,22 @@ def _act(stage: StageSpec, tensors: StageParams, z: Tensor) -> Tensor:
     return stage.activation(z, tensors.slope)
 
 
-def _join(branch: Tensor, skip: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
-    out = _scaled(branch, params.branch_scale)
-    if spec.skip == "none":
+def _gated(branch: Tensor, gate: Gate) -> Tensor:
+    """gate * branch, the gate computed from the branch's mean over pixels where it is a function."""
+    factor = gate if isinstance(gate, Tensor) else gate(branch.mean((2, 3)))
+    return branch * per_channel(factor, branch)[:, :, None, None].to(branch.dtype)
+
+
+def join(branch: Tensor, skip: Tensor | None, params: BlockParams, spec: BlockSpec, gate: Gate | None) -> Tensor:
+    """branch_scale * gate * branch + skip_scale * skip."""
+    out = scaled(branch if gate is None else _gated(branch, gate), params.branch_scale)
+    if skip is None:
         return out
-    total = out + _scaled(skip, params.skip_scale)
+    total = out + scaled(skip, params.skip_scale)
     return total.to(out.dtype) if spec.in_place_add else total
 
 
-def _scaled(t: Tensor, scale: Scale) -> Tensor:
+def scaled(t: Tensor, scale: Scale) -> Tensor:
     if isinstance(scale, Tensor):
         return t * scale.reshape(1, -1, 1, 1).to(t.dtype)
     return t if scale == 1.0 else t * scale

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resnet_fused import functional
 from resnet_fused.backends import dispatch, how, prepared
 from resnet_fused.backends.folding import folded
 from resnet_fused.backends.tune import block_inputs
@@ -17,6 +18,7 @@ from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fuse import require_module, why_not
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.stem import FusedStem, pool_reason
+from resnet_fused.ops import gated_block
 from resnet_fused.tools.tables import table
 
 
@@ -86,7 +88,7 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if not isinstance(module, FusedModule):
         return "eager", why_not(module) or "not fused; call fuse(model)"
     try:
-        params, spec = module.fused_describe()
+        params, spec, gate = module.fused_describe()
     except NotFusable as reason:
         return "eager", str(reason)
     given = x is not None
@@ -94,6 +96,10 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         weight = params.stages[0].weight
         x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
     asked = module._fused_settings.backend
+    if gate is not None:
+        if (refusal := functional.refuses(x, params, spec, gate)) is not None:
+            return "eager", refusal
+        params, spec = gated_block.chosen_for(params, spec, gate)
     with torch.set_grad_enabled(module.training):  # evaluation is taken to be without autograd, as `tune` takes it
         backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
@@ -108,6 +114,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
             notes.append(f"evaluation runs oneDNN's convolutions: {against}")
         elif given:
             notes.append(f"engine: {prepared.prepared(params, x, spec).describe(x)}")
+    if gate is not None and backend != "eager" and not gated_block.has_join(x):
+        notes.append("the gate and the addition behind it are PyTorch's own operations")
     if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
         notes.append(pool)
     return backend, "; ".join(notes)

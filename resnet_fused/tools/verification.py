@@ -35,6 +35,7 @@ from resnet_fused.modules.candidates import candidates
 from resnet_fused.modules.fuse import fuse, unfuse
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule
 from resnet_fused.modules.stem import FusedStem
+from resnet_fused.ops import gated_block
 from resnet_fused.spec import Memory
 from resnet_fused.tools.comparison import (
     GRADIENTS,
@@ -444,10 +445,11 @@ def _is_taken(block: nn.Module, x: Tensor) -> bool:
     if not isinstance(block, FusedModule):
         return False
     try:
-        params, spec = block.fused_describe()
+        params, spec, gate = block.fused_describe()
     except NotFusable:
         return False
-    refusal = functional.refuses(x, params, spec)
+    refusal = functional.refuses(x, params, spec, gate)
+    params, spec = gated_block.chosen_for(params, spec, gate)
     return dispatch.select(block._fused_settings.backend, functional.as_convolved(x), params, spec, refusal) is not None
 
 

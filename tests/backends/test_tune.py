@@ -67,11 +67,11 @@ def declined(x: Tensor, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> st
     with monkeypatch.context() as patch:
         patch.setattr(triton_kernels, "interpreted", lambda: False)
         with torch.set_grad_enabled(model.training):
-            return dispatch.BACKENDS["triton"].declines(x, *model[0].fused_describe())
+            return dispatch.BACKENDS["triton"].declines(x, *model[0].fused_describe()[:2])
 
 
 def block_key(model: nn.Module, x: Tensor) -> measured.Key:
-    params, spec = model[0].fused_describe()
+    params, spec, _ = model[0].fused_describe()
     return measured.key(spec, x, weights(params), spec.batch_stats)
 
 
@@ -104,7 +104,7 @@ def test_auto_follows_what_was_measured(train: bool, monkeypatch: pytest.MonkeyP
     assert "triton" in str(result) and "phased" in str(result)
     assert declined(X, model, monkeypatch) is None
     assert declined(X[:1], model, monkeypatch) is not None, "another shape was not measured"
-    params, spec = model[0].fused_describe()
+    params, spec, _ = model[0].fused_describe()
     policy = policies.choose(spec, X, weights(params), train)
     assert (policy.mode, policy.library) == ("phased", frozenset({0, 1}))
 
@@ -117,7 +117,7 @@ def test_frozen_norms_are_measured_as_the_block_is_used(train: bool) -> None:
             module.eval()
     (row,) = resnet_fused.tune(model, X, timer=Clock(fastest=3, ours=0.5, eager=1.0))
     assert row.workload == ("train" if train else "infer")
-    params, spec = model[0].fused_describe()
+    params, spec, _ = model[0].fused_describe()
     found = [measured.decision(measured.key(spec, X, weights(params), workload)) for workload in (True, False)]
     assert [decision is not None for decision in found] == [train, not train]
 
@@ -137,7 +137,7 @@ def test_the_fastest_of_both_backends(train: bool, monkeypatch: pytest.MonkeyPat
     assert declined(X, model, monkeypatch) == (
         f"measured at 0.10, native at 2.00 times PyTorch's speed for {workload} with inputs (2, 6, 5, 4)"
     )
-    params, spec = model[0].fused_describe()
+    params, spec, _ = model[0].fused_describe()
     assert policies.choose(spec, X, weights(params), train).library == frozenset(), (
         "the decision is the other backend's"
     )
@@ -389,7 +389,7 @@ def test_auto_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking a measurement up breaks no graph."""
     model = one_block()
     resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=0.5, eager=1.0))
-    params, spec = model[0].fused_describe()
+    params, spec, _ = model[0].fused_describe()
     monkeypatch.setattr(triton_kernels, "interpreted", lambda: False)
 
     def chosen(x: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""The factor of a block's branch for each image and channel: squeeze-excitation, ECA, stochastic depth, a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+# The factor itself; or what computes it from the mean of each channel of each image [N, C].
+Gate = Tensor | Callable[[Tensor], Tensor]
+
+
+def per_channel(factor: object, branch: Tensor) -> Tensor:
+    """`factor` as [N, C] for a branch [N, C, H, W]; raises TypeError, ValueError.
+
+    factor: [N, C], [N, 1], [1, C] or [N], with or without two axes of one pixel behind.
+    """
+    if not isinstance(factor, Tensor):
+        raise TypeError(f"the gate must be a tensor or a function that returns one, got {type(factor).__name__}")
+    if not factor.is_floating_point():
+        raise TypeError(f"the gate is {factor.dtype}; accepted: floating point")
+    if factor.device != branch.device:
+        raise ValueError(f"x is on {branch.device} but the gate is on {factor.device}; move one of them")
+    images, channels = branch.shape[:2]
+    shape = tuple(factor.shape[:-2]) if factor.dim() == 4 and factor.shape[2:] == (1, 1) else tuple(factor.shape)
+    if shape == (images,):
+        shape = (images, 1)
+    if len(shape) != 2 or shape[0] not in (1, images) or shape[1] not in (1, channels):
+        raise ValueError(
+            f"the gate is {tuple(factor.shape)}; accepted for {images} images of {channels} channels: "
+            f"[{images}, {channels}], [{images}, 1], [1, {channels}] or [{images}]"
+        )
+    return factor.reshape(shape).expand(images, channels)

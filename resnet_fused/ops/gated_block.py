@@ -1,0 +1,126 @@
+"""A block with a gate in parts that the fused operators have: its chain, its projection, and the join."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops import gated_join, join_operators, operators, reference, running_stats
+from resnet_fused.ops.gate import Gate, per_channel
+from resnet_fused.ops.gated_join import JoinNorm
+from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.spec import Activation, BlockSpec, StageSpec
+from resnet_fused.spec.activations import IDENTITY
+
+Block = tuple[BlockParams, BlockSpec]
+
+
+class Parts(NamedTuple):
+    """chain: from x to what the join reads; where `norm` is given, its norm is left to the join.
+
+    evaluated:  the chain with every norm, for evaluation, which folds it.
+    projection: the skip path as a chain of its own, or None.
+    norm:       the last stage with its tensors, where the join normalises.
+    act, slope: what follows the addition.
+    """
+
+    chain: Block
+    evaluated: Block
+    projection: Block | None
+    norm: tuple[StageSpec, StageParams] | None
+    act: Activation
+    slope: Tensor | None
+
+
+def reason_against(spec: BlockSpec) -> str | None:
+    """Why a block with a gate has no such parts, or None."""
+    if spec.order == "pre" and spec.skip == "projection":
+        return "the projection of a pre-activation block reads what the branch's first norm gives"
+    return None
+
+
+def chosen_for(params: BlockParams, spec: BlockSpec, gate: Gate | None) -> Block:
+    """What a backend is chosen for: the block, or with a gate its chain."""
+    return (params, spec) if gate is None or reason_against(spec) else parts(params, spec).evaluated
+
+
+def parts(params: BlockParams, spec: BlockSpec) -> Parts:
+    """Kept with params, but by graphs that are traced."""
+    if torch.compiler.is_compiling():
+        return _parts(params, spec)
+    kept = params.kept.gated
+    if kept is None or kept[0] is not spec:
+        kept = params.kept.gated = (spec, _parts(params, spec))
+    return kept[1]
+
+
+def _parts(params: BlockParams, spec: BlockSpec) -> Parts:
+    last, tensors = spec.stages[-1], params.stages[-1]
+
+    def chain(end: StageSpec, tensors: StageParams) -> Block:
+        stages = (*spec.stages[:-1], end)
+        return BlockParams((*params.stages[:-1], tensors)), BlockSpec(
+            stages, order="pre" if spec.order == "pre" else "post", memory=spec.memory
+        )
+
+    if spec.order == "post":
+        evaluated = chain(replace(last, act=IDENTITY), replace(tensors, slope=None))
+        act, slope = last.activation, tensors.slope
+    else:
+        evaluated, act, slope = chain(last, tensors), IDENTITY, None
+    norm, bare = None, evaluated
+    if spec.order == "post" and last.norm:
+        norm = last, tensors
+        bare = chain(replace(last, norm=False, act=IDENTITY), StageParams(tensors.weight, tensors.bias))
+    projection = None
+    if spec.projection is not None and params.projection is not None:
+        projection = BlockParams((params.projection,)), BlockSpec((spec.projection,), memory=spec.memory)
+    return Parts(bare, evaluated, projection, norm, act, slope)
+
+
+def has_join(x: Tensor) -> bool:
+    """Whether the join has kernels where x is; they are csrc/cpu's."""
+    return x.device.type == "cpu" and operators.load_error() is None
+
+
+def join(y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate: Gate, normalises: bool) -> Tensor:
+    """act(branch_scale * gate * norm(y) + skip_scale * skip), channels_last; updates the norm's running statistics.
+
+    normalises: `parts.norm` is applied here; otherwise y has been through every norm.
+    """
+    pools = callable(gate)
+    stage, tensors = parts.norm if normalises and parts.norm is not None else (None, None)
+    images = None
+    if pools or (stage is not None and stage.batch_stats):
+        with torch.no_grad():
+            images = join_operators.image_statistics(y)
+    norm, batch = JoinNorm.identity(y), None
+    if stage is not None and tensors is not None:
+        norm, batch = _norm(y, stage, tensors, images)
+    means = images[:, 0] if pools and images is not None else None
+    y, pooled, handoff = gated_join.pooled_norm(y, norm, means)
+    factor = per_channel(gate(pooled) if callable(gate) else gate, y)  # type: ignore[arg-type]
+    if isinstance(params.branch_scale, Tensor):
+        factor = factor * params.branch_scale.reshape(1, -1)
+    elif params.branch_scale != 1.0:
+        factor = factor * params.branch_scale
+    if skip is not None:
+        skip = reference.scaled(skip, params.skip_scale)
+    out = gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
+    if batch is not None and tensors is not None:
+        running_stats.update_one(tensors, batch[0], batch[1], y.numel() // y.shape[1])
+        running_stats.count_one(tensors)
+    return out
+
+
+def _norm(y: Tensor, stage: StageSpec, tensors: StageParams, images: Tensor | None) -> tuple[JoinNorm, Tensor | None]:
+    """(the norm of the join, its batch statistics [2, C] or None)."""
+    weight, bias = tensors.norm_weight, tensors.norm_bias
+    if stage.batch_stats and images is not None:
+        batch = gated_join.batch_statistics(images)
+        return JoinNorm(batch[0], batch[1], weight, bias, stage.eps, y.numel() // y.shape[1]), batch
+    assert tensors.running_mean is not None and tensors.running_var is not None  # by validation
+    return JoinNorm(tensors.running_mean, tensors.running_var, weight, bias, stage.eps, None), None
