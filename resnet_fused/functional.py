@@ -135,8 +135,11 @@ def _gated_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate, ba
     parts = gated_block.parts(params, spec)
     native_join = gated_block.has_join(x)
     leaves_norm = native_join and autograd.trains(spec, x, params)
-    form = operators.output_format(x, [p.weight for p in params.convs], spec)
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    form = torch.channels_last if last else torch.contiguous_format
     if native_join:
+        if not torch.compiler.is_compiling():  # whose graphs have no use for exact strides
+            form = operators.output_format(x, [p.weight for p in params.convs], spec)
         x = x.contiguous(memory_format=torch.channels_last)  # once, rather than in each pass of the join
     y = residual_block(x, *(parts.chain if leaves_norm else parts.evaluated), backend=backend)
     skip = None

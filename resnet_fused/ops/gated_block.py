@@ -97,9 +97,10 @@ def join(y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate
     if pools or (stage is not None and stage.batch_stats):
         with torch.no_grad():
             images = join_operators.image_statistics(y)
-    norm, batch = JoinNorm.identity(y), None
     if stage is not None and tensors is not None:
         norm, batch = _norm(y, stage, tensors, images)
+    else:
+        norm, batch = JoinNorm.identity(y), None
     means = images[:, 0] if pools and images is not None else None
     y, pooled, handoff = gated_join.pooled_norm(y, norm, means)
     factor = per_channel(gate(pooled) if callable(gate) else gate, y)  # type: ignore[arg-type]

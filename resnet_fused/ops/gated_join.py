@@ -94,7 +94,7 @@ class PooledNorm(torch.autograd.Function):
         if image_means is not None:
             centred = (image_means.double() - norm.mean) * _scale(norm)
             pooled = (centred if bias is None else centred + bias).to(y.dtype)
-        handoff = y.new_zeros((3, *y.shape[:2]), dtype=torch.float64)
+        handoff = torch.zeros((3, *y.shape[:2]), dtype=torch.float64, device=y.device)
         return y.view_as(y), pooled, handoff
 
     @staticmethod
@@ -124,7 +124,7 @@ class PooledNorm(torch.autograd.Function):
         """
         needs_y, needs_weight, needs_bias = needs[:3]
         pixels = y.shape[2] * y.shape[3]
-        zeros = y.new_zeros(y.shape[:2], dtype=torch.float64)
+        zeros = torch.zeros(y.shape[:2], dtype=torch.float64, device=y.device)
         gate, sum_dz, sum_dz_y = (zeros, zeros, zeros) if handed is None else handed.unbind(0)
         spread = zeros if d_pooled is None else d_pooled.double()
         inverse_std = (norm.var.double() + norm.eps).rsqrt()

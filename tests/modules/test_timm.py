@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -41,6 +42,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "resnext": {"cardinality": 32, "base_width": 4},
     "wide": {"base_width": 128},
     "dilated": {"output_stride": 8},
+    "squeeze-excitation": {"block_args": {"attn_layer": "se"}},
+    "effective squeeze-excitation": {"block_args": {"attn_layer": "ese"}},
+    "efficient channel attention": {"block_args": {"attn_layer": "eca"}},
+    "stochastic depth": {"drop_path_rate": 0.5},
+    "both, in every block": {"drop_path_rate": 0.5, "block_args": {"attn_layer": "se"}},
     "3x3 downsample, narrow first convolution": {"down_kernel_size": 3, "block_reduce_first": 2},
 }
 
@@ -58,8 +64,12 @@ def test_variants_are_fused_whole_and_train_as_eager(arguments: dict[str, Any]) 
 
 # For each argument of timm's ResNet: a part of the reason that explain gives, and the blocks that it concerns.
 REFUSED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
-    "attention": ({"block_args": {"attn_layer": "se"}}, "se is SEModule", {"layer1.0", "layer4.0"}),
-    "stochastic depth": ({"drop_path_rate": 0.1}, "drop_path is DropPath", {"layer1.1", "layer4.0"}),
+    "attention": ({"block_args": {"attn_layer": "cbam"}}, "se is CbamModule", {"layer1.0", "layer4.0"}),
+    "attention to the maximum": (
+        {"block_args": {"attn_layer": functools.partial(timm.layers.SEModule, add_maxpool=True)}},
+        "se is SEModule",
+        {"layer1.0", "layer4.0"},
+    ),
     "drop block": ({"drop_block_rate": 0.1}, "drop_block is DropBlock2d", {"layer3.0", "layer4.0"}),
     "anti-aliasing": ({"aa_layer": "blurpc"}, "aa is BlurPool2d", {"layer2.0", "layer3.0", "layer4.0"}),
     "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"", "layer1.0", "layer1.1", "layer4.0"}),

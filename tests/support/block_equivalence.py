@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from support.equivalence import Results, assert_runs_as_accurate, pooled
+from support.gates import SqueezeExcitation
 from support.kinks import MANY, RARE, Kinks
 from support.matrix import FORMATS
 from support.runs import run, run_exact
@@ -15,7 +16,9 @@ from resnet_fused.spec import BlockSpec
 Block = tuple[Tensor, BlockParams, BlockSpec]
 
 
-def assert_equivalent(blocks: list[Block], douts: list[Tensor], backend: str) -> None:
+def assert_equivalent(
+    blocks: list[Block], douts: list[Tensor], backend: str, gate: SqueezeExcitation | None = None
+) -> None:
     """Everything that `run` returns for these blocks of one spec, pooled over them.
 
     Gradients that vanish but for rounding are held to that (`assert_vanishes`).
@@ -25,14 +28,14 @@ def assert_equivalent(blocks: list[Block], douts: list[Tensor], backend: str) ->
     runs: dict[str, list[Results]] = {"got": [], "eager": [], "other": [], "flipped": [], "exact": []}
     for (x, params, _), dout in zip(blocks, douts, strict=True):
         kinks = Kinks(dtype, MANY if dtype == torch.bfloat16 else RARE)  # of so few values, halves flip one at most
-        runs["got"].append(run(x, params, spec, backend, dout))
+        runs["got"].append(run(x, params, spec, backend, dout, gate))
         with kinks.record():
-            runs["eager"].append(run(x, params, spec, "eager", dout))
+            runs["eager"].append(run(x, params, spec, "eager", dout, gate))
         with kinks.measure():
-            runs["exact"].append(run_exact(x, params, spec, dout))
+            runs["exact"].append(run_exact(x, params, spec, dout, gate))
         with kinks.flip():
-            runs["flipped"].append(run_exact(x, params, spec, dout))
-        runs["other"].append(run(*in_other_format(x, params), spec, "eager", dout))
+            runs["flipped"].append(run_exact(x, params, spec, dout, gate))
+        runs["other"].append(run(*in_other_format(x, params), spec, "eager", dout, gate))
     results = {kind: pooled(each) for kind, each in runs.items()}
     for name in vanishing(spec) & results["exact"].keys():
         assert_vanishes(name, results["got"], results["eager"])

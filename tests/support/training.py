@@ -78,7 +78,8 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9) if parameters else None
     outputs = []
-    for _ in range(steps):
+    for step in range(steps):
+        torch.manual_seed(step)  # for stochastic depth
         model.zero_grad()
         x = pictures.clone().requires_grad_()
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
