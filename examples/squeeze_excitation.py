@@ -3,8 +3,8 @@
 python examples/squeeze_excitation.py
 
 The branch is multiplied with a factor for each image and channel, which the block's own small layers compute from the
-branch's mean over pixels. Fused, that mean comes out of the pass that gathers the last norm's statistics, and the product
-is taken by the pass that adds the skip path.
+branch's mean over pixels. Fused, that mean comes out of the pass that gathers the last norm's statistics, and the pass
+that adds the skip path takes the product.
 """
 
 from __future__ import annotations
