@@ -28,6 +28,7 @@ from resnet_fused.ops import (
     validation,
 )
 from resnet_fused.ops.gate import Gate
+from resnet_fused.ops.gated_join import JoinNorm
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec, batch_norm
 from resnet_fused.spec.activations import IDENTITY, RELU, activation
@@ -185,7 +186,7 @@ def batch_norm_act(
     act: Activation | str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """``act(bn(x) + residual)`` in one pass after the statistics; backward keeps x and one bit an output.
+    """``act(bn(x) + residual)`` in one pass after the statistics; backward keeps x and one bit per output.
 
     x:        [N, C, H, W], any dtype of `residual_block` and any memory format; channels_last is the fast one.
     bn:       an nn.BatchNorm2d or nn.SyncBatchNorm. What its own forward would do with `training`, `momentum`, `eps`,
@@ -194,7 +195,9 @@ def batch_norm_act(
               SyncBatchNorm takes its statistics over its process group (on CPU tensors too); a process may come with
               an empty batch.
     residual: x's shape, or None.
-    act:      an `Activation` or its name (`spec.activations.KINDS`); prelu, whose slope is learned, is not taken.
+    act:      an `Activation` or its name (`spec.activations.KINDS`); prelu, whose slope is learned, is not taken. Those
+              other than relu and identity keep their output, or the residual, in place of the bits; they have kernels
+              on the CPU, and none behind a synchronised norm.
     backend:  "auto", or a name from `resnet_fused.backends()`. A residual of another dtype than x's, and a bn with
               hooks, run in plain PyTorch.
 
@@ -215,7 +218,9 @@ def batch_norm_act(
         mean, var, count = _statistics(x, norm)
     tensors = (x, residual, norm.weight, norm.bias)
     relu = act == RELU
-    if autograd.needs_grad(tensors):
+    if act not in (IDENTITY, RELU):
+        out = gated_block.norm_act(x, JoinNorm(mean, var, norm.weight, norm.bias, norm.eps, count), residual, act)
+    elif autograd.needs_grad(tensors):
         out = autograd.BatchNormAct.apply(*tensors, mean, var, count, norm.eps, relu, norm.group)
     elif x.numel() == 0:
         out = torch.empty_like(x)
@@ -234,8 +239,10 @@ _MIXES = "under autocast x is wider than the convolutions and reaches the block'
 
 def _norm_refusal(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activation) -> str | None:
     """Why only PyTorch's own operations compute this call, or None."""
-    if act not in (IDENTITY, RELU):
-        return f"the operators of a batch norm on its own have relu and identity, act is {act.name}"
+    if act not in (IDENTITY, RELU) and not gated_block.has_join(x):
+        return f"on {x.device.type} the operators of a batch norm on its own have relu and identity, act is {act.name}"
+    if act not in (IDENTITY, RELU) and type(bn) is nn.SyncBatchNorm and bn.training:
+        return f"of the activations behind a SyncBatchNorm the operators have relu and identity, act is {act.name}"
     reason = differentiated_otherwise(x, (residual, *bn.parameters(recurse=False)))
     if reason is not None:
         return reason

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from resnet_fused.ops import gated_join, join_operators, operators, reference, running_stats
 from resnet_fused.ops.gate import Gate, per_channel
@@ -115,6 +116,14 @@ def join(y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate
         running_stats.update_one(tensors, batch[0], batch[1], y.numel() // y.shape[1])
         running_stats.count_one(tensors)
     return out
+
+
+def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:
+    """act(norm(x) + residual) in x's memory format: a join whose gate is one."""
+    form = suggest_memory_format(x)
+    y, _, handoff = gated_join.pooled_norm(x.contiguous(memory_format=torch.channels_last), norm, None)
+    one = torch.ones(x.shape[:2], dtype=torch.float64, device=x.device)
+    return gated_join.gated_join(y, one, residual, None, handoff, norm, act).contiguous(memory_format=form)
 
 
 def _norm(y: Tensor, stage: StageSpec, tensors: StageParams, images: Tensor | None) -> tuple[JoinNorm, Tensor | None]:

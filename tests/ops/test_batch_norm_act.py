@@ -23,6 +23,7 @@ from resnet_fused import functional
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import BackendError
 from resnet_fused.ops import norm_operators
+from resnet_fused.spec.activations import KINDS
 from resnet_fused.tools.saved_bytes import saved_bytes
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -88,6 +89,29 @@ def test_family_in_double(case: Case, last: bool, backend: str) -> None:
     given_tensors = case.build(memory_format=FORMATS[last])
     expected = run(*given_tensors, case.act, "eager")
     torch.testing.assert_close(run(*given_tensors, case.act, backend), expected, rtol=1e-10, atol=1e-11)
+
+
+@backends
+@formats
+@modes
+@residuals
+@pytest.mark.parametrize("act", [name for name, kind in KINDS.items() if not kind.learned])
+def test_every_activation(
+    act: str, residual: bool, training: bool, memory_format: torch.memory_format, backend: str
+) -> None:
+    """In fp64; 1e-7, since PyTorch has hardsigmoid's sixth in float32. The result has x's memory format."""
+    x, skip, bn, dout = Case(7, residual=residual, act=act, training=training).build(memory_format=memory_format)
+    expected = run(x, skip, bn, dout, act, "eager")
+    torch.testing.assert_close(run(x, skip, bn, dout, act, backend), expected, rtol=1e-7, atol=1e-7)
+    out = functional.batch_norm_act(x, bn, residual=skip, act=act, backend=backend)
+    assert out.is_contiguous(memory_format=memory_format)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("act", ["silu", "gelu"])
+def test_smooth_activations_are_as_accurate_as_eagers(act: str, dtype: torch.dtype, backend: str) -> None:
+    check(Case(8, act=act), dtype, backend)
 
 
 @backends
