@@ -3,10 +3,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "../block/kernel_layout.h"
+
 namespace resnet_fused::cpu {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 using Bias = std::optional<at::Tensor>;
 using ScalarList = c10::List<std::optional<at::Scalar>>;

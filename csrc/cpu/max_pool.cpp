@@ -7,19 +7,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "../block/kernel_layout.h"
 #include "passes.h"
 
 namespace resnet_fused::cpu {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 #define DISPATCH(x, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "max_pool2d", __VA_ARGS__)
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Window& win) {
+std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const PoolWindow& win) {
   const auto x = x_in.contiguous(kLayout);
   const int64_t n = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const auto length = [&](int64_t in) { return (in + 2 * win.padding - win.kernel) / win.stride + 1; };
@@ -58,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Wind
 }
 
 at::Tensor max_pool2d_backward(
-    const at::Tensor& dout_in, const at::Tensor& positions, int64_t height, int64_t width, const Window& win) {
+    const at::Tensor& dout_in, const at::Tensor& positions, int64_t height, int64_t width, const PoolWindow& win) {
   const auto dout = dout_in.contiguous(kLayout);
   const int64_t n = dout.size(0), channels = dout.size(1), out_h = dout.size(2), out_w = dout.size(3);
   auto dx = at::empty({n, channels, height, width}, dout.options().memory_format(kLayout));

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../block/checks.h"
+#include "../block/kernel_layout.h"
 
 namespace resnet_fused {
 
@@ -88,7 +89,7 @@ std::vector<at::Tensor> residual_block_backward(
   const auto stats = batch_stats.vec();
   check_backward(dout, out, ys, stats, block, spec, check_block(block, spec));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  for (auto& y : ys) y = y.contiguous(at::MemoryFormat::ChannelsLast);  // a saved-tensor hook may change the layout
+  for (auto& y : ys) y = y.contiguous(kLayout);  // a saved-tensor hook may change the layout
   return Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../block/integer_division.h"
+
 namespace resnet_fused {
 namespace {
 
@@ -51,7 +53,7 @@ uint64_t hash_range(const char* bytes, int64_t size, uint64_t position) {
 
 uint64_t hash_whole(const char* bytes, int64_t size) {
   constexpr int64_t part = 1 << 18;
-  const int64_t parts = (size + part - 1) / part;
+  const int64_t parts = ceil_div(size, part);
   std::vector<uint64_t> hashes(parts);
   at::parallel_for(0, parts, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) hashes[i] = hash_range(bytes + i * part, std::min(part, size - i * part), i);

@@ -54,7 +54,7 @@ class Tuning(list[Measured]):
         return table("Measured here", header, rows)
 
 
-class Block(NamedTuple):
+class TunedBlock(NamedTuple):
     """train: forward and backward are timed, else forward alone."""
 
     x: Tensor
@@ -95,7 +95,7 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
             params, spec = module.fused_describe()
         except NotFusable:
             continue
-        block = Block(block_input, params, spec, train=spec.batch_stats or module.training)
+        block = TunedBlock(block_input, params, spec, train=spec.batch_stats or module.training)
         key = measured.key(spec, block_input, [p.weight for p in params.convs], block.train)
         field = contestants(block_input, params, spec)
         if key in decisions or not field:
@@ -154,7 +154,7 @@ def block_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, FusedModule, Te
     return seen
 
 
-def fastest_way(block: Block, contestants: Sequence[Contestant], timer: Timer) -> Decision:
+def fastest_way(block: TunedBlock, contestants: Sequence[Contestant], timer: Timer) -> Decision:
     """The contestant that runs the block fastest, and its time against PyTorch's."""
 
     def forced(contestant: Contestant) -> Run:
@@ -176,7 +176,7 @@ def fastest_way(block: Block, contestants: Sequence[Contestant], timer: Timer) -
     return Decision(fastest, *best[fastest][1], speedups.pop(fastest), speedups)
 
 
-def fastest_tiles(block: Block, timer: Timer) -> dict[measured.TileKey, dict[str, int]]:
+def fastest_tiles(block: TunedBlock, timer: Timer) -> dict[measured.TileKey, dict[str, int]]:
     """For each phase of the block by Triton, run phase by phase, the fastest tile, one phase after the other."""
     from triton.runtime.errors import OutOfResources
 
@@ -206,7 +206,7 @@ def fastest_tiles(block: Block, timer: Timer) -> dict[measured.TileKey, dict[str
     return chosen
 
 
-def once(block: Block, backend: str) -> Run:
+def once(block: TunedBlock, backend: str) -> Run:
     """One step of the block, forward and backward for training, on copies: nothing of the caller's is written."""
     x, params, spec, train = block
     mine = x.detach().requires_grad_(train)

@@ -33,7 +33,7 @@ class Settings:
     memory: Memory
 
 
-Block = tuple[BlockParams, BlockSpec] | None
+ParamsAndSpec = tuple[BlockParams, BlockSpec] | None
 
 
 class Description:
@@ -48,13 +48,13 @@ class Description:
         self.forget()
 
     def forget(self) -> None:
-        self._last: tuple[Block, module_state.Snapshot | None, bool] = (None, None, False)
+        self._last: tuple[ParamsAndSpec, module_state.Snapshot | None, bool] = (None, None, False)
 
     @property
-    def block(self) -> Block:
+    def block(self) -> ParamsAndSpec:
         return self._last[0]
 
-    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Block, bool]:
+    def recall(self, module: nn.Module, narrowed: bool) -> tuple[ParamsAndSpec, bool]:
         """The last description, and whether it is of this very module as it is now.
 
         narrowed: under autocast, on which the fate of a FrozenBatchNorm2d depends.
@@ -65,7 +65,7 @@ class Description:
             return block, False
         return block, module_state.unchanged(snapshot)
 
-    def keep(self, block: Block, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
+    def keep(self, block: ParamsAndSpec, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
         """All at once, since threads may share a module.
 
         snapshot: it begins with the module; None: the description is for this call only.

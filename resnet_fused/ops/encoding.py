@@ -21,7 +21,7 @@ HEADER, PER_CONVOLUTION = 5, 12
 NAMES = tuple(KINDS)
 
 
-class Plan(NamedTuple):
+class Decoded(NamedTuple):
     """What an operator is told beside its tensors."""
 
     spec: BlockSpec
@@ -67,13 +67,13 @@ def _encode(spec: BlockSpec, needs: Needs | None, how: How) -> Encoded:
     return Encoded(ints, floats)
 
 
-def decode(ints: Sequence[int], floats: Sequence[float]) -> Plan:
+def decode(ints: Sequence[int], floats: Sequence[float]) -> Decoded:
     """The inverse of `encode`, but for what only forward knows: how much memory backward may keep."""
     return _decode(tuple(ints), tuple(floats))
 
 
 @lru_cache(maxsize=1024)
-def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
+def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> Decoded:
     count, skip, order, join, _ = ints[:HEADER]
     stages, convs = [], []
     for i, at in enumerate(range(HEADER, len(ints), PER_CONVOLUTION)):
@@ -87,4 +87,4 @@ def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
         convs.append(ConvFacts(input_stage, output_stage, saved, read, wants_dy, wants_dp))
     projection = stages[count] if SKIPS[skip] == "projection" else None
     spec = BlockSpec(tuple(stages[:count]), SKIPS[skip], projection, ORDERS[order])
-    return Plan(spec, Facts(tuple(convs), JOIN_READS[join]))
+    return Decoded(spec, Facts(tuple(convs), JOIN_READS[join]))

@@ -31,7 +31,7 @@ class ConvolutionConfig:
 
     source, act:   what the prologue makes of the stored source (operands.RAW, NORMALIZE or GRADIENT; activation).
     rows, columns, depth: the tile: result pixels, result channels, source channels of one step.
-    stages:        software pipeline depth. precision: of float32 products ("ieee", "tf32").
+    buffers:       steps in flight: Triton's num_stages. precision: of float32 products ("ieee", "tf32").
     upcast:        multiply in float32 (the interpreter computes bfloat16 products wrongly).
     """
 
@@ -46,7 +46,7 @@ class ConvolutionConfig:
     rows: int
     columns: int
     depth: int
-    stages: int
+    buffers: int
     precision: str = "ieee"
     upcast: bool = False
 
@@ -174,7 +174,7 @@ def product(args, image0, image, oh, ow, class_h, class_w, row_mask, group, colu
     COLUMNS: tl.constexpr = CONFIG.columns
     ACT: tl.constexpr = CONFIG.act
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(0, taps_r * taps_s * depth_blocks, num_stages=CONFIG.stages):
+    for step in tl.range(0, taps_r * taps_s * depth_blocks, num_stages=CONFIG.buffers):
         if CONFIG.kernel[0] * CONFIG.kernel[1] == 1:  # keeps what is known of addresses, and so wide loads
             r, s, depth = 0, 0, step * CONFIG.depth
         else:

@@ -93,7 +93,7 @@ class Epilogue(NamedTuple):
     factor: Scale = Scale()
     residual: Operand = Operand()
     residual_scale: Scale = Scale()
-    mask: Any = None
+    mask_by: Any = None
     y: Operand = Operand()
     center: Any = None
     s: Operand = Operand()
@@ -141,7 +141,7 @@ def apply(args, acc, first, pixels, row_mask, channels, channel_mask, r0, r1, r2
     if CONFIG.mask != UNMASKED:
         z = y
         if CONFIG.mask == BY_OUT:
-            z = tl.load(args.mask + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(args.mask_by + start + offsets, mask=mask, other=0.0).to(tl.float32)
         elif CONFIG.mask_normalizes:
             NARROW: tl.constexpr = args.y.x.dtype.element_ty != tl.float32
             z = operands.normalize(y, args.y.table, args.channels, channels, channel_mask, NARROW)

@@ -24,7 +24,7 @@ class WeightGradientConfig:
     """dy, source, act: what the prologues make of the stored dy and of the convolution's stored input.
 
     rows, columns, depth: the tile: output channels, input channels, pixels of one step. splits: of the pixels.
-    stages, precision, upcast: as for a convolution.
+    buffers, precision, upcast: as for a convolution.
     """
 
     kernel: tuple[int, int]
@@ -38,7 +38,7 @@ class WeightGradientConfig:
     columns: int
     depth: int
     splits: int
-    stages: int
+    buffers: int
     precision: str = "ieee"
     upcast: bool = False
 
@@ -123,7 +123,7 @@ def product(args, split, group, r, s, row, row_mask, column, column_mask, CONFIG
     COLUMNS: tl.constexpr = CONFIG.columns
     ACT: tl.constexpr = CONFIG.act
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(0, steps, num_stages=CONFIG.stages):
+    for step in tl.range(0, steps, num_stages=CONFIG.buffers):
         pixel = start + step * CONFIG.depth + tl.arange(0, CONFIG.depth)
         pixel_mask = pixel < pixels
         dy = operands.load_linear(

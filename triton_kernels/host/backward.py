@@ -37,7 +37,7 @@ from ..device.operands import GRADIENT, GRADIENT_ROWS, NORMALIZE, RAW, Operand, 
 from ..device.reductions import SUMS, Reduction, VectorGradients
 from ..device.weight_gradient import WeightGradient, WeightGradientConfig
 from . import library, tuning
-from .block import LAST, Block, Source, given, strides, upcasts
+from .block import LAST, BlockPlan, Source, given, strides, upcasts
 from .policies import Policy
 
 MASKS: dict[JoinReads, int] = {
@@ -86,7 +86,7 @@ class _Later:
             getattr(grads, self.name)[self.conv] = grad
 
 
-class _Backward(Block):
+class _Backward(BlockPlan):
     def __init__(self, spec: BlockSpec, facts: Facts, tensors: Tensors, needs: Needs, policy: Policy) -> None:
         super().__init__(spec, facts, tensors, policy)
         self.given, self.needs = tensors, needs
@@ -305,7 +305,7 @@ class _Backward(Block):
             dz,
             channels,
             factor=self.scale(self.branch_scale) if join == "sum" else Scale(),
-            mask=given(out).contiguous(memory_format=LAST) if join == "output" else None,
+            mask_by=given(out).contiguous(memory_format=LAST) if join == "output" else None,
             y=y,
             center=sums.first.norm.mean,
             s=skip,
@@ -479,7 +479,7 @@ class _Backward(Block):
             name,
             WeightGradientConfig(
                 (r, s), *stage.geometry, dy.kind, source.kind, source.act, tile.rows, tile.columns, tile.depth,
-                tile.splits, tile.stages, self.precision, upcasts(weight.dtype),
+                tile.splits, tile.buffers, self.precision, upcasts(weight.dtype),
             ),
             WeightGradient(
                 dy.operand, self.x.shape[0], h, w, source.operand, source.height, source.width, dweight,

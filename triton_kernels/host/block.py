@@ -48,7 +48,7 @@ class Source:
         return self.kind != int(RAW) or self.act.name != "identity"
 
 
-class Block:
+class BlockPlan:
     """The tensors of one block by convolution, and the phases that forward, backward and evaluation share.
 
     y, statistics, tables: by convolution and by stage; None until they are there.
@@ -266,7 +266,7 @@ class Block:
         stage = self.spec.convs[conv]
         return ConvolutionConfig(
             self.kernel(conv), *stage.geometry, transposed, source.kind, source.act, epilogue,
-            tile.rows, tile.columns, tile.depth, tile.stages,
+            tile.rows, tile.columns, tile.depth, tile.buffers,
             self.precision, upcasts(self.x.dtype),
         )  # fmt: skip
 

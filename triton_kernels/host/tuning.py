@@ -23,7 +23,7 @@ from .chips import Chip
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x columns: the tile of results. depth: of one step of its loop. stages: steps in flight.
+    """rows x columns: the tile of results. depth: of one step of its loop. buffers: steps in flight.
 
     warps: of one worker. workers: on one multiprocessor. splits: of a weight gradient's pixels.
     """
@@ -31,7 +31,7 @@ class Tile:
     rows: int
     columns: int
     depth: int = 0
-    stages: int = 1
+    buffers: int = 1
     warps: int = 4
     workers: int = 2
     splits: int = 1
@@ -89,8 +89,8 @@ def candidates(kind: str, tile: Tile) -> list[Tile]:
             continue
         found += [replace(shape, warps=warps) for warps in (4, 8)]
     if tile.depth:
-        found += [replace(tile, stages=stages) for stages in (2, 4)]
-        found += [replace(tile, depth=tile.depth // 2, stages=4)] if tile.depth > 32 else []
+        found += [replace(tile, buffers=buffers) for buffers in (2, 4)]
+        found += [replace(tile, depth=tile.depth // 2, buffers=4)] if tile.depth > 32 else []
     found += [replace(tile, workers=workers) for workers in (1, 2, 3, 4)]
     if tile.splits > 1:
         found += [replace(tile, splits=splits) for splits in (tile.splits // 2, tile.splits * 2)]
@@ -126,8 +126,8 @@ def convolution(
     while rows > fewest and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
         rows //= 2
     depth = power_of_two(source_group, most=64 // wide)
-    stages = _stages(chip, dtype, (rows * (1 + (burden > 0)) + columns) * depth)
-    return Tile(rows, columns, depth, stages, _warps(rows * columns, burden > 0), workers=2)
+    buffers = _buffers(chip, dtype, (rows * (1 + (burden > 0)) + columns) * depth)
+    return Tile(rows, columns, depth, buffers, _warps(rows * columns, burden > 0), workers=2)
 
 
 @tunable
@@ -151,8 +151,8 @@ def weight_gradient(
     tiles = groups * taps * -(-output_group // rows) * -(-input_group // columns)
     # work for every worker, but no split shorter than 16 steps: each costs a float32 partial
     splits = max(1, min(2 * chip.sms // tiles, pixels // (16 * depth)))
-    stages = _stages(chip, dtype, (rows * (1 + heavy) + columns) * depth)
-    return Tile(rows, columns, depth, stages, _warps(rows * columns, heavy), workers=2, splits=splits)
+    buffers = _buffers(chip, dtype, (rows * (1 + heavy) + columns) * depth)
+    return Tile(rows, columns, depth, buffers, _warps(rows * columns, heavy), workers=2, splits=splits)
 
 
 @tunable
@@ -163,10 +163,10 @@ def chained(chip: Chip, dtype: torch.dtype, pixels: int, middle: int, source_gro
     wide = 2 if dtype == torch.float32 else 1
     columns = power_of_two(middle)
     depth = power_of_two(source_group, most=64 // wide)
-    return Tile(64, columns, depth, _stages(chip, dtype, (64 + columns) * depth), _warps(64 * columns, True))
+    return Tile(64, columns, depth, _buffers(chip, dtype, (64 + columns) * depth), _warps(64 * columns, True))
 
 
-def _stages(chip: Chip, dtype: torch.dtype, values: int) -> int:
+def _buffers(chip: Chip, dtype: torch.dtype, values: int) -> int:
     """As many steps of `values` operands in flight as shared memory holds, three at the most.
 
     A gradient's operand is two tensors; 8 KiB are left for the epilogue.

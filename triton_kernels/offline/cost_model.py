@@ -33,7 +33,7 @@ from ..device.epilogue import BY_OUT, Epilogue, EpilogueConfig
 from ..device.operands import GRADIENT, Operand
 from ..device.pointwise import Pointwise
 from ..device.weight_gradient import WeightGradient, WeightGradientConfig
-from ..host.block import Block
+from ..host.block import BlockPlan
 from ..host.chips import CHIPS, Chip
 from ..host.launch import Launch
 from ..host.policies import Policy
@@ -232,7 +232,7 @@ def _epilogue(args: Epilogue, config: EpilogueConfig) -> int:
     if config.residual is not None:
         size += _operand(args.residual, config.residual)
     if config.mask == int(BY_OUT):
-        size += _size(args.mask)
+        size += _size(args.mask_by)
     if config.reads_y:
         size += _size(args.y.x)
     if config.reads_s:
@@ -291,7 +291,7 @@ def eager(shape: BlockShape, direction: Direction, batch: int, dtype: torch.dtyp
     Operations are in the order of the forward pass, also the backward ones: sums do not depend on it.
     """
     # for its sizes; no plan is made
-    block = Block(shape.spec, facts(shape.spec), shape.tensors(batch, dtype), Policy(CHIPS["a100"]))
+    block = BlockPlan(shape.spec, facts(shape.spec), shape.tensors(batch, dtype), Policy(CHIPS["a100"]))
     wants_dx = shape.name != "stem"  # as `plan` has it
     costs = []
     for conv, stage in enumerate(shape.spec.convs):

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cpu::engine {
 namespace {
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // One dimension of planes: the coordinates of phase a are those of padded inputs a, a + stride, a + 2 stride, ...
 struct Dimension {
@@ -154,8 +154,8 @@ std::vector<Rows> Layout::tiles(int64_t begin, int64_t end, int64_t tile_rows, b
   std::vector<Rows> tiles;
   const auto add = [&](int64_t from, int64_t to) {
     // equal parts where a tile costs by its rows, full ones where it does not
-    const int64_t count = (to - from + tile_rows - 1) / tile_rows;
-    const int64_t part = whole ? tile_rows : (to - from + count - 1) / count;
+    const int64_t count = ceil_div(to - from, tile_rows);
+    const int64_t part = whole ? tile_rows : ceil_div(to - from, count);
     for (int64_t at = from; at < to; at += part) {
       const int64_t stop = std::min(at + part, to),
                     excess = whole ? std::max<int64_t>(0, at + tile_rows - readable) : 0;

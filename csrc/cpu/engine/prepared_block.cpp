@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 
+#include "../../block/kernel_layout.h"
 #include "../../block/result_format.h"
 #include "../convolution.h"
 #include "../isa.h"
@@ -21,8 +22,6 @@
 
 namespace resnet_fused::cpu::engine {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 int64_t second_cache() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -554,7 +553,7 @@ std::optional<std::string> reason_against(
 
 // Measured with torch 2.13 on a Sapphire Rapids processor, 2 threads, ResNet-50 at 224 x 224 (oneDNN's time / ours, the
 // range of its blocks): AMX 1.2 to 2.1 at batch 16, 1.3 to 1.8 at batch 1. float32 by AVX-512, batch 16: 1.03 to 1.28
-// where the weights fit the second cache (stages 1 and 2), 0.84 to 0.90 where they do not. bfloat16 by AVX512-BF16 0.87
+// where the weights fit the second cache (layer1 and layer2), 0.84 to 0.90 where they do not. bfloat16 by AVX512-BF16 0.87
 // to 1.0.
 std::optional<std::string> faster_elsewhere(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {

@@ -4,14 +4,14 @@
 #include <optional>
 #include <tuple>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cpu::engine {
 namespace {
 
 constexpr int64_t kUnlimited = int64_t{1} << 40;
 // Bytes per cycle from the third cache or memory, for one of several threads; cycles until all threads have met.
 constexpr double kBytesPerCycle = 8, kMeeting = 6000;
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 std::pair<int64_t, int64_t> as_pair(std::array<int64_t, 2> range) { return {range[0], range[1]}; }
 
@@ -109,7 +109,7 @@ class Planner {
       if (buffered(s, i)) row += static_cast<double>(s.layouts[i].positions * s.layouts[i].pitch) / height;
     const double rows = 0.5 * static_cast<double>(m_.second_cache) / (row * static_cast<double>(m_.element));
     const int64_t bands = std::max<int64_t>(1, static_cast<int64_t>(height / std::max(1.0, rows) + 0.999));
-    return (s.pooled.height + bands - 1) / bands;
+    return ceil_div(s.pooled.height, bands);
   }
 
   Part part(const Schedule& s, int64_t begin, int64_t end, int64_t band) const {
@@ -195,7 +195,7 @@ class Planner {
         double depth = static_cast<double>(shape.products);
         if (step.conv == last() && projection_) depth += static_cast<double>(projection_->products);
         double panels = static_cast<double>(shape.panels);
-        if (s.splits_outputs) panels = static_cast<double>((shape.panels + threads - 1) / threads);
+        if (s.splits_outputs) panels = static_cast<double>(ceil_div(shape.panels, threads));
         // a pair of tiles takes 64 cycles for 32 channels; a vector kernel one for each row and channel; and an
         // epilogue
         double cycles = 0;
@@ -209,7 +209,7 @@ class Planner {
     for (const Shape& shape : chain_) weights += static_cast<double>(shape.products * shape.panels * kPanel) * element;
     if (projection_) weights += static_cast<double>(projection_->products * projection_->panels * kPanel) * element;
     const auto count = static_cast<double>(s.items * static_cast<int64_t>(s.parts.size()));
-    const double each = std::max(1.0, static_cast<double>((static_cast<int64_t>(count) + threads - 1) / threads));
+    const double each = std::max(1.0, static_cast<double>(ceil_div(static_cast<int64_t>(count), threads)));
     double inside = 0;  // bytes between the convolutions of one item
     for (size_t i = 0; i < s.layouts.size(); ++i)
       if (buffered(s, i)) inside += static_cast<double>(s.layouts[i].bytes(m_.element));

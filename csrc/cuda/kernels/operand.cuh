@@ -60,7 +60,7 @@ struct Gradient {
   }
 };
 
-// Computes chunks of a stage in place, once they have come: for each i < EACH the chunk at(i) where inside(i); y stands
+// Computes chunks of a buffer in place, once they have come: for each i < EACH the chunk at(i) where inside(i); y stands
 // `apart` bytes from x. All are of the same channels.
 template <class T, int EACH, class At, class Inside>
 DEVICE void compute_chunks(const Operand& operand, int channel, int apart, const At& at, const Inside& inside) {

@@ -157,7 +157,7 @@ struct Convolution {
   int32_t class_height = 0, class_width = 0, classes[2] = {1, 1}, class_tiles = 0;  // pixels of a class; its tiles
   Divisor per_image, per_row;                                                       // pixels of a class
   TileShape tile = TileShape::small;
-  int32_t stages = 2;
+  int32_t buffers = 2;  // of one step each, in shared memory: the depth of the pipeline
   bool transposed = false;
   bool tf32 = false;
   Epilogue epilogue;
@@ -175,7 +175,7 @@ struct WeightGradient {
   Divisor per_image, per_row;
   Geometry geometry;
   TileShape tile = TileShape::small;
-  int32_t stages = 2;
+  int32_t buffers = 2;  // of one step each, in shared memory: the depth of the pipeline
   bool tf32 = false;
 };
 
@@ -217,7 +217,7 @@ struct Chain {
   int32_t tiles[2] = {0, 0};
   Divisor tiles_per_image, tiles_per_row;
   int32_t shared_constants = 0;  // where the epilogue's constants begin, in bytes
-  int32_t stages = 2;
+  int32_t buffers = 2;  // of one step each, in shared memory: the depth of the pipeline
   bool tf32 = false;
   Epilogue epilogue;
 };

@@ -61,13 +61,13 @@ inline int work_bytes(Phase& phase) {
   switch (phase.kind) {
     case Kind::convolution: {
       const Convolution& c = phase.convolution;
-      return c.tile == TileShape::large ? convolution_bytes<Large<T>>(c.stages, c.product.source.y != nullptr)
-                                        : convolution_bytes<Small<T>>(c.stages, c.product.source.y != nullptr);
+      return c.tile == TileShape::large ? convolution_bytes<Large<T>>(c.buffers, c.product.source.y != nullptr)
+                                        : convolution_bytes<Small<T>>(c.buffers, c.product.source.y != nullptr);
     }
     case Kind::weight_gradient: {
       const WeightGradient& w = phase.weight_gradient;
-      return w.tile == TileShape::large ? weight_gradient_bytes<Large<T>>(w.stages, w.dy.y != nullptr)
-                                        : weight_gradient_bytes<Small<T>>(w.stages, w.dy.y != nullptr);
+      return w.tile == TileShape::large ? weight_gradient_bytes<Large<T>>(w.buffers, w.dy.y != nullptr)
+                                        : weight_gradient_bytes<Small<T>>(w.buffers, w.dy.y != nullptr);
     }
     case Kind::pointwise:
       return pointwise_bytes<T>((1 << phase.pointwise.packs_log2) * kPack);

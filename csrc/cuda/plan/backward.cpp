@@ -23,7 +23,7 @@ class Backward {
       const std::vector<at::Tensor>& batch_stats);
 
  private:
-  Block block;
+  BlockPlan block;
   const BlockTensors& tensors;
   const BlockSpec& spec;
   const Needs& needs;
@@ -161,7 +161,7 @@ std::pair<Input, std::optional<Input>> Backward::join(const at::Tensor& dout, co
   // A pass has three sums, and sums one gradient: what it has no room for is a pass of its own.
   const bool apart = anything(second) && (of_branch || third_is_slope);
 
-  const at::Tensor dz_n = masks ? at::empty(dout.sizes(), dout.options(), kLast) : dout;
+  const at::Tensor dz_n = masks ? at::empty(dout.sizes(), dout.options(), kLayout) : dout;
   dz = of_branch ? dout : dz_n;
   if (third_is_scale) sum_third(e, Third::activation, branch_scale_grad, channels);
   if (third_is_slope) sum_third(e, Third::slope, slope_grads[last], channels);
@@ -174,7 +174,7 @@ std::pair<Input, std::optional<Input>> Backward::join(const at::Tensor& dout, co
       e.out = dz_n.mutable_data_ptr();
     }
     const bool by_argument = e.mask == Mask::by_norm || e.mask == Mask::by_sum;
-    if (e.mask == Mask::by_out) e.mask_by = block.plan.hold(out->contiguous(kLast)).const_data_ptr();
+    if (e.mask == Mask::by_out) e.mask_by = block.plan.hold(out->contiguous(kLayout)).const_data_ptr();
     if (by_argument && !of_branch) e.factor = block.scale(tensors.branch_scale);
     const at::Tensor& y = block.y[last];
     if (y.defined() && (by_argument || norm != kNone || first.dfactor != nullptr)) {
@@ -282,7 +282,7 @@ std::vector<at::Tensor> Backward::run(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
     const std::vector<at::Tensor>& batch_stats) {
   restore(conv_outputs, batch_stats);
-  auto [dy, dy_s] = join(dout.contiguous(kLast), out);
+  auto [dy, dy_s] = join(dout.contiguous(kLayout), out);
   if (spec.skip != Skip::identity) dz.reset();  // else the last step adds it
   if (dy_s) {
     const int64_t s = block.projection();

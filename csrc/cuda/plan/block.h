@@ -5,14 +5,13 @@
 
 #include <array>
 
+#include "../../block/kernel_layout.h"
 #include "../../block/spec.h"
 #include "../../block/tensors.h"
 #include "pass.h"
 #include "plan.h"
 
 namespace resnet_fused::cuda {
-
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 using Size = std::array<int64_t, 2>;  // height, width
 
@@ -43,9 +42,9 @@ inline void set_act(Epilogue& e, const Act& act) {
 inline bool is_relu(const Activation& act) { return act.is(ActivationKind::relu); }
 
 // Activations are [N, C, H, W] in channels_last. Norms are named by the stage that owns them, kNone is none.
-class Block {
+class BlockPlan {
  public:
-  Block(const BlockTensors& tensors, const BlockSpec& spec);
+  BlockPlan(const BlockTensors& tensors, const BlockSpec& spec);
 
   const BlockTensors& tensors;
   const BlockSpec& spec;

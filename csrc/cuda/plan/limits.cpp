@@ -2,12 +2,13 @@
 
 #include <algorithm>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cuda {
 
 std::optional<std::string> too_large(
     int64_t batch, int64_t channels, const std::vector<int64_t>& in, const std::vector<int64_t>& out,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto text = [](int64_t n) { return std::to_string(n); };
   for (size_t d = 0; d < 2; ++d)
     if (in[d] + 2 * padding[d] >= 1 << 14)
