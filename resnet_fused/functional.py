@@ -116,7 +116,7 @@ def conv_bn_act(
 
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int, *, backend: str = "auto") -> Tensor:
-    """``F.max_pool2d`` that keeps one byte an output for backward where PyTorch keeps x and int64 indices.
+    """``F.max_pool2d`` that keeps one byte per output for backward where PyTorch keeps x and int64 indices.
 
     x: [N, C, H, W], any dtype of `residual_block`. Windows of at most 255 positions; NaN propagates, the first
     maximum in row order receives the gradient, both as in PyTorch. Raises ValueError for a bad shape.
@@ -135,7 +135,7 @@ def batch_norm_act(
     act: Activation | str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """``act(bn(x) + residual)`` in one pass after the statistics; backward keeps x and one bit an output.
+    """``act(bn(x) + residual)`` in one pass after the statistics; backward keeps x and one bit per output.
 
     x:        [N, C, H, W], any dtype of `residual_block` and any memory format; channels_last is the fast one.
     bn:       an nn.BatchNorm2d or nn.SyncBatchNorm. What its own forward would do with `training`, `momentum`, `eps`,

@@ -67,7 +67,7 @@ at::Tensor max_pool2d_backward(
     const T* source = reinterpret_cast<const T*>(dout.const_data_ptr<scalar_t>());
     const uint8_t* position = positions.const_data_ptr<uint8_t>();
     T* target = reinterpret_cast<T*>(dx.mutable_data_ptr<scalar_t>());
-    // Each input pixel gathers from the windows that cover it: no two threads write one value.
+    // Each input pixel gathers from the windows that cover it, so no two threads write the same value.
     at::parallel_for(0, n * height, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc_t<scalar_t>> sum(channels);
       for (int64_t row = begin; row < end; ++row) {

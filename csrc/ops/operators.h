@@ -57,7 +57,7 @@ inline BlockTensors block_tensors(
 }
 
 // Kernels: a type with the static functions residual_block_forward, _backward and _infer of cpu/residual_block.h. They
-// run below autograd: the gradient is an operator of ours, and what they call of ATen's needs no detour over autograd.
+// run below autograd: the gradient is an operator of ours, so ATen's operations called from here need no autograd.
 template <class Kernels>
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residual_block_forward(
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,

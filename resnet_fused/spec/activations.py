@@ -24,7 +24,7 @@ class Kind:
 
     formula:   of the input, the parameter and, where it is learned, the slope [1] or [C].
     reads:     what backward needs: "output", where the derivative takes two values and the output tells which; then
-               `out` or a bit a value is all that is kept. "input": the value before the activation, recomputed.
+               `out` or a bit per value is all that is kept. "input": the value before the activation, recomputed.
     modules, functions: what adapters recognise as this activation.
     accepts:   whether a module of `modules` is this one. parameter: its value where none is given; read: a module's.
     learned:   has a slope that is trained, `StageParams.slope`.

@@ -23,7 +23,7 @@ struct Setting {
   std::string failure;
   int barrierless_launch = -1, barrierless_phase = -1;
   int launches = 0;
-  std::string launched;  // a line a launch
+  std::string launched;  // a line per launch
 } setting;
 
 const char* describe(int, Device* device) {

@@ -77,7 +77,7 @@ class ConvolutionConfig:
 class Convolution(NamedTuple):
     """source: P or dy with its spatial size. weight: [K, C / groups, R, S] and its strides.
 
-    batch, height, width: of the result. source_group, result_group: channels a group.
+    batch, height, width: of the result. source_group, result_group: channels per group.
     """
 
     source: Operand

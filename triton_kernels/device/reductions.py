@@ -3,7 +3,7 @@
 Sums of float32 activations are kept in float64, as PyTorch's CPU kernels keep them, where the chip has doubles at half
 its float32 rate (`Chip.doubles`); sums of 16-bit activations, and on other chips, in float32.
 
-A worker keeps three values a channel while it walks its tiles, writes them once as its partial, and takes a ticket. The
+A worker keeps three values per channel while it walks its tiles, writes them once as its partial, and takes a ticket. The
 worker that arrives last for a block of channels merges all partials in the order of their lanes, whoever it is, so
 results are the same bits from run to run; it then derives everything per channel that later phases read.
 """
@@ -54,8 +54,8 @@ class VectorGradients(NamedTuple):
 class Reduction(NamedTuple):
     """What a reduction works in, and what it writes.
 
-    partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one a block of channels, zero.
-    rows: values a channel.
+    partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one per block of channels, zero.
+    rows: values per channel.
     STATISTICS writes mean and biased variance to stats [2, C] and the norm's table (operands.py).
     SUMS writes what `first` (for y) and `second` (for the third sum) ask for. Where that is not the skip path's, only
     second.dfactor is asked for, which without a norm is the sum itself.

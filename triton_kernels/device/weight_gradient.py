@@ -51,7 +51,7 @@ class WeightGradient(NamedTuple):
     """dy: [batch, height, width, K]. source: the convolution's input, with its spatial size.
 
     dweight: [K, C / groups, R, S] and its strides. partials: float32 [splits, K, R, S, C / groups], None with one
-    split. tickets: int32, one a tile, zero. output_group, input_group: channels a group.
+    split. tickets: int32, one per tile, zero. output_group, input_group: channels per group.
     """
 
     dy: Operand

@@ -1,4 +1,4 @@
-"""Tile sizes: one frozen value a phase, a heuristic that needs shapes and a chip and no timing, and what to time.
+"""Tile sizes: one frozen value per phase, a heuristic that needs shapes and a chip and no timing, and what to time.
 
 The thresholds are derived, not measured: no GPU was at hand when they were written. They follow from two counts. A
 tile's operands and accumulators have to fit registers and shared memory with two or more workers on a multiprocessor,
@@ -109,7 +109,7 @@ def power_of_two(value: int, least: int = SMALLEST, most: int = 1 << 30) -> int:
 def convolution(
     chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int, burden: int
 ) -> Tile:
-    """pixels: of the result, all images. result_group, source_group: channels a group.
+    """pixels: of the result, all images. result_group, source_group: channels per group.
 
     burden: 1 for a prologue that computes its operand, and 1 for an epilogue that reduces: either wants registers
     beside the product's. On sm_80 and sm_90 gathering statistics fits beside the product, elsewhere it did not

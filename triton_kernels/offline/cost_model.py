@@ -5,10 +5,10 @@ that it reads and writes. Eager's come from the operations that torchvision's Bo
 max(bytes / bandwidth, flops / peak) of each phase or operation, added up, with the data-sheet rates of chips.py
 (Williams et al. 2009, "Roofline"). The ratio of two floors is the speed-up if every kernel reached its floor.
 
-Counted: 2 flops a multiply-add of the convolutions, taps in the padding included, and nothing else. An operand once by
+Counted: 2 flops per multiply-add of the convolutions, taps in the padding included, and nothing else. An operand once by
 every phase that reads it, as if a cache served what one phase reads again and nothing of what the last one wrote; of a
 strided convolution's source the pixels that some tap meets. Split-K partials of weight gradients, written and read.
-Not counted: tensors of a few values a channel (norms, biases, tables, partial sums), launches, barriers, and what
+Not counted: tensors of a few values per channel (norms, biases, tables, partial sums), launches, barriers, and what
 reading again from a cache takes. Float32 products are IEEE's on both sides, although both take tf32 by default.
 The plan has every convolution in a phase; `policies.choose` leaves some to cuDNN, between passes that move more.
 """

@@ -31,7 +31,7 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
   const auto weight = given.to(at::kFloat).contiguous();
   const int64_t out = weight.size(0), in = weight.size(1), height = weight.size(2), width = weight.size(3);
   constexpr int64_t step = kDepthStep<T>;
-  // how the taps of the window become taps of the layout and a part of the channels
+  // which taps of the window become taps of the layout, and which become channels
   const bool rows_fold = kind == Layout::Kind::columns, columns_fold = rows_fold || kind == Layout::Kind::folded;
   Packed packed;
   packed.panels = ceil_div(out, kPanel);

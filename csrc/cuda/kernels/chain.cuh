@@ -1,6 +1,5 @@
-// Evaluation in one piece: a worker computes all convolutions of a block for one tile of result pixels. What lies
-// between them stays in shared memory, with the halo that the next kernel reaches into, so nothing waits for another
-// worker.
+// Evaluation in one piece: a worker computes all convolutions of a block for one tile of result pixels. The tensors
+// between them stay in shared memory, with the halo that the next convolution reads, so no worker waits for another.
 //
 // The projection needs no result of its own: its product is added to the last convolution's, before the epilogue.
 #pragma once
@@ -9,7 +8,7 @@
 
 namespace resnet_fused::cuda {
 
-// Rows of a resident tensor [pixels of a region, channels padded to whole steps], laid out in chunks as a buffer is.
+// Chunks per row of a resident tensor [pixels of a region, channels padded to whole steps], laid out as a buffer is.
 template <class T>
 DEVICE int resident_chunks(int channels) {
   return ceil_div(channels, kDepth<T>) * 8;
@@ -95,8 +94,8 @@ struct ResidentLoader {
   DEVICE BufferedB<S, false> b(const char* memory) const { return {memory + S::A_BYTES}; }
 };
 
-// Writes a tile of results to a resident tensor, bias and activation applied; outside the picture zero, as padding is,
-// and beyond the last channel, too, where an infinity times a weight that is not there has made NaN.
+// Applies bias and activation to a tile of results and writes it to a resident tensor. Outside the picture it writes
+// zero, as padding is; likewise beyond the last channel, where an infinity times an absent weight has made NaN.
 // inside(row): whether a row of the region is a pixel of the picture.
 template <class S, class Inside>
 DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row, int column, const Inside& inside) {
@@ -133,8 +132,8 @@ DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row,
   sync_threads();  // the results' place is free, and the resident rows can be read
 }
 
-// Shared memory: buffers or results; the epilogue's constants; the resident tensors. Sets their places; returns the
-// size.
+// Shared memory: buffers or results; the epilogue's constants; the resident tensors. Sets their places and returns the
+// size in bytes.
 template <class T>
 inline int place_chain(Chain& c) {
   int end = products_bytes<Small<T>>(c.buffers, c.stage[0].product.source.y != nullptr);

@@ -1,4 +1,5 @@
 // The convolution phase: an implicit matrix product over NHWC activations, forward and transposed (data gradient).
+// `Convolution` (phase.h) has the shapes.
 #pragma once
 
 #include "epilogue.cuh"
@@ -7,8 +8,8 @@ namespace resnet_fused::cuda {
 
 // The taps and blocks of source channels that a product walks, one step after the other.
 //
-// Transposed, only the taps that meet the grid of the class at `position` are walked: every step-th from the first that
-// does. The source then lies (position + padding - tap dilation) / stride away, which divides.
+// The transposed form walks only the taps that meet the grid of the class at `position`: every step-th from the first
+// one that does. The source then lies (position + padding - tap dilation) / stride away, without a remainder.
 template <bool TRANSPOSED>
 struct Taps {
   const Geometry& g;
@@ -46,13 +47,14 @@ struct Taps {
   }
 };
 
-// Operand A of a product: for each row of the tile the source pixel of the current tap; and operand B: weights.
+// Operand A of a product, [ROWS, depth]: for each row of the tile the source pixel at the current tap. Operand B: the
+// weights, [COLUMNS, depth], or [depth, COLUMNS] where TRANSPOSED.
 template <class S, bool TRANSPOSED>
 struct ConvolutionLoader {
   using T = typename S::Value;
-  static constexpr int kEach = S::ROWS / 32;                     // rows of A a thread copies: one chunk of each
+  static constexpr int kEach = S::ROWS / 32;                     // rows of A that a thread copies, one chunk of each
   static constexpr int kWeightChunks = S::COLUMNS / kChunk<T>;   // of a row of a transposed B
-  static constexpr int kWeightEach = S::COLUMNS * 8 / kThreads;  // chunks of B a thread copies
+  static constexpr int kWeightEach = S::COLUMNS * 8 / kThreads;  // chunks of B that a thread copies
   static constexpr int kNowhere = 0x40004000;
 
   const Product& p;
@@ -61,10 +63,10 @@ struct ConvolutionLoader {
   Taps<TRANSPOSED> taps;
   int offset[kEach];    // of a row's own place from the first image
   int place[kEach];     // its row << 16 and column in the source, or kNowhere
-  uint32_t inside = 0;  // which chunks lie inside, four bits a step
+  uint32_t inside = 0;  // which chunks lie inside, four bits per step
   int ahead = 0;        // steps loaded and not yet multiplied
-  int channel = 0;      // where the step begins that is multiplied next
-  int depth = 0;        // and how deep it is
+  int channel = 0;      // first channel of the step that is multiplied next
+  int depth = 0;        // its depth
 
   DEVICE ConvolutionLoader(const Product& p, int column, int64_t first_image, int row_class, int column_class)
       : p(p),
@@ -152,7 +154,8 @@ constexpr int greater(int a, int b) { return a > b ? a : b; }
 template <class S>
 constexpr int products_bytes(int buffers, bool with_y) {
   return greater(
-      greater(buffers * (S::STEP_BYTES + (with_y ? S::A_BYTES : 0)), S::RESULT_BYTES), kMeetingBytes<typename S::Value>);
+      greater(buffers * (S::STEP_BYTES + (with_y ? S::A_BYTES : 0)), S::RESULT_BYTES),
+      kMeetingBytes<typename S::Value>);
 }
 template <class S>
 constexpr int convolution_bytes(int buffers, bool with_y) {

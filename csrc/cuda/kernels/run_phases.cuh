@@ -1,5 +1,5 @@
-// The kernel: a worker walks the phases of a program. Listed together they run in one cooperative launch with a grid
-// barrier where one reads what another wrote; listed alone, the end of the launch is the barrier.
+// The kernel: a worker walks the phases of a program. Phases listed together run in one cooperative launch, with a grid
+// barrier wherever one reads what another wrote. For a phase listed alone the end of the launch is the barrier.
 #pragma once
 
 #include "chain.cuh"
@@ -9,8 +9,8 @@
 
 namespace resnet_fused::cuda {
 
-// Each phase is a function of its own, called and not inlined: together in one body the compiler would keep all their
-// values in registers at once, and spill.
+// Each phase is a function of its own, called and not inlined: in one body the compiler would keep the values of all
+// phases in registers at once, and spill.
 template <class T>
 DEVICE void run_phases(const Program& program) {
   for (int i = 0; i < program.count; ++i) {

@@ -1,8 +1,9 @@
 // Tiles of operands in shared memory and their product in registers, by a worker of 8 warps.
 //
-// A buffer holds one step of both operands, 128 bytes deep: A [ROWS, depth] or [depth, ROWS], then B [COLUMNS, depth] or
-// [depth, COLUMNS], then, for a computed A, what it is computed with, laid out as A. Rows of shared memory are made of
-// 16-byte chunks; chunk c of row r stands at c ^ (r % 8), so that eight rows of one column meet no bank twice.
+// A buffer holds one step of both operands, 128 bytes deep: A [ROWS, depth] or [depth, ROWS], then B [COLUMNS, depth]
+// or [depth, COLUMNS]. For a computed A the values that it is computed with follow, laid out as A. Rows of shared
+// memory are made of 16-byte chunks; chunk c of row r stands at c ^ (r % 8), so that eight rows of one column meet no
+// bank twice.
 #pragma once
 
 #include "packs.cuh"
@@ -22,13 +23,13 @@ struct Tile {
   static constexpr int M = WARP_ROWS / 16, N = WARP_COLUMNS / 8;  // products of a warp
   static constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128;
   static constexpr int STEP_BYTES = A_BYTES + B_BYTES;  // and A_BYTES more for a computed A
-  static constexpr int PITCH = COLUMNS + 8;        // of a row of results in shared memory: banks differ
+  static constexpr int PITCH = COLUMNS + 8;             // of a row of results in shared memory: banks differ
   static constexpr int RESULT_BYTES = ROWS * PITCH * 4;
 };
 
 template <class T>
 using Small = Tile<T, 64, 64, 2>;
-// Twice the columns would double a thread's accumulators: too many for two workers an SM, which hide each other's
+// Twice the columns would double a thread's accumulators: too many for two workers per SM, which hide each other's
 // waits.
 template <class T>
 using Large = Tile<T, 128, 64, 4>;
@@ -151,7 +152,7 @@ DEVICE void multiply_step(Accumulators<S>& acc, const A& a, const B& b, int subs
 // multiplication.
 //
 // Loader: load(buffer) issues the copies of its next step, finish(buffer) computes what this thread copied,
-// substeps() tells how deep the step is that is multiplied next; a(buffer), b(buffer) are the operands.
+// substeps() is the depth of the step that is multiplied next; a(buffer) and b(buffer) are the operands.
 template <class S, class Loader>
 DEVICE void multiply(Accumulators<S>& acc, Loader& loader, int steps, int buffers, int buffer_bytes, bool tf32) {
   char* const memory = work_memory();

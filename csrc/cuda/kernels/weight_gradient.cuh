@@ -1,7 +1,7 @@
 // The weight-gradient phase: dW[k, tap, c] = sum over pixels of dy[pixel, k] P[tap of pixel, c].
 //
 // The sum over pixels is split among workers. Each split writes a float32 partial; the worker that finishes a tile last
-// adds the partials in the order of the splits, so the result is the same bits from run to run.
+// adds the partials in the order of the splits, so the result is the same, bit for bit, in every run.
 #pragma once
 
 #include "barriers.cuh"
@@ -22,7 +22,7 @@ struct WeightGradientLoader {
   int64_t pixel;  // of the step that is loaded next
   int64_t end;
   int64_t multiplying;
-  uint32_t inside = 0;  // which chunks of P lie inside, four bits a step
+  uint32_t inside = 0;  // which chunks of P lie inside, four bits per step
   int ahead = 0, depth = 0;
 
   DEVICE void load(char* buffer) {

@@ -8,7 +8,7 @@
 namespace resnet_fused::cuda {
 namespace {
 
-// NHWC memory that begins at a multiple of 16 bytes, which a slice may not do.
+// NHWC memory that begins at a multiple of 16 bytes; that of a slice may not.
 at::Tensor in_memory(const at::Tensor& t) {
   const at::Tensor last = t.contiguous(kLayout);
   return aligned(last.const_data_ptr()) ? last : last.clone(kLayout);
@@ -136,7 +136,7 @@ void choose_buffers(const Plan& plan, Phase& phase, int32_t& buffers) {
       if (plan.shared(phase) <= room) return;
 }
 
-// The larger tile where that leaves work for every worker, and room for two an SM.
+// The larger tile where it leaves work for every worker, and room for two workers per SM.
 void choose_tile(const Plan& plan, Phase& phase, TileShape& tile, bool enough) {
   tile = enough ? TileShape::large : TileShape::small;
   if (plan.shared(phase) > plan.shared_budget()) tile = TileShape::small;

@@ -10,7 +10,7 @@
 namespace resnet_fused::cuda {
 namespace {
 
-// Whether the whole block runs tile by tile on the chip; then adds the phase and returns its result.
+// Adds the phase that runs the whole block tile by tile on the chip and returns its result; nullopt where it cannot.
 std::optional<at::Tensor> chain(BlockPlan& block, const Epilogue& epilogue, const std::vector<Act>& acts) {
   const BlockSpec& spec = block.spec;
   const int64_t last = block.last(), s = block.projection();

@@ -19,7 +19,7 @@ std::optional<std::string> too_large(
   if (pixels * channels <= 1 << 29 && (128 / fewest + 2) * pixels * channels < int64_t{1} << 31 &&
       batch * pixels <= 1 << 30)
     return std::nullopt;
-  return "count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 values an image, got " + text(batch) +
+  return "count tiles in 32 bits: up to 2^30 pixels per batch and about 2^29 values per image, got " + text(batch) +
          " images of " + text(channels) + "x" + text(in[0]) + "x" + text(in[1]);
 }
 
