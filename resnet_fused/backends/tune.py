@@ -71,13 +71,13 @@ class Contestant(NamedTuple):
 def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | None = None) -> Tuning:
     """Measure each kind of fused block of `model` on inputs as `model(x)` gives them, and keep the result on disk.
 
-    From then on backend "auto" takes, at that shape and dtype, the kernels that were the fastest, if they were faster
-    than PyTorch: the native or the Triton ones, in one launch or phase by phase, and with the convolutions left to the
-    library that were. Call it as the model will be used: in training or in evaluation mode, x and weights in their
+    From then on backend "auto" takes, at that shape and dtype, the fastest kernels that were measured, if they were
+    faster than PyTorch: native or Triton, in one launch or phase by phase, and with the same convolutions left to the
+    library. Call it as the model will be used: in training or in evaluation mode, x and weights in their
     dtype and memory format, and within ``torch.autocast`` if the model will run there. The results are in
     ``$XDG_CACHE_HOME/resnet_fused/tuning.json``; other devices, versions and shapes do not see them.
 
-    tiles: also search the tile sizes of every phase of Triton's, which takes minutes, most of them compiling.
+    tiles: also search the tile sizes of every Triton phase, which takes minutes, mostly for compiling.
     timer: how to time calls; for tests.
 
     A block in training mode is measured forward and backward, whether its norms are frozen or not; one in evaluation
@@ -177,7 +177,7 @@ def fastest_way(block: TunedBlock, contestants: Sequence[Contestant], timer: Tim
 
 
 def fastest_tiles(block: TunedBlock, timer: Timer) -> dict[measured.TileKey, dict[str, int]]:
-    """For each phase of the block by Triton, run phase by phase, the fastest tile, one phase after the other."""
+    """The fastest tile of each of the block's Triton phases, run phase by phase and searched one after the other."""
     from triton.runtime.errors import OutOfResources
 
     from resnet_fused.triton_kernels.host import tuning
@@ -196,7 +196,7 @@ def fastest_tiles(block: TunedBlock, timer: Timer) -> dict[measured.TileKey, dic
                         run()
 
                 try:
-                    attempt()  # compiles it, and tells whether it fits
+                    attempt()  # compiles it, and shows whether it fits
                 except OutOfResources:
                     continue
                 fitting.append(tile)

@@ -37,7 +37,8 @@ ParamsAndSpec = tuple[BlockParams, BlockSpec] | None
 
 
 class Description:
-    """What a module last was: its tensors and spec, or None where its own forward has to run, and while that holds.
+    """What a module was at its last call: its tensors and spec, or None where its own forward has to run; and the state
+    of the module for which that holds.
 
     The tensors carry what is known of them (`params.Kept`): folded weights, shapes that have been checked.
     """
@@ -55,7 +56,7 @@ class Description:
         return self._last[0]
 
     def recall(self, module: nn.Module, narrowed: bool) -> tuple[ParamsAndSpec, bool]:
-        """The last description, and whether it is of this very module as it is now.
+        """The last description, and whether it describes this very module in its present state.
 
         narrowed: under autocast, on which the fate of a FrozenBatchNorm2d depends.
         """
@@ -104,7 +105,7 @@ class FusedModule(nn.Module):
         return describe(adapter(self), self._fused_settings.memory)
 
     def _fused_or_none(self, x: Tensor) -> tuple[BlockParams, BlockSpec] | None:
-        """`fused_describe`, kept while it holds; or None, the reason logged, where the original runs."""
+        """`fused_describe`, kept while it holds. Where the original has to run, logs the reason and returns None."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
         if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
@@ -140,13 +141,13 @@ class FusedModule(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """The class is made at run time, so pickle and deepcopy get its two ingredients."""
+        """The class is made at run time, so pickle and deepcopy get the two classes that it is made of."""
         mixin = self._fused_class.__bases__[0]
         return _blank, (mixin, self._fused_from), self.__getstate__()
 
 
 class FusedBlock(FusedModule):
-    """A block: forward runs the fused operator, or the class's own forward where that cannot be."""
+    """A block: forward runs the fused operator, or the class's own forward where there is no fused form."""
 
     def forward(self, x: Tensor) -> Tensor:
         described = self._fused_or_none(x)

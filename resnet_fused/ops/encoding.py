@@ -1,4 +1,4 @@
-"""A spec and what follows from it as two flat lists, in which they cross the operators' schemas.
+"""A spec and what follows from it as two flat lists: the form in which they pass the operators' schemas.
 
 csrc/block/spec.h decodes the same: 5 ints for the block, then 12 ints and 2 floats for each convolution.
 """
@@ -22,7 +22,7 @@ NAMES = tuple(KINDS)
 
 
 class Decoded(NamedTuple):
-    """What an operator is told beside its tensors."""
+    """What an operator is given beside its tensors."""
 
     spec: BlockSpec
     facts: Facts
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 def encode(spec: BlockSpec, needs: Needs | None = None, how: How = CHOSEN) -> Encoded:
     """needs: which gradients backward will be asked for. how: how kernels for a GPU run.
 
-    Kept with the spec, but by graphs that are traced.
+    The result is kept with the spec, except while a graph is traced.
     """
     if torch.compiler.is_compiling():
         return _encode(spec, needs, how)
@@ -68,7 +68,7 @@ def _encode(spec: BlockSpec, needs: Needs | None, how: How) -> Encoded:
 
 
 def decode(ints: Sequence[int], floats: Sequence[float]) -> Decoded:
-    """The inverse of `encode`, but for what only forward knows: how much memory backward may keep."""
+    """The inverse of `encode`, except for what only forward needs: how much memory backward may keep."""
     return _decode(tuple(ints), tuple(floats))
 
 

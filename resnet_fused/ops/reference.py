@@ -17,7 +17,7 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
     """The block of `spec` on x [N, C, H, W] -> [N, C_out, H', W']; differentiable any number of times.
 
     Updates the running statistics of stages with `batch_stats` in place, as ``nn.BatchNorm2d`` does, but not
-    `num_batches_tracked`: that is its caller's.
+    `num_batches_tracked`, which is left to its caller.
     """
     stages = list(zip(spec.stages, params.stages, strict=True))
     skip = x

@@ -1,7 +1,7 @@
-"""Activations as values: what each computes in plain PyTorch, and what its derivative is made of.
+"""Activations as values: what each computes in plain PyTorch, and what its derivative reads.
 
-One entry of `KINDS` each, in the order of their codes; csrc/block/activations.h and activation_functions.h, and
-triton_kernels/device/activations.py, have one of the same name.
+Each one is an entry of `KINDS`, in the order of the codes. csrc/block/activations.h and activation_functions.h, and
+triton_kernels/device/activations.py, have an entry of the same name.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Activation:
 
     @property
     def reads(self) -> Reads:
-        """What backward needs; the output of a negative slope does not tell its input's sign."""
+        """What backward reads. With a negative slope the output does not show the sign of the input."""
         return "input" if self.parameter < 0 else self.kind.reads
 
     @property

@@ -40,7 +40,7 @@ def test_wide_channels(channels: int, width: int, dtype: torch.dtype, device: tu
     ],
 )
 def test_many_tiles(dtype: torch.dtype, processors: int, count: int, check: Checks) -> None:
-    """Several tiles per worker, several workers per channel, and weight gradients in splits: everything that is merged."""
+    """Several tiles per worker, several workers per channel, and weight gradients in splits: all that is merged."""
     case = bottleneck("projection", channels=72, width=8, stride=1, size=(23, 23))
     launched = check.trains(case, dtype=dtype, seeds=FEW, device=(processors, count))
     assert workers(launched) == count and all("cooperative" in line for line in launched)

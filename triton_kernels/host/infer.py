@@ -1,4 +1,4 @@
-"""Evaluation: norms are folded into weights and biases, what is left stands in the convolutions' epilogues."""
+"""Evaluation: norms are folded into weights and biases; the convolutions' epilogues do the rest."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _epilogue(block: BlockPlan, conv: int) -> tuple[dict[str, Any], EpilogueConf
 
 
 def _chain(block: BlockPlan, conv: int, epilogue: dict[str, Any], config: EpilogueConfig) -> Tensor:
-    """y of the last convolution, made together with the one before it, whose y is never stored."""
+    """y of the last convolution, computed together with the one before it, whose y is never stored."""
     first, (h, w) = conv - 1, block.sizes[conv]
     stage = block.facts.convs[first].output_stage  # its activation stands between the two
     source, y, middle = block.source(first), block.new(conv), block.width(first)
@@ -135,6 +135,6 @@ def folded_spec(spec: BlockSpec, pre: bool) -> BlockSpec:
 
 @lru_cache(maxsize=1024)
 def _folded_facts(facts: Facts, pre: bool) -> Facts:
-    """Activations that stand in an epilogue are no prologue's business: only a leading one, with `pre`, is."""
+    """Without input stages, since epilogues apply the activations; with `pre` the leading stage stays."""
     convs = [conv if pre and conv.input_stage == 0 else replace(conv, input_stage=NONE) for conv in facts.convs]
     return replace(facts, convs=tuple(convs))

@@ -1,4 +1,4 @@
-"""The vendor's convolutions, where they are faster than a phase; the launches before them end at each."""
+"""The vendor's convolutions, where they are faster than a phase; each one ends the launch before it."""
 
 from __future__ import annotations
 
