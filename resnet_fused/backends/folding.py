@@ -134,7 +134,7 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> Folde
         weights.append(w.to(x.dtype))
         biases.append(None if c is None else c.to(x.dtype))
     contiguous = torch.empty(x.shape, device="meta")
-    channels_last = operators.output_format(contiguous, weights, spec) == torch.channels_last
+    channels_last = operators.result_format(contiguous, weights, spec) == torch.channels_last
     made = [t for t in (*weights, *biases, *(pre or ())) if t is not None]
     finite = x.device.type != "cpu" or all(bool(t.isfinite().all()) for t in made)
     if packs and finite:

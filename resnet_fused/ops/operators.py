@@ -240,7 +240,7 @@ def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[
     return shapes
 
 
-def output_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
+def result_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
     """The memory format of a block's result, as PyTorch's own operations would give it (csrc/block/result_format.h)."""
     sizes = _conv_shapes(x, weights, spec)[: len(spec.stages)]
     last = _C.is_channels_last(
@@ -257,7 +257,7 @@ def _register_fakes() -> None:
     def forward(x, branch, skip, weights, *rest):  # type: ignore[no-untyped-def]
         spec, facts = decode(*rest[-2:])
         shapes = _conv_shapes(x, weights, spec)
-        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=output_format(x, weights, spec))
+        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=result_format(x, weights, spec))
         saved = [x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last) for i in facts.saved]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         widths = [x.shape[1], *(s[1] for s in shapes)] if spec.order == "pre" else [s[1] for s in shapes]
@@ -282,7 +282,7 @@ def _register_fakes() -> None:
     def infer(x, a, b, weights, *rest):  # type: ignore[no-untyped-def]
         spec, _ = decode(*rest[-2:])
         shape = _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
-        return x.new_empty(shape).contiguous(memory_format=output_format(x, weights, spec))
+        return x.new_empty(shape).contiguous(memory_format=result_format(x, weights, spec))
 
     for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
         for overload in ("", ".cuda", ".triton"):

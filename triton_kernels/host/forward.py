@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from resnet_fused.ops.operators import Tensors, output_format
+from resnet_fused.ops.operators import Tensors, result_format
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.activations import IDENTITY
 from resnet_fused.spec.facts import Facts
@@ -39,7 +39,7 @@ def forward(
     block.plan.barrier()
     out = _join(block)
     block.plan.run()
-    result = out.contiguous(memory_format=output_format(given(tensors.x), block.weights, spec))
+    result = out.contiguous(memory_format=result_format(given(tensors.x), block.weights, spec))
     conv_outputs = [given(block.y[i]) for i in facts.saved]
     return result, conv_outputs, [s for i, s in enumerate(block.statistics) if s is not None and block.batch(i)]
 

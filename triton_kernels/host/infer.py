@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_fused.ops.operators import output_format
+from resnet_fused.ops.operators import result_format
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.facts import NONE, Facts
 from resnet_fused.spec.tensors import BlockTensors
@@ -58,7 +58,7 @@ def infer(
         else:
             block.y[conv] = block.convolve(conv, epilogue, config)
     block.plan.run()
-    return given(block.y[last]).contiguous(memory_format=output_format(x, weights, spec))
+    return given(block.y[last]).contiguous(memory_format=result_format(x, weights, spec))
 
 
 def _epilogue(block: BlockPlan, conv: int) -> tuple[dict[str, Any], EpilogueConfig]:
