@@ -14,7 +14,7 @@ namespace {
 std::optional<at::Tensor> chain(BlockPlan& block, const Epilogue& epilogue, const std::vector<Act>& acts) {
   const BlockSpec& spec = block.spec;
   const int64_t last = block.last(), s = block.projection();
-  if (spec.buffers < 2 || spec.buffers > Chain::kMost) return std::nullopt;
+  if (spec.stages < 2 || spec.stages > Chain::kMost) return std::nullopt;
   for (size_t i = 0; i < spec.convs.size(); ++i)
     if (block.in_library(static_cast<int64_t>(i))) return std::nullopt;
   // the projection's product is added to the last convolution's: nothing can stand between them
@@ -25,7 +25,7 @@ std::optional<at::Tensor> chain(BlockPlan& block, const Epilogue& epilogue, cons
   phase.kind = Kind::chain;
   phase.chain = Chain();
   Chain& c = phase.chain;
-  c.count = static_cast<int>(spec.buffers);
+  c.count = static_cast<int>(spec.stages);
   c.batch = static_cast<int>(block.x.size(0));
   c.tf32 = spec.how.tf32;
   // tiles of up to 8 x 8 that divide the picture evenly; then each stage's region from the last to the first
