@@ -93,7 +93,7 @@ class Kernel:
 
     @property
     def spills_in_passes(self) -> int:
-        """Most of them in one of the innermost loops that load 16 bytes a thread, and do not multiply."""
+        """Most of them in one of the innermost loops that load 16 bytes per thread, and do not multiply."""
         return self._spills(self.code.loads, but=self.code.products)
 
     def _spills(self, *holds: list[int], but: Sequence[int] = ()) -> int:
@@ -116,7 +116,7 @@ def find_cuobjdump() -> Path | None:
 
 
 def read(binary: Path, cuobjdump: Path) -> list[Kernel]:
-    """Every kernel in the binary, once an architecture."""
+    """Every kernel in the binary, once per architecture."""
     kernels = {(k.arch, k.name): k for k in parse_usage(_lines(cuobjdump, "-res-usage", binary))}
     for arch, name, code in parse_code(_lines(cuobjdump, "-sass", binary)):
         kernels[arch, name].code = code
@@ -164,7 +164,7 @@ def short(name: str) -> str:
 
 def _lines(cuobjdump: Path, what: str, binary: Path) -> Iterator[str]:
     command = [str(cuobjdump), what, str(binary)]
-    # an older cuobjdump notes its formats on stderr, once a kernel
+    # an older cuobjdump notes its formats on stderr, once per kernel
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         yield from process.stdout

@@ -3,9 +3,9 @@
     python benches/gpu.py --minutes 5
     python benches/gpu.py --dry-run  # the same paths on the CPU, in Triton's interpreter: tiny, says nothing of speed
 
-Two times a call. "device": its launches queue behind a wait, so that the GPU's work alone counts. "call": from an idle
-GPU until it is idle again, as a caller sees it; for small batches that is mostly Python and launches. Every ratio is
-eager's time over the contestant's within the same round. README.md beside this file tells how to read the figures.
+Two times per call. "device": its launches queue behind a wait, so that the GPU's work alone counts. "call": from an
+idle GPU until it is idle again, as a caller sees it; for small batches that is mostly Python and launches. Every ratio
+is eager's time over the contestant's within the same round. README.md beside this file tells how to read the figures.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     model = resnet_fused.fuse(torchvision.models.resnet50())
 
 `fuse` and `unfuse` switch a model in place, `explain` says what runs where, `verify` compares with PyTorch,
-`tune` measures on a GPU for backend "auto" to follow, `register_block` teaches a new block, `functional` has the
-operators, `models` the ResNet family.
+`tune` measures on a GPU what backend "auto" then follows, `register_block` teaches a new block class, `functional` has
+the operators, `models` the ResNet family.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def _gated_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate, ba
     form = torch.channels_last if last else torch.contiguous_format
     if native_join:
         if not torch.compiler.is_compiling():  # whose graphs have no use for exact strides
-            form = operators.output_format(x, [p.weight for p in params.convs], spec)
+            form = operators.result_format(x, [p.weight for p in params.convs], spec)
         x = x.contiguous(memory_format=torch.channels_last)  # once, rather than in each pass of the join
     y = residual_block(x, *(parts.chain if leaves_norm else parts.evaluated), backend=backend)
     skip = None
@@ -167,7 +167,7 @@ def conv_bn_act(
 
 
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int, *, backend: str = "auto") -> Tensor:
-    """``F.max_pool2d`` that keeps one byte an output for backward where PyTorch keeps x and int64 indices.
+    """``F.max_pool2d`` that keeps one byte per output for backward where PyTorch keeps x and int64 indices.
 
     x: [N, C, H, W], any dtype of `residual_block`. Windows of at most 255 positions; NaN propagates, the first
     maximum in row order receives the gradient, both as in PyTorch. Raises ValueError for a bad shape.

@@ -1,4 +1,4 @@
-"""The tensors a block is computed with; the counterpart of `spec`."""
+"""The tensors of a block; the counterpart of `spec`."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class StageParams:
 
 
 class Kept:
-    """What is known of a `BlockParams`' tensors from the last call: it ends with them, and copies begin without it.
+    """What earlier calls found out about the tensors of a `BlockParams`. It ends with them; copies begin without it.
 
-    checked: `validation.check`'s results, with what they hold for. folded: of `backends.folding` or `prepared`,
-    likewise. engine: `prepared.reason_against`, by dtype. gated: `functional`'s parts of a block with a gate.
+    checked: the results of `validation.check`, with the inputs for which they hold. folded: likewise the results of
+    `backends.folding` or `prepared`. engine: `prepared.reason_against`, by dtype. gated: parts of `ops.gated_block`.
     """
 
     __slots__ = ("checked", "engine", "folded", "gated")
@@ -60,7 +60,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class BlockParams:
-    """Tensors of a block: one `StageParams` a stage, the projection's, and the two scales.
+    """Tensors of a block: one `StageParams` per stage, the projection's, and the two scales.
 
     branch_scale, skip_scale: a float, or a tensor (0-d, one element, or one per output channel, any shape that
     squeezes to [C_out]) which receives gradients.
@@ -73,7 +73,7 @@ class BlockParams:
 
     @property
     def kept(self) -> Kept:
-        """Kept with these tensors, for calls to come."""
+        """What is kept with these tensors for later calls."""
         return self.__dict__.get("_kept") or self.__dict__.setdefault("_kept", Kept())
 
     @property
@@ -83,7 +83,7 @@ class BlockParams:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every tensor that a block is computed with, counters apart."""
+        """Every tensor that the block reads, without the counters."""
         if "_tensors" not in self.__dict__:
             found: list[Scale | None] = [self.branch_scale, self.skip_scale]
             for p in self.convs:

@@ -15,7 +15,7 @@ class PassShape:
         return f"bn{' + residual' if self.residual else ''} + ReLU, {self.channels}x{self.size[0]}x{self.size[1]}"
 
     def bytes(self, direction: str, batch: int) -> float:
-        """What the fused passes must move: 16-bit activations, and a mask of one bit a value that training keeps.
+        """What the fused passes must move: 16-bit activations, and a mask of one bit per value that training keeps.
 
         Statistics read x; normalising reads x and the residual and writes the output. Backward reads dout, x and the
         mask for its sums, and again to write the gradients of x and of the residual.

@@ -1,12 +1,11 @@
-// What each activation of activations.h computes, and its derivative; the same text for CPU and GPU. Included once in
-// every namespace that has
-//   ACTIVATION_FUNCTION   what stands before a function: static inline, or for a device
+// What each activation of activations.h computes, and its derivative; the same text for CPU and GPU. Each instruction
+// set gets functions of its own: the file is included once in every namespace that has
+//   ACTIVATION_FUNCTION                   a function's qualifiers: static inline, or those of a device
 //   exponential(A), error_function(A)
-// so that each instruction set gets functions of its own.
 //
 // forward(z, slope) and derivative(z, slope) are PyTorch's, at the kinks too; NaN passes. `slope` is leaky_relu's
-// parameter or what prelu has learned, and means nothing to the others. Where a derivative takes two values, that of
-// the output is that of the input.
+// parameter or prelu's learned value; the others ignore it. Where a derivative takes only two values, the derivative at
+// the output equals the derivative at the input.
 
 namespace activations {
 
@@ -82,7 +81,7 @@ struct hardswish {
   }
 };
 
-// By e^-|z|, which neither overflows nor leaves 1 - sigmoid to a difference of equals.
+// By e^-|z|: it does not overflow, and 1 - sigmoid is not a difference of nearly equal numbers.
 template <class A>
 ACTIVATION_FUNCTION A sigmoid(A z) {
   const A e = exponential(z < 0 ? z : -z), whole = A(1) / (A(1) + e);

@@ -1,5 +1,5 @@
-// The activations by name, in the order of their codes: that of KINDS in resnet_fused/spec/activations.py.
-// What each computes stands in activation_functions.h.
+// The activations by name. Their order gives their codes and is that of KINDS in resnet_fused/spec/activations.py.
+// activation_functions.h computes them.
 #pragma once
 
 #include <stdint.h>

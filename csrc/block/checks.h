@@ -13,19 +13,19 @@ using Shape = std::vector<int64_t>;  // [N, C, H, W]
 std::vector<Shape> check_convolutions(
     const at::Tensor& x, at::TensorList weights, const OptionalTensors& biases, const BlockSpec& spec);
 
-// The same, with everything else that forward takes.
+// The same; checks every other argument of forward as well.
 std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec);
 
 // Which gradients are wanted: a flag for each tensor of the block, in flat order.
 Needs check_needs(const std::vector<bool>& flags, const BlockSpec& spec);
 
-// What backward takes besides; shapes: of `check_block`.
+// Checks the other arguments of backward; shapes: the result of `check_block`.
 void check_backward(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
     const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const BlockSpec& spec,
     const std::vector<Shape>& shapes);
 
-// What evaluation takes besides convolutions; channels: of the result.
+// Checks the other arguments of evaluation; channels: of the result.
 void check_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
     const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,

@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include "kernel_layout.h"
+
 namespace resnet_fused {
 
 bool is_channels_last(
@@ -18,7 +20,6 @@ bool is_channels_last(
 }
 
 at::MemoryFormat result_format(const at::Tensor& x, const std::vector<at::Tensor>& weights, const BlockSpec& spec) {
-  constexpr auto last = at::MemoryFormat::ChannelsLast;
   std::vector<bool> processes, weight_is_last, one_pixel;
   std::vector<int64_t> widths;
   std::array<int64_t, 2> size{x.size(2), x.size(3)};
@@ -28,13 +29,13 @@ at::MemoryFormat result_format(const at::Tensor& x, const std::vector<at::Tensor
     for (int64_t d = 0; d < 2; ++d)
       size[d] = (size[d] + 2 * stage.padding[d] - stage.dilation[d] * (w.size(2 + d) - 1) - 1) / stage.stride[d] + 1;
     processes.push_back(stage.processes());
-    weight_is_last.push_back(!w.is_mkldnn() && w.suggest_memory_format() == last);
+    weight_is_last.push_back(!w.is_mkldnn() && w.suggest_memory_format() == kLayout);
     widths.push_back(w.size(0));
     one_pixel.push_back(size[0] * size[1] == 1);
   }
-  const bool x_is_last = x.suggest_memory_format() == last;
+  const bool x_is_last = x.suggest_memory_format() == kLayout;
   return is_channels_last(spec.order == Order::pre, x_is_last, x.size(1), processes, weight_is_last, widths, one_pixel)
-             ? last
+             ? kLayout
              : at::MemoryFormat::Contiguous;
 }
 

@@ -9,11 +9,13 @@
 
 namespace resnet_fused {
 
-// Of a block whose x has `channels` and is channels_last or not; for each stage: whether its norm or activation changes
-// anything, whether its weight is channels_last, how many channels its convolution gives, whether those are one pixel.
+// For a block whose x has `channels` channels and is channels_last or not. For each stage: whether its norm or
+// activation changes anything, whether its weight is channels_last, how many channels its convolution gives, whether
+// the result is a single pixel.
 //
-// A convolution's result is channels_last where its input or its weight is, but for a single pixel; a norm or an
-// activation of a single channel forgets it. PyTorch itself departs from this where x has one channel and is a slice.
+// A convolution's result is channels_last where its input or its weight is, except for a single pixel. A norm or an
+// activation of a single channel loses the format. PyTorch itself departs from this where x has one channel and is a
+// slice.
 bool is_channels_last(
     bool pre_activation, bool x_is_last, int64_t channels, const std::vector<bool>& processes,
     const std::vector<bool>& weight_is_last, const std::vector<int64_t>& widths, const std::vector<bool>& one_pixel);

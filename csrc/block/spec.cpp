@@ -35,7 +35,7 @@ BlockSpec BlockSpec::decode(at::IntArrayRef ints, at::ArrayRef<double> floats) {
     const int64_t statistics = s[7], act = s[8], input_stage = s[9], output_stage = s[10], flags = s[11];
     TORCH_CHECK_VALUE(
         statistics >= 0 && statistics <= 2 && act >= 0 && act < kActivations, "unknown norm or activation code");
-    // Whose channels a norm has is checked with the tensors.
+    // Whether a norm has as many channels as it reads is checked with the tensors.
     TORCH_CHECK_VALUE(
         input_stage >= kNone && input_stage < count && output_stage >= kNone && output_stage < count && flags >= 0 &&
             flags < 32,

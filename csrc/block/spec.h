@@ -14,7 +14,8 @@ namespace resnet_fused {
 enum class Statistics : int64_t { none = 0, running = 1, batch = 2 };  // a norm's; none: there is no norm
 enum class Skip : int64_t { none = 0, identity = 1, projection = 2 };
 enum class Order : int64_t { post = 0, pre = 1, branch = 2 };
-// What tells the derivative of the block's last activation: `out`, or its argument, computed again.
+// From what backward takes the derivative of the block's last activation: `out`, or the activation's argument, computed
+// again.
 enum class JoinReads : int64_t { nothing = 0, output = 1, sum = 2, branch = 3 };
 enum class Launch : int64_t { single = 0, phased = 1 };
 
@@ -39,7 +40,7 @@ struct Stage {
   bool processes() const { return normalizes() || !act.is(ActivationKind::identity); }
 };
 
-// How kernels for a GPU run; it changes no result but by rounding.
+// How kernels for a GPU run. It changes results by rounding only.
 struct How {
   Launch launch = Launch::single;
   bool tf32 = false;  // products of float32

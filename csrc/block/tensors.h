@@ -50,8 +50,8 @@ struct Needs : PerTensor<uint8_t> {
 
 using Gradients = PerTensor<at::Tensor>;
 
-// A block for evaluation: its norms are folded into weights and biases, but the one that precedes the first convolution
-// in pre-activation order; branch_scale only where an activation stands before it.
+// A block for evaluation. Its norms are folded into weights and biases, except the one before the first convolution in
+// pre-activation order. branch_scale is set only where an activation stands before it.
 struct FoldedBlock {
   at::Tensor x;
   std::optional<at::Tensor> pre_scale, pre_shift;

@@ -14,7 +14,7 @@ at::Tensor like_parameter(const std::vector<double>& values, const at::Tensor& p
   return t;
 }
 
-// The gradient of a scale or slope from its gradient per channel: summed where it is one value.
+// The gradient of a scale or slope from its per-channel gradient: their sum where the scale is a single value.
 at::Tensor like_scale(const std::vector<double>& per_channel, const at::Tensor& scale) {
   if (scale.numel() != 1) return like_parameter(per_channel, scale);
   double sum = 0;
@@ -55,7 +55,7 @@ class Backward {
   const BlockSpec& spec;
   const Needs& needs;
   Gradients grads;
-  at::Tensor dz;        // gradient of the join: the skip path's too, times skip_scale
+  at::Tensor dz;        // gradient of the join; times skip_scale also the skip path's
   at::Tensor dy, dy_s;  // gradients of the outputs of the current convolution and of the projection's
   at::Tensor dx;
   at::Tensor last_input;  // P_n, where recomputing y_n has made it already
@@ -85,7 +85,7 @@ class Backward {
     const Reads reads = spec.join == JoinReads::nothing  ? Reads::nothing
                         : spec.join == JoinReads::output ? Reads::output
                                                          : Reads::argument;
-    // Of the branch: dz itself, but where the activation stands before the addition.
+    // The branch's gradient: dz itself, unless the activation stands before the addition.
     const bool before_addition = spec.join == JoinReads::branch;
     const bool keeps = reads == Reads::output || keeps_dz(join.act);
     at::Tensor dz_n = keeps ? at::empty_like(dout, kLayout) : dout;
@@ -94,8 +94,8 @@ class Backward {
 
     Sums sums, sums_s;
     if (reads_y || reads_y_s || keeps) {
-      // Without y_n (no norm, or one of constants) the pass still differentiates; the sums over a stand-in are not
-      // used.
+      // Without y_n (no norm, or a frozen one) the pass still differentiates; dout stands in for y_n and its sums are
+      // not used.
       ReduceInput in{dout, reads, out, reads_y ? block.y[last] : dout};
       if (keeps) in.dz = dz_n;
       if (reads_y_s && !before_addition) in.y2 = block.y[s];

@@ -5,12 +5,11 @@
 
 #include <cmath>
 
+#include "../block/kernel_layout.h"
 #include "passes.h"
 
 namespace resnet_fused::cpu {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 #define DISPATCH(x, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "batch_norm_act", __VA_ARGS__)
@@ -49,12 +48,6 @@ ApplyVectors<A> apply_vectors(const NormVectors<A>& norm, const std::optional<at
 
 at::Tensor empty_in_kernel_layout(const at::Tensor& x) {
   return at::empty(x.sizes(), x.options().memory_format(kLayout));
-}
-
-// A kernel's result with exactly the strides of a new tensor in x's memory format.
-at::Tensor in_format_of(const at::Tensor& x, const at::Tensor& result) {
-  const auto format = x.suggest_memory_format();
-  return format == kLayout ? result : result.clone(format);
 }
 
 }  // namespace

@@ -6,14 +6,13 @@
 
 #include <cmath>
 
+#include "../block/kernel_layout.h"
 #include "../block/spec.h"
 #include "../block/tensors.h"
 #include "convolution.h"
 #include "passes.h"
 
 namespace resnet_fused::cpu {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 #define DISPATCH(x, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "residual_block", __VA_ARGS__)

@@ -3,10 +3,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include "../block/kernel_layout.h"
+
 namespace resnet_fused::cpu {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 using Bias = std::optional<at::Tensor>;
 using ScalarList = c10::List<std::optional<at::Scalar>>;
@@ -33,20 +33,19 @@ at::Tensor as_rows(const at::Tensor& t) {
   return t.as_strided({t.numel() / channels, channels}, {channels, 1});
 }
 
-// A convolution by oneDNN 3.12 that computes the same and steps around what is wrong there; plain PyTorch has these,
-// too.
+// A convolution that computes the same and avoids oneDNN 3.12's faults, which plain PyTorch has as well.
 struct Sound {
   at::Tensor p;
   Stage stage;
 };
 
 Sound sound(const at::Tensor& p, const at::Tensor& weight, Stage stage) {
-  // The dilation of a single tap means nothing, but bfloat16 reads out of bounds by it.
+  // The dilation of a single tap means nothing, but it makes bfloat16 read out of bounds.
   for (int64_t d = 0; d < 2; ++d)
     if (weight.size(2 + d) == 1) stage.dilation[d] = 1;
-  // Where the stride reaches beyond a row, or a row gives one value, uninitialised memory is read: the forward
-  // convolution of one channel a group and the weight gradient in bfloat16. With its padding written out, and cut to
-  // the only window there is, a row holds everything that is read.
+  // Where the stride reaches beyond a row, or a row gives one value, oneDNN reads uninitialised memory: in the forward
+  // convolution with one channel per group and in bfloat16's weight gradient. With its padding written out, and cut to
+  // its only window, a row holds everything that is read.
   const int64_t width = p.size(3), pad = stage.padding[1], step = stage.stride[1];
   const int64_t extent = stage.dilation[1] * (weight.size(3) - 1) + 1, padded = width + 2 * pad;
   const bool single = padded - extent < step;
@@ -59,8 +58,8 @@ Sound sound(const at::Tensor& p, const at::Tensor& weight, Stage stage) {
 }
 
 // oneDNN 3.12's weight gradient of a strided 1x1 convolution writes out of bounds (float and bfloat16, two threads,
-// channels_last; plain PyTorch crashes with it too) but for equal strides and channels in multiples of 16. Dropping the
-// pixels that the stride skips leaves stride 1.
+// channels_last; plain PyTorch crashes with it too), unless strides are equal and channels are multiples of 16.
+// Dropping the pixels that the stride skips leaves stride 1.
 Sound without_stride(const Sound& given, const at::Tensor& weight) {
   const auto& [p, stage] = given;
   const bool unit_stride = stage.stride[0] == 1 && stage.stride[1] == 1;
@@ -80,7 +79,7 @@ bool is_small_product(const at::Tensor& p, const at::Tensor& weight, const Stage
   return !weight.is_mkldnn() && is_matrix_product(weight, stage) && p.numel() <= kFewPixels * p.size(1);
 }
 
-// Of few pixels, float's weight gradient is slower as a product once the weight outgrows the cache.
+// With few pixels, float's weight gradient is slower as a matrix product once the weight outgrows the cache.
 bool is_small_weight_product(const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
   return is_small_product(p, weight, stage) && (p.element_size() == 2 || weight.numel() <= 1 << 16);
 }
@@ -102,7 +101,7 @@ at::Tensor product(const at::Tensor& p, const at::Tensor& weight, const Bias& bi
 
 at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given) {
   const auto [p, stage] = sound(given_p, weight, given);
-  // wider types gain nothing: PyTorch does not take a few pixels of theirs to oneDNN
+  // wider types gain nothing: PyTorch does not give their few pixels to oneDNN
   if (p.element_size() == 2 && is_small_product(p, weight, stage)) return product(p, weight, bias);
   return at::convolution(p, weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups)
       .contiguous(kLayout);
@@ -193,7 +192,7 @@ at::Tensor convolution_add_act(
     return relu ? y.relu_() : y;
   }
   const auto unary = relu ? std::optional<std::string_view>("relu") : std::nullopt;
-  const bool pixel = other.size(2) * other.size(3) == 1;  // of which torch 2.11's form out of place makes no bfloat16
+  const bool pixel = other.size(2) * other.size(3) == 1;  // torch 2.11's out-of-place form makes no bfloat16 of it
   if (in_place || pixel) {
     static const auto op = mkldnn_op<at::Tensor&(
         at::Tensor&, const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef,

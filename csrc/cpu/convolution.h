@@ -1,5 +1,5 @@
-// Convolutions of a block. They go to oneDNN through ATen; a convolution of our own, with the normalisation in its
-// prologue and the statistics in its epilogue, takes this file's place.
+// Convolutions of a block. They go to oneDNN through ATen. A convolution of our own, with the normalisation in its
+// prologue and the statistics in its epilogue, would replace this file.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -18,8 +18,8 @@ at::Tensor convolution(
 at::Tensor convolution_backward_data(
     const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage);
 
-// accumulated += the gradient of p, without an intermediate. Returns false, and does nothing, where the convolution is
-// no matrix product.
+// accumulated += the gradient of p, without an intermediate. Where the convolution is no matrix product it does nothing
+// and returns false.
 bool convolution_backward_data_into(
     const at::Tensor& dy, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated);
 
@@ -30,9 +30,9 @@ WeightGradients convolution_backward_weight(
     const at::Tensor& dy, const at::Tensor& p, const at::Tensor& weight, const Stage& stage, bool needs_weight,
     bool needs_bias);
 
-// Up to so many pixels a matrix product beats oneDNN's convolution, whose making takes 10 to 50 microseconds each time
-// and which, without AMX, is slow at bfloat16 there (2 x 7 x 7 pixels, 2048 to 512 channels: 2.4 ms against 1.0, its
-// weight gradient 4.5 against 1.0; measured with torch 2.13 on Zen 4).
+// Up to this number of pixels a matrix product beats oneDNN's convolution. Creating that primitive takes 10 to 50
+// microseconds each time, and without AMX it is slow in bfloat16 (2 x 7 x 7 pixels, 2048 to 512 channels: 2.4 ms
+// against 1.0; its weight gradient 4.5 against 1.0; measured with torch 2.13 on Zen 4).
 constexpr int64_t kFewPixels = 128;
 
 // Whether oneDNN runs x's dtype here, so that the fused forms below can be used.

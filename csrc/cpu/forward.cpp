@@ -1,4 +1,4 @@
-// Training, forward: conv, batch statistics, normalise + activate + add, a pass each.
+// Training, forward: conv, batch statistics, normalise + activate + add; each is one pass.
 #include "../block/result_format.h"
 #include "block.h"
 #include "residual_block.h"

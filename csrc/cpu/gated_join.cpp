@@ -3,12 +3,11 @@
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 
+#include "../block/kernel_layout.h"
 #include "passes.h"
 
 namespace resnet_fused::cpu {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 #define DISPATCH(x, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "gated_join", __VA_ARGS__)

@@ -10,7 +10,7 @@ template <class S>
 at::Tensor infer(const FoldedBlock& block, const BlockSpec& spec) {
   using A = acc_t<S>;
   const auto x = block.x.contiguous(kLayout);
-  // oneDNN's ReLU turns NaN into 0, PyTorch's does not: what may hold one takes the ReLU of our own pass.
+  // oneDNN's ReLU turns NaN into 0, PyTorch's does not. Where there may be a NaN, our own pass applies the ReLU.
   const bool post_ops = has_post_ops(x), fuses_relu = post_ops && all_finite<S>(x);
   const int64_t last = spec.last();
   const auto act_of = [&](int64_t stage, int64_t channels) {
@@ -49,8 +49,7 @@ at::Tensor infer(const FoldedBlock& block, const BlockSpec& spec) {
     at::Tensor skip;
     if (spec.skip == Skip::identity) skip = x;
     if (spec.has_projection()) skip = run(s, spec.convs[s].input_stage == kNone ? x : first, {});
-    // PyTorch has no fused sum of a grouped convolution with a tensor it must keep; what it runs instead fails in 16
-    // bits
+    // PyTorch has no fused sum of a grouped convolution with a tensor that it must keep; its fallback fails in 16 bits
     const bool fuses_sum = spec.has_projection() || spec.convs[last].groups == 1;
     if (fuses_relu && fuses_sum && !block.skip_scale && spec.join != JoinReads::branch && act.pointers().is_plain()) {
       out = convolution_add_act(

@@ -17,7 +17,7 @@ namespace {
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_portable"};
 
 #if defined(__x86_64__)
-// Linux gives a process the tiles' registers only when asked.
+// Linux gives a process the tile registers only on request.
 bool has_tiles() {
 #if defined(__linux__)
   unsigned a = 7, b = 0, c = 0, d = 0;

@@ -6,12 +6,13 @@ namespace resnet_fused::cpu {
 // In ascending order. amx_portable is no instruction set: the kernels of amx with tile operations in plain C++.
 enum class Isa { baseline, avx2, avx512, avx512_bf16, amx, amx_portable };
 
-// Throws ValueError where RESNET_FUSED_ISA names none, or one that this processor (or system) does not have.
+// Throws ValueError where RESNET_FUSED_ISA names no instruction set, or one that this processor or system does not
+// have.
 Isa isa();
 // The same for kernels without tiles.
 Isa vector_isa();
 
-// Whether RESNET_FUSED_ISA has chosen.
+// Whether RESNET_FUSED_ISA made the choice.
 bool is_forced();
 
 const char* name(Isa isa);

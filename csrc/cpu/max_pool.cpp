@@ -7,19 +7,18 @@
 #include <algorithm>
 #include <vector>
 
+#include "../block/kernel_layout.h"
 #include "passes.h"
 
 namespace resnet_fused::cpu {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 #define DISPATCH(x, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "max_pool2d", __VA_ARGS__)
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Window& win) {
+std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const PoolWindow& win) {
   const auto x = x_in.contiguous(kLayout);
   const int64_t n = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const auto length = [&](int64_t in) { return (in + 2 * win.padding - win.kernel) / win.stride + 1; };
@@ -58,7 +57,7 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Wind
 }
 
 at::Tensor max_pool2d_backward(
-    const at::Tensor& dout_in, const at::Tensor& positions, int64_t height, int64_t width, const Window& win) {
+    const at::Tensor& dout_in, const at::Tensor& positions, int64_t height, int64_t width, const PoolWindow& win) {
   const auto dout = dout_in.contiguous(kLayout);
   const int64_t n = dout.size(0), channels = dout.size(1), out_h = dout.size(2), out_w = dout.size(3);
   auto dx = at::empty({n, channels, height, width}, dout.options().memory_format(kLayout));
@@ -68,7 +67,7 @@ at::Tensor max_pool2d_backward(
     const T* source = reinterpret_cast<const T*>(dout.const_data_ptr<scalar_t>());
     const uint8_t* position = positions.const_data_ptr<uint8_t>();
     T* target = reinterpret_cast<T*>(dx.mutable_data_ptr<scalar_t>());
-    // Each input pixel gathers from the windows that cover it: no two threads write one value.
+    // Each input pixel gathers from the windows that cover it, so no two threads write the same value.
     at::parallel_for(0, n * height, 1, [&](int64_t begin, int64_t end) {
       std::vector<acc_t<scalar_t>> sum(channels);
       for (int64_t row = begin; row < end; ++row) {

@@ -18,7 +18,7 @@ bool narrower(at::ScalarType running, at::ScalarType batch) {
   return running == batch || running == at::kBFloat16 || running == at::kHalf;
 }
 
-// As at::lerp_, exact at both ends; in the statistics' precision, rounded once.
+// Like at::lerp_ exact at both ends; computed in the statistics' precision and rounded once.
 template <class A>
 void blend(const at::Tensor& running, const A* batch, A unbiased, A factor) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, running.scalar_type(), "update_running_stats", [&] {
@@ -42,7 +42,7 @@ bool update_running_stats(
   TORCH_CHECK_VALUE(
       means.size() == norms && vars.size() == norms && counters.size() == norms && factors.size() == norms &&
           counts.size() == norms,
-      "every list needs one entry a norm, there are ", norms);
+      "every list needs one entry per norm, there are ", norms);
   const auto untracked = [&](size_t i) { return !means[i].defined() && !vars[i].defined() && !counters[i].defined(); };
   for (size_t i = 0; i < norms; ++i) {
     const auto& stats = batch_stats[i];

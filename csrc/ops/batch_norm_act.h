@@ -1,8 +1,9 @@
-// What every device's kernels of act(batch_norm(x) + residual) share: what they are given, held against each other.
+// What the kernels of act(batch_norm(x) + residual) share on every device: the arguments and the checks of these.
 //
-// Each check throws ValueError (shapes, counts, devices) or TypeError (dtypes); what passes can be read within bounds:
-// x, residual and dout are [N, C, H, W] of one dtype with any strides; mean, var, weight and bias are [C] of x's dtype
-// or of `statistics_type`, and need not be contiguous; a mask too, kernels get it contiguous; all are on x's device.
+// Each check throws ValueError (shapes, counts, devices) or TypeError (dtypes). What passes can be read within bounds:
+// x, residual and dout are [N, C, H, W] of one dtype with any strides. mean, var, weight and bias are [C] of x's dtype
+// or of `statistics_type`, and need not be contiguous; nor need a mask, which kernels get contiguous. All are on x's
+// device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,8 +26,8 @@ struct BatchNorm {
 // What batch statistics are kept in: float64 for float64, else float32.
 at::ScalarType statistics_type(const at::Tensor& x);
 
-// [N * H * W, ceil(C / 8)]: a row of bytes a pixel. Bit c % 8 of byte c / 8 is set where the activation passes channel
-// c's gradient, which is where its output is not <= 0: NaN passes. Bits beyond C are 0.
+// [N * H * W, ceil(C / 8)]: a row of bytes per pixel. Bit c % 8 of byte c / 8 is set where the activation passes
+// channel c's gradient, which is where its output is not <= 0: NaN passes. Bits beyond C are 0.
 std::vector<int64_t> mask_sizes(const at::Tensor& x);
 
 void check_batch_statistics(const at::Tensor& x);

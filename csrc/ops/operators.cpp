@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "../block/kernel_layout.h"
 #include "../cpu/max_pool.h"
 #include "../cpu/residual_block.h"
 #include "operators.h"
@@ -16,7 +17,7 @@ struct CpuKernels {
   static constexpr auto residual_block_infer = &cpu::residual_block_infer;
 };
 
-cpu::Window window(int64_t kernel, int64_t stride, int64_t padding) {
+cpu::PoolWindow window(int64_t kernel, int64_t stride, int64_t padding) {
   TORCH_CHECK_VALUE(
       kernel >= 1 && kernel <= 15 && stride >= 1 && padding >= 0 && 2 * padding <= kernel,
       "unsupported pooling window: kernel ", kernel, ", stride ", stride, ", padding ", padding);
@@ -42,7 +43,7 @@ at::Tensor max_pool2d_backward(
     TORCH_CHECK_VALUE(
         ((d ? width : height) + 2 * padding - kernel) / stride + 1 == dout.size(2 + d), "dout ", dout.sizes(),
         " is not the pooling of ", height, "x", width);
-  return cpu::max_pool2d_backward(dout, positions.contiguous(at::MemoryFormat::ChannelsLast), height, width, win);
+  return cpu::max_pool2d_backward(dout, positions.contiguous(kLayout), height, width, win);
 }
 
 }  // namespace

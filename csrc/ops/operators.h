@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../block/checks.h"
+#include "../block/kernel_layout.h"
 
 namespace resnet_fused {
 
@@ -56,7 +57,7 @@ inline BlockTensors block_tensors(
 }
 
 // Kernels: a type with the static functions residual_block_forward, _backward and _infer of cpu/residual_block.h. They
-// run below autograd: the gradient is an operator of ours, and what they call of ATen's needs no detour over autograd.
+// run below autograd: the gradient is an operator of ours, so ATen's operations called from here need no autograd.
 template <class Kernels>
 std::tuple<at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>> residual_block_forward(
     const at::Tensor& x, const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,
@@ -88,7 +89,7 @@ std::vector<at::Tensor> residual_block_backward(
   const auto stats = batch_stats.vec();
   check_backward(dout, out, ys, stats, block, spec, check_block(block, spec));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  for (auto& y : ys) y = y.contiguous(at::MemoryFormat::ChannelsLast);  // a saved-tensor hook may change the layout
+  for (auto& y : ys) y = y.contiguous(kLayout);  // a saved-tensor hook may change the layout
   return Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
 }
 

@@ -5,12 +5,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../block/integer_division.h"
+
 namespace resnet_fused {
 namespace {
 
 constexpr int64_t kLineBytes = 64, kLineWords = kLineBytes / 8;
-// 1 KiB of a tensor: its lines are fetched side by side, in less than a microsecond. Up to 16 KiB it is read whole: a
-// norm's vector of 4096 floats.
+// A sample is 1 KiB of a tensor: its lines are fetched side by side, in less than a microsecond. Up to 16 KiB, which is
+// a norm's vector of 4096 floats, a tensor is read whole.
 constexpr int64_t kSampledLines = 16, kWholeLines = 256;
 constexpr uint64_t kOdd = 0x9E3779B97F4A7C15;  // 2^64 over the golden ratio
 
@@ -51,7 +53,7 @@ uint64_t hash_range(const char* bytes, int64_t size, uint64_t position) {
 
 uint64_t hash_whole(const char* bytes, int64_t size) {
   constexpr int64_t part = 1 << 18;
-  const int64_t parts = (size + part - 1) / part;
+  const int64_t parts = ceil_div(size, part);
   std::vector<uint64_t> hashes(parts);
   at::parallel_for(0, parts, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) hashes[i] = hash_range(bytes + i * part, std::min(part, size - i * part), i);
@@ -71,7 +73,7 @@ uint64_t hash_sampled(const char* bytes, int64_t size) {
   return hash;
 }
 
-// The bytes between the first and the last element, which of a sliced tensor hold others, too.
+// The bytes between the first and the last element; for a sliced tensor they include elements that are not its own.
 int64_t extent(const at::Tensor& t) {
   int64_t last = 0;
   for (int64_t d = 0; d < t.dim(); ++d) {

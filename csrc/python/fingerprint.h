@@ -1,4 +1,4 @@
-// What tells a change of tensors that PyTorch's version counters do not.
+// Finds changes of tensors that PyTorch's version counters do not show.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,10 +10,10 @@ namespace resnet_fused {
 
 enum class Reads : int64_t { metadata = 0, samples = 1, everything = 2 };
 
-// A hash of the tensors' shapes, strides, dtypes and devices; unless only of their metadata, also of their addresses,
-// version counters and values: of up to kSampledLines cache lines of 64 bytes, spread evenly, or of all of them.
-// Tensors without a version counter (made in inference mode) are read whole in either case, the values of tensors on
-// other devices not at all. Nothing for a tensor whose memory is not its own to read (a fake or wrapped one).
+// A hash of the tensors' shapes, strides, dtypes and devices. Unless `reads` is metadata, it also covers their
+// addresses, version counters and values: up to kSampledLines cache lines of 64 bytes, spread evenly, or all of them.
+// Tensors without a version counter (made in inference mode) are read whole in either case. Values on other devices are
+// not read. nullopt for a tensor whose memory cannot be read (a fake or wrapped one).
 std::optional<uint64_t> fingerprint(const std::vector<at::Tensor>& tensors, Reads reads);
 
 }  // namespace resnet_fused

@@ -1,4 +1,4 @@
-// The Python module resnet_fused._C: importing it registers the operators; it tells what it was built with.
+// The Python module resnet_fused._C: importing it registers the operators. It also reports what it was built with.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>

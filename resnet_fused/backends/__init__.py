@@ -1,1 +1,1 @@
-"""Backends: each answers whether and how it runs a block, and runs it; `dispatch` chooses."""
+"""Backends: each one says whether and how it can run a block, and runs it; `dispatch` chooses."""

@@ -1,8 +1,8 @@
 """Which backend runs a block, and why the others do not.
 
 A backend asked for by name runs or raises `BackendError` with its reason; "auto" takes the first that can and does not
-decline, in the order below, and otherwise plain PyTorch. On a GPU all decline but the one that `tune` has measured to
-be the fastest, and faster than PyTorch. `explain` shows the reasons that `auto` met.
+decline, in the order below, and otherwise plain PyTorch. On a GPU every backend declines, except one that `tune` has
+measured to be the fastest and faster than PyTorch. `explain` shows the reasons that `auto` met.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusa
     """The backend for this call, None for plain PyTorch ("eager").
 
     refusal: a reason, known to the caller, that holds for every backend.
-    An empty batch always runs in plain PyTorch, whose behaviour it is to keep. Raises ValueError, BackendError.
+    An empty batch always runs in plain PyTorch, so that it behaves as there. Raises ValueError, BackendError.
     """
     check_name(backend)
     if backend == "eager" or x.numel() == 0:
@@ -153,6 +153,6 @@ def _log(name: str, reason: str) -> None:
         _log_once(name, reason)
 
 
-@lru_cache(maxsize=1024)  # reasons name shapes: what has fallen out is said again
+@lru_cache(maxsize=1024)  # reasons name shapes; a reason that has fallen out of the cache is logged again
 def _log_once(name: str, reason: str) -> None:
     log.info("backend %s is not used: %s", name, reason)

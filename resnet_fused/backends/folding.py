@@ -2,13 +2,13 @@
 
     norm(conv(x, w, c)) = conv(x, w * a) + (c * a + b),   a = gamma / sqrt(var + eps),   b = beta - mean * a
 
-It is kept with the parameters (`params.Kept`) while their fingerprint holds: addresses, version counters and, on the
-CPU, values: 1 KiB of each weight, all of each norm, and after any optimizer's step all of everything. So what moves no
-version counter is seen too: fused optimizers, collectives, writes through ``tensor.data`` or a NumPy array. What is not
-seen: such a write to a few elements of a weight; on other devices, any such write but an optimizer's.
-A fused module drops what is kept when it changes between training and evaluation.
+The result is kept with the parameters (`params.Kept`) while their fingerprint holds: addresses, version counters and,
+on the CPU, values. Of each weight 1 KiB is compared, of each norm everything, and after any optimizer's step every
+value. So writes that move no version counter are seen too: those of fused optimizers and collectives, through
+``tensor.data`` or a NumPy array. Not seen is such a write to a few elements of a weight; on other devices, any such
+write except an optimizer's. A fused module drops what is kept when it changes between training and evaluation.
 
-Where oneDNN will run them, the weights are also brought into its blocked layout, once instead of at every call.
+Weights that oneDNN will run are also converted to its blocked layout, once instead of at every call.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from resnet_fused.spec.facts import NONE, facts
 
 T = TypeVar("T")
 Affine = tuple[Tensor, Tensor]
-# Of few pixels (`operators.few_pixels`) a plain 1x1 weight is multiplied as a matrix: faster than the making of a
-# oneDNN convolution, as long as it is small. Larger ones are read faster in oneDNN's layout.
+# With few pixels (`operators.few_pixels`) a plain 1x1 weight is multiplied as a matrix. While the weight is small that
+# is faster than creating a oneDNN convolution; a larger one is read faster in oneDNN's layout.
 SMALL_WEIGHT = 1 << 16
 
 
@@ -61,7 +61,7 @@ register_optimizer_step_post_hook(_count)
 
 @dataclass
 class _Kept:
-    """What was folded, for what, and how everything was then."""
+    """What was folded, its key, and the state of the tensors at that time."""
 
     spec: BlockSpec
     key: tuple[Any, ...]
@@ -88,7 +88,7 @@ def kept_or_made(source: BlockParams, x: Tensor, spec: BlockSpec, key: tuple[Any
     key: what it depends on beside tensors and spec.
     """
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        return make()  # into the graph, so that its replays see the weights of then
+        return make()  # into the graph, so that its replays see the weights of their time
     samples = operators.fingerprint(source.tensors, "samples")
     if samples is None:
         return make()
@@ -108,7 +108,7 @@ def kept_or_made(source: BlockParams, x: Tensor, spec: BlockSpec, key: tuple[Any
 
 
 def _survives(kept: _Kept, source: BlockParams, x: Tensor) -> bool:
-    """Whether the optimizer's step that has been taken since was another model's."""
+    """Whether the optimizer step taken since then was another model's."""
     steps = Steps.taken
     if x.device.type != "cpu" or operators.fingerprint(source.tensors, "everything") != kept.everything:
         return False
@@ -134,7 +134,7 @@ def _fold(params: BlockParams, x: Tensor, spec: BlockSpec, packs: bool) -> Folde
         weights.append(w.to(x.dtype))
         biases.append(None if c is None else c.to(x.dtype))
     contiguous = torch.empty(x.shape, device="meta")
-    channels_last = operators.output_format(contiguous, weights, spec) == torch.channels_last
+    channels_last = operators.result_format(contiguous, weights, spec) == torch.channels_last
     made = [t for t in (*weights, *biases, *(pre or ())) if t is not None]
     finite = x.device.type != "cpu" or all(bool(t.isfinite().all()) for t in made)
     if packs and finite:
@@ -155,7 +155,7 @@ def affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine |
     """norm(y) = a y + b with the running statistics; None without a norm."""
     if not stage.norm:
         return None
-    assert p.running_mean is not None and p.running_var is not None  # validation has seen to it
+    assert p.running_mean is not None and p.running_var is not None  # checked by validation
     a = torch.rsqrt(p.running_var.to(precision) + stage.eps)
     if p.norm_weight is not None:
         a = a * p.norm_weight.to(precision)

@@ -1,7 +1,7 @@
 """How a block runs on a GPU, whichever backend runs it: in how many launches, and with whose convolutions.
 
-A backend runs a block as was asked for here, else as was measured to be its fastest way (`measured`), else as
-`choose` finds by size.
+A backend runs a block in the way that was asked for here; else in the way that was measured to be its fastest
+(`measured`); else in the way that `choose` finds by size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _open: dict[object, Wish] = {}
 
 
 def launch_mode(mode: Mode) -> AbstractContextManager[None]:
-    """ "single" or "phased" for every block within, in all threads; of several the one entered last and still open.
+    """ "single" or "phased" for every block within, in all threads. The context entered last and still open counts.
 
     Raises ValueError for another mode.
     """
@@ -75,7 +75,7 @@ def asked() -> Wish:
 
 @torch.compiler.assume_constant_result  # a graph keeps what was true when it was traced
 def precision() -> Literal["ieee", "tf32"]:
-    """Of a block's float32 products, our kernels' and the library's: what PyTorch's own convolution now takes.
+    """The precision of a block's float32 products, ours and the library's: that of PyTorch's own convolution now.
 
     With cuDNN that is torch.backends.cudnn.conv.fp32_precision, "tf32" unless it was changed, there or by
     torch.backends.cudnn.allow_tf32. Where cuDNN is switched off, PyTorch forms convolutions as products of matrices.
@@ -86,7 +86,7 @@ def precision() -> Literal["ieee", "tf32"]:
 
 
 class How(NamedTuple):
-    """Decided: how the launches of one block are cut, whose convolutions it has, and float32's products.
+    """The decision: how one block is divided into launches, whose convolutions it runs, and the precision of float32.
 
     library: the convolutions (indices into `BlockSpec.convs`) that are the vendor library's.
     """
@@ -99,11 +99,11 @@ class How(NamedTuple):
 _EMPTY: frozenset[int] = frozenset()
 CHOSEN = How("single", _EMPTY, False)  # where there is nothing to choose: on a CPU
 
-# Activations of one launch up to here, several beyond, each with its own number of workers and with the library's
-# convolutions between them. Derived, not measured: batch 32 of a ResNet-50 at 224 pixels is to stay below in every
-# block, because there launches are a large part of the time.
+# Up to this size of the activations a block is one launch. Beyond it there are several, each with its own number of
+# workers, and the library's convolutions between them. Derived, not measured: every block of a ResNet-50 at 224 pixels
+# stays below it at batch 32, because launches are a large part of the time there.
 SINGLE_LAUNCH_BYTES = 128 << 20
-# A tile of a product has many channels a side: what has fewer in each group would mostly multiply zeros.
+# A product's tile has many channels on each side: a convolution with fewer per group would mostly multiply zeros.
 FEWEST_CHANNELS = 16
 
 

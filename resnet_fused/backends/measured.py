@@ -1,10 +1,10 @@
 """What `resnet_fused.tune` has measured: the fastest way to run each block, and tiles of Triton's phases, on disk.
 
 One JSON file, ``$XDG_CACHE_HOME/resnet_fused/tuning.json`` (by default under ``~/.cache``), with a section for each
-kind of GPU: its name, versions and both kinds of kernels name it, so that nothing outlives what it was measured with.
-Every key begins with the GPU that it is about, so two in one machine never answer for each other. What cannot be read,
-or was written in another form, counts as not measured. Processes add to the file one at a time, and it is replaced
-whole.
+kind of GPU. The section's name has the GPU's name, the versions and both kinds of kernels, so that no result outlives
+what it was measured with. Every key begins with the GPU that it is about, so two GPUs in one machine never answer for
+each other. What cannot be read, or was written in another form, counts as not measured. Processes add to the file one
+at a time, and the file is replaced whole.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def gpu_of(x: Tensor) -> GPU:
 
 
 def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool) -> Key:
-    """What a decision is found by. weights: of the block's convolutions. train: as `autograd.trains` says."""
+    """The key of a decision. weights: of the block's convolutions. train: as `autograd.trains` says."""
     return (
         gpu_of(x),
         train,
@@ -76,7 +76,7 @@ def key(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool) -> K
 
 
 def lookup(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool) -> Key | None:
-    """The key; None where nothing was measured on x's GPU, and so no graph need depend on its sizes."""
+    """The key; None where nothing was measured on x's GPU. Then no traced graph has to depend on x's sizes."""
     return key(spec, x, weights, train) if _anything(gpu_of(x)) else None
 
 
@@ -223,7 +223,7 @@ def _section(gpu: GPU) -> dict[str, dict[str, Any]]:
 
 
 def _checked(section: Any) -> dict[str, dict[str, Any]]:
-    """The two parts of a section, empty where they are none."""
+    """The two parts of a section; empty where they are missing or malformed."""
     given = section if isinstance(section, dict) else {}
     return {part: given[part] if isinstance(given.get(part), dict) else {} for part in ("blocks", "tiles")}
 

@@ -79,7 +79,7 @@ class NativeBackend:
             folded.branch_scale,
             how=_how(spec, x, folded.weights, train=False),
         )
-        # a packed weight has lost the memory format that, with x's, decides on the output's
+        # the output's memory format follows from x's and the weight's, and a packed weight has lost its own
         return out.contiguous(memory_format=torch.channels_last) if folded.channels_last else out
 
     def infer_pooled(self, x: Tensor, params: BlockParams, spec: BlockSpec, pool: Sequence[int]) -> Tensor | None:
@@ -126,7 +126,7 @@ def why_not_on_gpu(device: torch.device) -> str | None:
 
 
 def _runs_on(arch: int, built: str) -> bool:
-    """built: as in "80, 90 + PTX". Code runs within its generation on what is as new or newer, PTX on all of that."""
+    """built: as in "80, 90 + PTX". Code runs on its generation's GPUs from its own number on, PTX on all newer GPUs."""
     codes = [int(code) for code in re.findall(r"\d+", built)]
     return any(code // 10 == arch // 10 and code <= arch for code in codes) or ("PTX" in built and max(codes) <= arch)
 

@@ -25,7 +25,7 @@ SCALAR_TYPES = {torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
 
 
 class Reason(NamedTuple):
-    """For a spec, as this very object; None: the engine runs it."""
+    """Holds for this very spec object; None: the engine runs it."""
 
     spec: BlockSpec
     reason: str | None

@@ -98,7 +98,7 @@ def _interpreted() -> bool:
 
 
 def _check(spec: BlockSpec, tensors: Tensors) -> list[tuple[int, int, int]]:
-    """`validation.check` for who calls the operator itself: a kernel given wrong shapes would read out of bounds."""
+    """`validation.check` for callers of the operator itself: a kernel given wrong shapes would read out of bounds."""
     lists: Any = tensors.arguments[len(SINGLE) :]
     if any(len(each) != len(spec.convs) for each in lists):
         raise ValueError(f"the spec has {len(spec.convs)} convolutions, got {[len(each) for each in lists]} tensors")

@@ -55,7 +55,7 @@ class Tuning(list[Measured]):
         return table("Measured here", header, rows)
 
 
-class Block(NamedTuple):
+class TunedBlock(NamedTuple):
     """train: forward and backward are timed, else forward alone."""
 
     x: Tensor
@@ -72,13 +72,13 @@ class Contestant(NamedTuple):
 def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | None = None) -> Tuning:
     """Measure each kind of fused block of `model` on inputs as `model(x)` gives them, and keep the result on disk.
 
-    From then on backend "auto" takes, at that shape and dtype, the kernels that were the fastest, if they were faster
-    than PyTorch: the native or the Triton ones, in one launch or phase by phase, and with the convolutions left to the
-    library that were. Call it as the model will be used: in training or in evaluation mode, x and weights in their
+    From then on backend "auto" takes, at that shape and dtype, the fastest kernels that were measured, if they were
+    faster than PyTorch: native or Triton, in one launch or phase by phase, and with the same convolutions left to the
+    library. Call it as the model will be used: in training or in evaluation mode, x and weights in their
     dtype and memory format, and within ``torch.autocast`` if the model will run there. The results are in
     ``$XDG_CACHE_HOME/resnet_fused/tuning.json``; other devices, versions and shapes do not see them.
 
-    tiles: also search the tile sizes of every phase of Triton's, which takes minutes, most of them compiling.
+    tiles: also search the tile sizes of every Triton phase, which takes minutes, mostly for compiling.
     timer: how to time calls; for tests.
 
     A block in training mode is measured forward and backward, whether its norms are frozen or not; one in evaluation
@@ -96,7 +96,7 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
             params, spec = gated_block.chosen_for(*module.fused_describe())
         except NotFusable:
             continue
-        block = Block(block_input, params, spec, train=spec.batch_stats or module.training)
+        block = TunedBlock(block_input, params, spec, train=spec.batch_stats or module.training)
         key = measured.key(spec, block_input, [p.weight for p in params.convs], block.train)
         field = contestants(block_input, params, spec)
         if key in decisions or not field:
@@ -155,7 +155,7 @@ def block_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, FusedModule, Te
     return seen
 
 
-def fastest_way(block: Block, contestants: Sequence[Contestant], timer: Timer) -> Decision:
+def fastest_way(block: TunedBlock, contestants: Sequence[Contestant], timer: Timer) -> Decision:
     """The contestant that runs the block fastest, and its time against PyTorch's."""
 
     def forced(contestant: Contestant) -> Run:
@@ -177,8 +177,8 @@ def fastest_way(block: Block, contestants: Sequence[Contestant], timer: Timer) -
     return Decision(fastest, *best[fastest][1], speedups.pop(fastest), speedups)
 
 
-def fastest_tiles(block: Block, timer: Timer) -> dict[measured.TileKey, dict[str, int]]:
-    """For each phase of the block by Triton, run phase by phase, the fastest tile, one phase after the other."""
+def fastest_tiles(block: TunedBlock, timer: Timer) -> dict[measured.TileKey, dict[str, int]]:
+    """The fastest tile of each of the block's Triton phases, run phase by phase and searched one after the other."""
     from triton.runtime.errors import OutOfResources
 
     from resnet_fused.triton_kernels.host import tuning
@@ -197,7 +197,7 @@ def fastest_tiles(block: Block, timer: Timer) -> dict[measured.TileKey, dict[str
                         run()
 
                 try:
-                    attempt()  # compiles it, and tells whether it fits
+                    attempt()  # compiles it, and shows whether it fits
                 except OutOfResources:
                     continue
                 fitting.append(tile)
@@ -207,7 +207,7 @@ def fastest_tiles(block: Block, timer: Timer) -> dict[measured.TileKey, dict[str
     return chosen
 
 
-def once(block: Block, backend: str) -> Run:
+def once(block: TunedBlock, backend: str) -> Run:
     """One step of the block, forward and backward for training, on copies: nothing of the caller's is written."""
     x, params, spec, train = block
     mine = x.detach().requires_grad_(train)

@@ -27,7 +27,7 @@ class StageModules:
     """The children behind one stage; in pre-activation order `norm` and `act` precede `conv`.
 
     act: a module (nn.ReLU, nn.PReLU), a function (``F.relu``, ``torch.relu``), an `Activation` or its name, or None for
-    none. Those that are known are `spec.activations.KINDS`.
+    none. `spec.activations.KINDS` lists the known ones.
     """
 
     conv: nn.Module
@@ -127,7 +127,7 @@ def _padding(name: str, conv: nn.Conv2d) -> IntPair:
         raise NotFusable(f"{name} has padding_mode={conv.padding_mode!r}; accepted: 'zeros'")
     if padding == "valid":
         return 0, 0
-    if padding == "same":  # the stride is 1, nn.Conv2d sees to that
+    if padding == "same":  # nn.Conv2d makes sure that the stride is 1
         height, width = (d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
         if height % 2 or width % 2:
             raise NotFusable(f"{name} has padding='same' with an even kernel, which pads one side more than the other")

@@ -31,9 +31,10 @@ class Candidate(NamedTuple):
 def candidates(model: nn.Module) -> list[Candidate]:
     """The blocks of a model, in the order of ``model.named_modules()``.
 
-    Those of a known class; of the others the innermost that holds a convolution and a batch norm, at any depth, and
-    whose forward adds (its source tells), so that a block made of sub-modules is shown and not its pieces; and
-    what has a convolution and a batch norm as children without being part of either. What holds blocks is a network.
+    Listed are modules of a known class. Of other classes, those are listed that hold a convolution and a batch norm at
+    any depth and whose forward adds, by its source; of nested ones the innermost. So a block made of sub-modules is
+    shown, and its pieces are not. Also listed are modules outside of these that have a convolution and a batch norm as
+    children. A module that holds blocks is a network and no block.
     """
     unique = {id(candidate.module): candidate for candidate in reversed(list(_within("", model)))}
     return list(reversed(unique.values()))

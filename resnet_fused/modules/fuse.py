@@ -30,14 +30,14 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> 
     Known are torchvision's and timm's BasicBlock, Bottleneck and ResNet (its stem), this package's own, and what
     `register_block` has added. Parameters, buffers, names, hooks on the block and `state_dict` stay as they are.
     A block of another class, or one with a part that has no fused form, is left alone: `explain(model)` says why.
-    A block that becomes such later runs its original forward, and the reason is logged to "resnet_fused".
+    A block that loses its fused form later runs its original forward, and the reason is logged to "resnet_fused".
     Fusing again changes the settings. Not supported: ``torch.jit.script`` of a fused model (unfuse it first).
 
     backend: "auto", or a name from `resnet_fused.backends()`; one that cannot run raises BackendError in forward.
     memory:  "default", or "low" to recompute in backward instead of keeping (`BlockSpec.memory`).
 
-    Warns where nothing is fused, with the first reasons; where a block is sharded already, which hides its class; and
-    once where backend is "auto" and the C++ extension is missing, so that PyTorch runs.
+    Warns where nothing is fused, and gives the first reasons; where a block is sharded already, which hides its class;
+    and once where backend is "auto" and the C++ extension is missing, so that PyTorch runs.
     Raises TypeError if model is not a module, ValueError for an unknown backend or memory.
     """
     require_module(model)
@@ -81,7 +81,7 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def require_module(model: object) -> None:
-    """Raises TypeError for what is no nn.Module."""
+    """Raises TypeError unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
@@ -92,7 +92,7 @@ def _is_sharded(module: nn.Module) -> bool:
 
 
 def _warn_of_what_is_left(model: nn.Module) -> None:
-    """Where nothing is fused, or a block is sharded. That a part of a model stays as it is, is usual."""
+    """Where nothing is fused, or a block is sharded. That only some parts of a model are fused is usual."""
     fused = any(isinstance(module, FusedModule) for module in model.modules())
     if fused and not any(_is_sharded(module) for module in model.modules()):
         return

@@ -42,11 +42,9 @@ class Described(NamedTuple):
     gate: Gate | None
 
 
-Block = Described | None
-
-
 class Description:
-    """What a module last was: its tensors and spec, or None where its own forward has to run, and while that holds.
+    """What a module was at its last call: its tensors and spec, or None where its own forward has to run; and the state
+    of the module for which that holds.
 
     The tensors carry what is known of them (`params.Kept`): folded weights, shapes that have been checked.
     """
@@ -57,14 +55,14 @@ class Description:
         self.forget()
 
     def forget(self) -> None:
-        self._last: tuple[Block, module_state.Snapshot | None, bool] = (None, None, False)
+        self._last: tuple[Described | None, module_state.Snapshot | None, bool] = (None, None, False)
 
     @property
-    def block(self) -> Block:
+    def block(self) -> Described | None:
         return self._last[0]
 
-    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Block, bool]:
-        """The last description, and whether it is of this very module as it is now.
+    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Described | None, bool]:
+        """The last description, and whether it describes this very module in its present state.
 
         narrowed: under autocast, on which the fate of a FrozenBatchNorm2d depends.
         """
@@ -74,7 +72,7 @@ class Description:
             return block, False
         return block, module_state.unchanged(snapshot)
 
-    def keep(self, block: Block, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
+    def keep(self, block: Described | None, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
         """All at once, since threads may share a module.
 
         snapshot: it begins with the module; None: the description is for this call only.
@@ -113,8 +111,8 @@ class FusedModule(nn.Module):
         modules = adapter(self)
         return Described(*describe(modules, self._fused_settings.memory), modules.gate)
 
-    def _fused_or_none(self, x: Tensor) -> Block:
-        """`fused_describe`, kept while it holds; or None, the reason logged, where the original runs."""
+    def _fused_or_none(self, x: Tensor) -> Described | None:
+        """`fused_describe`, kept while it holds. Where the original has to run, logs the reason and returns None."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
         if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
@@ -132,7 +130,7 @@ class FusedModule(nn.Module):
         kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None, narrowed)
         return block
 
-    def _fused_describe_or_log(self) -> Block:
+    def _fused_describe_or_log(self) -> Described | None:
         try:
             return self.fused_describe()
         except NotFusable as reason:
@@ -150,13 +148,13 @@ class FusedModule(nn.Module):
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """The class is made at run time, so pickle and deepcopy get its two ingredients."""
+        """The class is made at run time, so pickle and deepcopy get the two classes that it is made of."""
         mixin = self._fused_class.__bases__[0]
         return _blank, (mixin, self._fused_from), self.__getstate__()
 
 
 class FusedBlock(FusedModule):
-    """A block: forward runs the fused operator, or the class's own forward where that cannot be."""
+    """A block: forward runs the fused operator, or the class's own forward where there is no fused form."""
 
     def forward(self, x: Tensor) -> Tensor:
         described = self._fused_or_none(x)

@@ -1,4 +1,4 @@
-"""A ResNet's stem: conv1, bn1, act and max pooling fused where they are called, which is in the model itself.
+"""A ResNet's stem: conv1, bn1, act and max pooling, fused in the model's own forward, where they are called.
 
 Each mixin repeats its original's few lines around the stem. Without a fusable stem the original runs.
 """

@@ -2,7 +2,7 @@
 
 Saved for a block: x, each stage's convolution output (with memory="low" not the last stage's nor the projection's),
 and `out`, which is the next block's x anyway, for the mask of the final activation. Batch statistics are [2, C].
-Saved for a batch norm with activation and residual: x, and a bit a value for the activation's mask.
+Saved for a batch norm with activation and residual: x, and a bit per value for the activation's mask.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) ->
 
 
 class MaxPool2d(torch.autograd.Function):
-    """Max pooling that saves the position of each maximum within its window, one byte an output."""
+    """Max pooling that saves the position of each maximum within its window, one byte per output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:

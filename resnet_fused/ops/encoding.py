@@ -1,4 +1,4 @@
-"""A spec and what follows from it as two flat lists, in which they cross the operators' schemas.
+"""A spec and what follows from it as two flat lists: the form in which they pass the operators' schemas.
 
 csrc/block/spec.h decodes the same: 5 ints for the block, then 12 ints and 2 floats for each convolution.
 """
@@ -21,8 +21,8 @@ HEADER, PER_CONVOLUTION = 5, 12
 NAMES = tuple(KINDS)
 
 
-class Plan(NamedTuple):
-    """What an operator is told beside its tensors."""
+class Decoded(NamedTuple):
+    """What an operator is given beside its tensors."""
 
     spec: BlockSpec
     facts: Facts
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 def encode(spec: BlockSpec, needs: Needs | None = None, how: How = CHOSEN) -> Encoded:
     """needs: which gradients backward will be asked for. how: how kernels for a GPU run.
 
-    Kept with the spec, but by graphs that are traced.
+    The result is kept with the spec, except while a graph is traced.
     """
     if torch.compiler.is_compiling():
         return _encode(spec, needs, how)
@@ -67,13 +67,13 @@ def _encode(spec: BlockSpec, needs: Needs | None, how: How) -> Encoded:
     return Encoded(ints, floats)
 
 
-def decode(ints: Sequence[int], floats: Sequence[float]) -> Plan:
-    """The inverse of `encode`, but for what only forward knows: how much memory backward may keep."""
+def decode(ints: Sequence[int], floats: Sequence[float]) -> Decoded:
+    """The inverse of `encode`, except for what only forward needs: how much memory backward may keep."""
     return _decode(tuple(ints), tuple(floats))
 
 
 @lru_cache(maxsize=1024)
-def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
+def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> Decoded:
     count, skip, order, join, _ = ints[:HEADER]
     stages, convs = [], []
     for i, at in enumerate(range(HEADER, len(ints), PER_CONVOLUTION)):
@@ -87,4 +87,4 @@ def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> Plan:
         convs.append(ConvFacts(input_stage, output_stage, saved, read, wants_dy, wants_dp))
     projection = stages[count] if SKIPS[skip] == "projection" else None
     spec = BlockSpec(tuple(stages[:count]), SKIPS[skip], projection, ORDERS[order])
-    return Plan(spec, Facts(tuple(convs), JOIN_READS[join]))
+    return Decoded(spec, Facts(tuple(convs), JOIN_READS[join]))

@@ -1,9 +1,9 @@
 """The operators of the C++ extension, ``torch.ops.resnet_fused.*``: loading, typed calls, fake kernels.
 
-Schemas stand in csrc/ops/operators.h, in the order of `spec.tensors.BlockTensors`. The operators are functional:
+The schemas are in csrc/ops/operators.h, in the order of `spec.tensors.BlockTensors`. The operators are functional:
 nothing is written in place, no output aliases an input.
 
-conv_outputs: the y_i that backward needs and cannot have cheaply, see `spec.facts` (saved).
+conv_outputs: the y_i that backward needs and cannot recompute cheaply, see `spec.facts` (saved).
 batch_stats:  [2, C] (mean, biased variance), float32 (float64 for float64), for each norm with batch statistics.
 """
 
@@ -26,8 +26,8 @@ from resnet_fused.spec.facts import Needs
 from resnet_fused.spec.tensors import BlockTensors
 
 Tensors = BlockTensors[Tensor | None]
-# Overloads: csrc's kernels for the tensors' device; csrc/cuda's, for the tests' emulator on CPU tensors, too; or those
-# that backends/triton.py registers.
+# Overloads: csrc's kernels for the tensors' device; csrc/cuda's, which also take CPU tensors for the tests' emulator;
+# or those that backends/triton.py registers.
 Kernels = Literal["default", "cuda", "triton"]
 BUILD = "in the source folder run `pip install --no-build-isolation -e .` with the torch that will run it"
 
@@ -78,7 +78,7 @@ def residual_block_forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, conv_outputs, batch_stats).
 
-    needs: of which of `tensors` backward will give the gradient; it decides on conv_outputs.
+    needs: the tensors whose gradients backward will give; conv_outputs depend on it.
     how:   how kernels for a GPU run.
     """
     require()
@@ -139,7 +139,8 @@ def residual_block_infer(
 def residual_block_prepared(x: Tensor, block: Any) -> Tensor | None:
     """The block as `backends.prepared` made it ready.
 
-    None where PyTorch has to compute it: what a grouped convolution reads, or one of padded channels, is not finite.
+    None where PyTorch has to compute it: the input of a grouped convolution, or of one with padded channels, is not
+    finite.
     """
     require()
     return torch.ops.resnet_fused.residual_block_prepared.default(x, block)
@@ -176,7 +177,7 @@ def unchanged(snapshot: tuple[Any, ...]) -> bool:
 
 
 def fingerprint(tensors: Sequence[Tensor], reads: Literal["metadata", "samples", "everything"]) -> int | None:
-    """A hash that tells whether tensors are as they were (csrc/python/fingerprint.h); None: nobody can tell."""
+    """A hash that changes when tensors change (csrc/python/fingerprint.h); None: it cannot be computed."""
     return None if _C is None else _C.fingerprint(tensors, ("metadata", "samples", "everything").index(reads))
 
 
@@ -212,7 +213,7 @@ def has_post_ops(x: Tensor) -> bool:
 
 
 def few_pixels() -> int:
-    """Up to so many pixels, small 1x1 convolutions are matrix products (csrc/cpu/convolution.h)."""
+    """The number of pixels up to which small 1x1 convolutions are matrix products (csrc/cpu/convolution.h)."""
     return _C.FEW_PIXELS
 
 
@@ -239,7 +240,7 @@ def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[
     return shapes
 
 
-def output_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
+def result_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
     """The memory format of a block's result, as PyTorch's own operations would give it (csrc/block/result_format.h)."""
     sizes = _conv_shapes(x, weights, spec)[: len(spec.stages)]
     last = _C.is_channels_last(
@@ -256,7 +257,7 @@ def _register_fakes() -> None:
     def forward(x, branch, skip, weights, *rest):  # type: ignore[no-untyped-def]
         spec, facts = decode(*rest[-2:])
         shapes = _conv_shapes(x, weights, spec)
-        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=output_format(x, weights, spec))
+        out = x.new_empty(shapes[len(spec.stages) - 1]).contiguous(memory_format=result_format(x, weights, spec))
         saved = [x.new_empty(shapes[i]).contiguous(memory_format=torch.channels_last) for i in facts.saved]
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         widths = [x.shape[1], *(s[1] for s in shapes)] if spec.order == "pre" else [s[1] for s in shapes]
@@ -281,7 +282,7 @@ def _register_fakes() -> None:
     def infer(x, a, b, weights, *rest):  # type: ignore[no-untyped-def]
         spec, _ = decode(*rest[-2:])
         shape = _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
-        return x.new_empty(shape).contiguous(memory_format=output_format(x, weights, spec))
+        return x.new_empty(shape).contiguous(memory_format=result_format(x, weights, spec))
 
     for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
         for overload in ("", ".cuda", ".triton"):

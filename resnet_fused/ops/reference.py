@@ -20,7 +20,7 @@ def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate |
     gate: as in `functional.residual_block`.
 
     Updates the running statistics of stages with `batch_stats` in place, as ``nn.BatchNorm2d`` does, but not
-    `num_batches_tracked`: that is its caller's.
+    `num_batches_tracked`, which is left to its caller.
     """
     stages = list(zip(spec.stages, params.stages, strict=True))
     skip = None if spec.skip == "none" else x

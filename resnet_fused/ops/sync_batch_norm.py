@@ -14,8 +14,8 @@ def merge_statistics(stats: Tensor, count: int, group: dist.ProcessGroup) -> tup
     """The statistics [2, C] (mean, biased variance) of all processes' batches, and the values per channel behind them.
 
     stats, count: this process's; batches may differ in size, and with a count of 0 the statistics may be anything.
-    Chan, Golub & LeVeque 1979: (count, mean, M2) merged pairwise. Raises ValueError, in every process, for fewer than
-    two values per channel.
+    Chan, Golub & LeVeque 1979: (count, mean, M2) are merged pairwise. With fewer than two values per channel it raises
+    ValueError in every process.
     """
     mine = torch.cat([stats.double().flatten(), stats.new_tensor([count], dtype=torch.float64)])
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

@@ -1,4 +1,4 @@
-"""Checks before anything is computed: a bad call says what was given and what is accepted, and changes nothing."""
+"""Checks before anything is computed: a bad call's error says what was given and what is accepted; nothing changes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check(x: Tensor, params: BlockParams, spec: BlockSpec, autocast: dtype | Non
 
 @dataclass
 class Checked:
-    """What has passed `check_once` with one spec and the tensors as they were: counts by input."""
+    """What has passed `check_once` with one spec and these tensors: the counts, by input."""
 
     spec: BlockSpec
     metadata: int
@@ -72,7 +72,7 @@ MOST_INPUTS = 64  # of different shapes, dtypes or devices
 
 def check_once(x: Tensor, params: BlockParams, spec: BlockSpec, autocast: dtype | None) -> list[int]:
     """`check`, then `values_per_channel`; kept with params until the shape or dtype of x or of a parameter changes."""
-    plain = type(x) is Tensor and not torch.compiler.is_compiling()  # what is kept is no business of a traced graph
+    plain = type(x) is Tensor and not torch.compiler.is_compiling()  # a traced graph keeps nothing
     metadata = operators.fingerprint(params.tensors, "metadata") if plain else None
     if metadata is None:
         return values_per_channel(x, check(x, params, spec, autocast), spec)

@@ -1,7 +1,7 @@
-"""Activations as values: what each computes in plain PyTorch, and what its derivative is made of.
+"""Activations as values: what each computes in plain PyTorch, and what its derivative reads.
 
-One entry of `KINDS` each, in the order of their codes; csrc/block/activations.h and activation_functions.h, and
-triton_kernels/device/activations.py, have one of the same name.
+Each one is an entry of `KINDS`, in the order of the codes. csrc/block/activations.h and activation_functions.h, and
+triton_kernels/device/activations.py, have an entry of the same name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Kind:
 
     formula:   of the input, the parameter and, where it is learned, the slope [1] or [C].
     reads:     what backward needs: "output", where the derivative takes two values and the output tells which; then
-               `out` or a bit a value is all that is kept. "input": the value before the activation, recomputed.
+               `out` or a bit per value is all that is kept. "input": the value before the activation, recomputed.
     modules, functions: what adapters recognise as this activation.
     accepts:   whether a module of `modules` is this one. parameter: its value where none is given; read: a module's.
     learned:   has a slope that is trained, `StageParams.slope`.
@@ -93,7 +93,7 @@ class Activation:
 
     @property
     def reads(self) -> Reads:
-        """What backward needs; the output of a negative slope does not tell its input's sign."""
+        """What backward reads. With a negative slope the output does not show the sign of the input."""
         return "input" if self.parameter < 0 else self.kind.reads
 
     @property

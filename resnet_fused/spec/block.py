@@ -16,7 +16,7 @@ Post-activation is He et al. 2015 (arXiv:1512.03385), pre-activation He et al. 2
 whose projection reads the activated input and has no normalisation; the branch activation is that of the bottlenecks of
 Redmon & Farhadi 2018 (arXiv:1804.02767).
 
-A spec holds no tensor and knows no module. What follows from it for those that compute it is in `spec.facts`.
+A spec holds no tensor and knows no module. `spec.facts` has what follows from it for the backends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What follows from a spec and from the wanted gradients for everything that runs a block.
 
-Decided here once, and handed to the kernels of every backend (`ops.encoding`), to the fakes and to the checks: which
-norm stands before and behind a convolution, what forward keeps, what backward reads, computes and leaves out.
+It is decided once, here, and handed to the kernels of every backend (`ops.encoding`), to the fakes and to the checks:
+which norm stands before and behind a convolution, what forward keeps, what backward reads, computes and leaves out.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Literal
 from resnet_fused.spec.block import BlockSpec
 from resnet_fused.spec.tensors import BlockTensors
 
-# What tells the derivative of the block's last activation: nothing (it is the identity, or stands elsewhere), the
-# block's output, or its argument, computed again: the sum of branch and skip path, or the branch's norm alone.
+# From what backward takes the derivative of the block's last activation: nothing (it is the identity, or stands
+# elsewhere), the block's output, or the activation's argument, computed again. That argument is the sum of branch and
+# skip path, or the branch's norm alone.
 JoinReads = Literal["nothing", "output", "sum", "branch"]
 JOIN_READS: tuple[JoinReads, ...] = ("nothing", "output", "sum", "branch")
 Needs = BlockTensors[bool]  # which gradients are wanted
@@ -22,9 +23,9 @@ NONE = -1
 
 @dataclass(frozen=True)
 class ConvFacts:
-    """Of one convolution; stages are indices into `BlockSpec.convs`, -1 is none.
+    """Facts about one convolution. Stages are indices into `BlockSpec.convs`; -1: none.
 
-    input_stage:  its norm and activation make the convolution's input of what is stored; -1: x is the input.
+    input_stage:  its norm and activation turn the stored tensor into the convolution's input; -1: x is the input.
     output_stage: its norm and activation read the convolution's output.
     saved:        forward keeps the output for backward.
     read:         backward reads the output, and computes it again where it is not saved.
@@ -66,7 +67,7 @@ def join_reads(spec: BlockSpec) -> JoinReads:
         return "nothing"
     if spec.order == "branch":
         return "branch"
-    # of a plain chain the argument is made of y, which is saved anyway, and `out` need not be
+    # a plain chain's argument is made from y, which is saved anyway; `out` need not be saved
     return "output" if reads == "output" and spec.skip != "none" else "sum"
 
 
@@ -94,8 +95,8 @@ def _conv(spec: BlockSpec, needs: Needs, join: JoinReads, conv: int) -> ConvFact
 def _end_is_read(spec: BlockSpec, needs: Needs, join: JoinReads, conv: int) -> bool:
     """Whether backward reads the output of the last convolution, or of the projection.
 
-    The gradient of its scale does, and behind a norm those of gamma and beta and the gradient through the batch's
-    statistics; without any of them dy is dz times a constant.
+    The gradient of its scale reads it. Behind a norm the gradients of gamma and beta and the gradient through the
+    batch's statistics read it as well. Without any of these dy is dz times a constant, and nothing reads it.
     """
     stage, is_last = spec.convs[conv], conv == len(spec.stages) - 1
     if needs.branch_scale if is_last else needs.skip_scale:

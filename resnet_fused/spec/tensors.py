@@ -26,7 +26,7 @@ PER_CONVOLUTION = (
 class BlockTensors(Generic[T]):
     """Lists have one entry for each convolution, in the order of `BlockSpec.convs`.
 
-    A norm's vectors stand with the stage that it belongs to; slopes: of activations that learn one.
+    A norm's vectors are listed under the stage that owns the norm. slopes: of activations that learn one.
     """
 
     x: T
@@ -53,7 +53,7 @@ class BlockTensors(Generic[T]):
 
     @classmethod
     def filled(cls, value: T, convs: int) -> BlockTensors[T]:
-        """`value` everywhere, for so many convolutions."""
+        """`value` everywhere, for `convs` convolutions."""
         return cls.of([value] * (len(SINGLE) + convs * len(PER_CONVOLUTION)))
 
     @property

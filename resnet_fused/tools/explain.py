@@ -67,7 +67,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     input stands in. Given x the model runs once, in evaluation mode without gradients, and nothing in it changes.
 
     Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others.
-    The rest: why they are not fused; what is listed of unknown classes is said at `candidates`.
+    The rest: why they are not fused. `candidates` says which modules of unknown classes are listed.
     A ResNet's own row is its stem. The last line printed is the summary. Raises TypeError if model is not a module.
     """
     require_module(model)

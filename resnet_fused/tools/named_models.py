@@ -35,7 +35,7 @@ def build(name: str, *, zero_init_residual: bool = False) -> nn.Module:
 def settle_norms(model: nn.Module, x: Tensor) -> None:
     """Give fresh batch norms weights, biases and running statistics of their own, in place.
 
-    All ones and zeros, as they are made, they would hide a swapped or forgotten one.
+    Fresh ones are all ones and zeros, which would hide a swapped or forgotten tensor.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
@@ -49,8 +49,8 @@ def settle_norms(model: nn.Module, x: Tensor) -> None:
 def import_torchvision() -> ModuleType | None:
     """torchvision, or None if it is not installed.
 
-    Its CUDA build does not load its operators beside a CPU torch, and then fails to describe two that are missing.
-    The models need neither, so their schemas are declared and the import is tried again.
+    Beside a CPU torch its CUDA build does not load its operators, and then fails to describe two that are missing. The
+    models need neither, so the schemas of the two are declared and the import is tried again.
     """
     try:
         return _import()

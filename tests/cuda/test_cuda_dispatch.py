@@ -125,9 +125,9 @@ def test_architectures(
         ({"size": (16381, 2)}, None),  # a row of padding on either side
         ({"size": (2, 16382)}, "up to 16383 rows and columns with their padding"),
         ({"size": (4096, 4096)}, None),  # 2^24 pixels of 32 channels
-        ({"size": (4096, 4097)}, "2\\^29 values an image"),
+        ({"size": (4096, 4097)}, "2\\^29 values per image"),
         ({"size": (1024, 1024), "batch": 1024}, None),
-        ({"size": (1024, 1024), "batch": 1025}, "2\\^30 pixels a batch"),
+        ({"size": (1024, 1024), "batch": 1025}, "2\\^30 pixels per batch"),
     ],
     ids=str,
 )

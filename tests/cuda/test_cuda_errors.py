@@ -80,7 +80,7 @@ def test_too_large_is_named(check: Checks) -> None:
     with pytest.raises(ValueError, match="up to 16383 rows"):
         run(*tall.build(torch.bfloat16), "emulated")
     wide = block(1, "none", channels=1, out_channels=1 << 14, kernel=1, norm=False, size=(256, 129), batch=1)
-    with pytest.raises(ValueError, match="about 2\\^29 values an image"):
+    with pytest.raises(ValueError, match="about 2\\^29 values per image"):
         run(*wide.build(torch.bfloat16), "emulated")
     assert check.emulator.launched() == []
 

@@ -20,7 +20,7 @@ from support.launch_lines import phases
 
 def test_runs_meet_what_they_are_for(emulator: Emulator, backend: EmulatedBackend) -> None:
     expected = {
-        "training": ["3 cooperative: ", "data gradient of 64 rows, 4 stages"],
+        "training": ["3 cooperative: ", "data gradient of 64 rows, 4 buffers"],
         "evaluation": ["2: chain with projection"],
         "splits": ["5 cooperative: ", ", 2 splits"],
         "large tiles": ["of 128 rows"],

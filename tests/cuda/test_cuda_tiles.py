@@ -40,7 +40,7 @@ def test_wide_channels(channels: int, width: int, dtype: torch.dtype, device: tu
     ],
 )
 def test_many_tiles(dtype: torch.dtype, processors: int, count: int, check: Checks) -> None:
-    """Several tiles a worker, several workers a channel, and weight gradients in splits: everything that is merged."""
+    """Several tiles per worker, several workers per channel, and weight gradients in splits: all that is merged."""
     case = bottleneck("projection", channels=72, width=8, stride=1, size=(23, 23))
     launched = check.trains(case, dtype=dtype, seeds=FEW, device=(processors, count))
     assert workers(launched) == count and all("cooperative" in line for line in launched)
@@ -58,7 +58,7 @@ def test_wide_and_narrow_blocks_of_channels(processors: int, check: Checks) -> N
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shared_memory", "stages"),
+    ("dtype", "shared_memory", "buffers"),
     [
         (torch.float32, 84, 4),
         (torch.float32, 62, 3),
@@ -66,11 +66,11 @@ def test_wide_and_narrow_blocks_of_channels(processors: int, check: Checks) -> N
         (torch.bfloat16, 62, 3),
     ],
 )
-def test_depths_of_the_pipeline(dtype: torch.dtype, shared_memory: int, stages: int, check: Checks) -> None:
+def test_depths_of_the_pipeline(dtype: torch.dtype, shared_memory: int, buffers: int, check: Checks) -> None:
     """Copies that run two or three steps ahead of the products; one, where what dy is made of takes the room."""
     case = bottleneck("projection", channels=72, width=24)
     launched = check.trains(case, dtype=dtype, seeds=FEW, device=LARGE, shared_memory=shared_memory)
-    assert all(f"convolution of 64 rows, {stages} stages" in line for line in launched[::2]), launched
-    assert all(f"gradient of 64 rows, {stages - 1} stages" in line for line in launched[1::2]), launched
+    assert all(f"convolution of 64 rows, {buffers} buffers" in line for line in launched[::2]), launched
+    assert all(f"gradient of 64 rows, {buffers - 1} buffers" in line for line in launched[1::2]), launched
     launched = [check.evaluates(case, dtype=dtype, device=LARGE, shared_memory=shared_memory)]
-    assert all(f"convolution of 64 rows, {stages} stages" in line for line in launched), launched
+    assert all(f"convolution of 64 rows, {buffers} buffers" in line for line in launched), launched

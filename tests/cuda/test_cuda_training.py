@@ -76,7 +76,7 @@ def test_recomputed_outputs(order: str, act: str, mode: str, device: tuple[int, 
 def test_scales(skip: str, scale: str, mode: str, order: str, check: Checks) -> None:
     skip_scale = "one" if skip == "none" else scale
     case = bottleneck(skip, order, branch_scale=scale, skip_scale=skip_scale, bias=mode == "single")
-    check.trains(case, mode, seeds=range(8))  # one number a block says little
+    check.trains(case, mode, seeds=range(8))  # one number per block says little
 
 
 @modes

@@ -121,7 +121,7 @@ class Emulator:
         self.library.leave_out_barrier(launch, phase)
 
     def launched(self) -> list[str]:
-        """Workers and phases, as in "3 cooperative: table; pass | convolution of 64 rows, 4 stages": | is a barrier."""
+        """Workers and phases: "3 cooperative: table; pass | convolution of 64 rows, 4 buffers"; | is a barrier."""
         text: bytes = self.library.launched()
         return text.decode().splitlines()
 

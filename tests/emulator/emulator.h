@@ -1,4 +1,4 @@
-// The functions of csrc/cuda/kernels/ptx.cuh for a CPU, and `emulator::run`, which runs a kernel with one fiber a
+// The functions of csrc/cuda/kernels/ptx.cuh for a CPU, and `emulator::run`, which runs a kernel with one fiber per
 // thread.
 //
 // ptx.cuh includes this file, after scalars.cuh, where the compiler is not nvcc. What it shows and what not: README.md.
@@ -62,7 +62,7 @@ struct Copy {
 };
 
 struct Warp {
-  uint32_t runnable = 0;  // a bit a lane
+  uint32_t runnable = 0;  // a bit per lane
   uint32_t arrived = 0;   // at `operation`
   At operation = At::running;
   int worker = 0;
@@ -512,7 +512,7 @@ inline void check_canaries(const char* shared, int worker) {
   }
 }
 
-// Runs body(argument) once a thread. Throws std::runtime_error when it cannot go on: threads of a worker left while
+// Runs body(argument) once per thread. Throws std::runtime_error when it cannot go on: threads of a worker left while
 // others wait at sync_threads, lanes that are not all at the same warp operation, or nothing but spinning for ever.
 inline void run(
     int workers, int threads, size_t shared_bytes, uint64_t seed, void (*body)(const void*), const void* argument) {

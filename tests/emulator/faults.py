@@ -23,10 +23,10 @@ class Fault:
 FAULTS = {
     "none": Fault("tile.cuh", "", "", "training"),
     # what threads of a worker wait for
-    "stage multiplied before it is whole": Fault(
-        "tile.cuh", "sync_threads();  // the stage is whole", "// the stage is whole", "training"
+    "buffer multiplied before it is whole": Fault(
+        "tile.cuh", "sync_threads();  // the buffer is whole", "// the buffer is whole", "training"
     ),
-    "stage multiplied a copy too early": Fault("tile.cuh", "cp_async_wait<2>()", "cp_async_wait<3>()", "training"),
+    "buffer multiplied a copy too early": Fault("tile.cuh", "cp_async_wait<2>()", "cp_async_wait<3>()", "training"),
     "results read before they are complete": Fault(
         "epilogue.cuh", "sync_threads();  // the results are complete", "", "training"
     ),
@@ -56,8 +56,8 @@ FAULTS = {
     # wrong places and values
     "swizzle of what is written alone": Fault(
         "convolution.cuh",
-        "char* const to = stage + chunk_offset(row(i), chunk, 8);",
-        "char* const to = stage + (row(i) * 8 + (chunk ^ (row(i) & 3))) * 16;",
+        "char* const to = buffer + chunk_offset(row(i), chunk, 8);",
+        "char* const to = buffer + (row(i) * 8 + (chunk ^ (row(i) & 3))) * 16;",
         "training",
     ),
     "no padding left and right": Fault(

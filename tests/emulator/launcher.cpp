@@ -23,7 +23,7 @@ struct Setting {
   std::string failure;
   int barrierless_launch = -1, barrierless_phase = -1;
   int launches = 0;
-  std::string launched;  // a line a launch
+  std::string launched;  // a line per launch
 } setting;
 
 const char* describe(int, Device* device) {
@@ -67,20 +67,20 @@ const char* workers(int, Scalar, int, int* count) {
 
 int blocks(int channels, int columns) { return (channels + columns - 1) / columns; }
 
-// What a phase does and how it was planned, as in "weight gradient of 64 rows, 4 stages, 3 splits".
+// What a phase does and how it was planned, as in "weight gradient of 64 rows, 4 buffers, 3 splits".
 std::string describe(const Phase& phase) {
-  const auto product = [](const char* what, TileShape tile, int stages) {
+  const auto product = [](const char* what, TileShape tile, int buffers) {
     return std::string(what) + (tile == TileShape::large ? " of 128 rows, " : " of 64 rows, ") +
-           std::to_string(stages) + " stages";
+           std::to_string(buffers) + " buffers";
   };
   const Convolution& convolution = phase.convolution;
   const WeightGradient& gradient = phase.weight_gradient;
   const Chain& chain = phase.chain;
   switch (phase.kind) {
     case Kind::convolution:
-      return product(convolution.transposed ? "data gradient" : "convolution", convolution.tile, convolution.stages);
+      return product(convolution.transposed ? "data gradient" : "convolution", convolution.tile, convolution.buffers);
     case Kind::weight_gradient:
-      return product("weight gradient", gradient.tile, gradient.stages) + ", " + std::to_string(gradient.splits) +
+      return product("weight gradient", gradient.tile, gradient.buffers) + ", " + std::to_string(gradient.splits) +
              " splits";
     case Kind::pointwise:
       return "pass";
@@ -88,7 +88,7 @@ std::string describe(const Phase& phase) {
       return "table";
     case Kind::chain:
       return std::string(chain.projection.weight != nullptr ? "chain with projection, " : "chain, ") +
-             std::to_string(chain.stages) + " stages";
+             std::to_string(chain.buffers) + " buffers";
   }
   return "unknown";
 }
@@ -198,5 +198,5 @@ EXPORT void leave_out_barrier(int launch, int phase) {
   setting.barrierless_phase = phase;
 }
 
-// A line for each launch, as in "3 cooperative: table; pass | convolution of 64 rows, 4 stages": | is a barrier.
+// A line for each launch, as in "3 cooperative: table; pass | convolution of 64 rows, 4 buffers": | is a barrier.
 EXPORT const char* launched() { return setting.launched.c_str(); }

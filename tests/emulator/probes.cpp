@@ -185,25 +185,25 @@ EXPORT const char* reduction(const float* in, float* out, uint64_t seed, int lef
   });
 }
 
-// out [stages] = the sums of in [stages, 128], staged through two buffers; without `barrier` nothing keeps a fast warp
+// out [steps] = the sums of in [steps, 128], read through two buffers; without `barrier` nothing keeps a fast warp
 // from loading into a buffer that a slow one still reads.
-EXPORT const char* double_buffer(int stages, const int* in, int* out, uint64_t seed, bool barrier) {
+EXPORT const char* double_buffer(int steps, const int* in, int* out, uint64_t seed, bool barrier) {
   return launch(1, 128, 1024, seed, [=] {
     auto* shared = shared_array<int>();
     const int thread = thread_index();
-    const auto load = [&](int stage) {
-      if (stage < stages && thread < 32)
-        cp_async_16(shared + stage % 2 * 128 + 4 * thread, in + stage * 128 + 4 * thread, true);
+    const auto load = [&](int step) {
+      if (step < steps && thread < 32)
+        cp_async_16(shared + step % 2 * 128 + 4 * thread, in + step * 128 + 4 * thread, true);
       cp_async_commit();
     };
     load(0);
-    for (int stage = 0; stage < stages; ++stage) {
-      load(stage + 1);
+    for (int step = 0; step < steps; ++step) {
+      load(step + 1);
       cp_async_wait<1>();
       sync_threads();
-      const int* buffer = shared + stage % 2 * 128;
+      const int* buffer = shared + step % 2 * 128;
       // another thread's number, so that all depends on the copies
-      atomic_add(out + stage, buffer[127 - thread]);
+      atomic_add(out + step, buffer[127 - thread]);
       if (barrier) sync_threads();
     }
   });

@@ -612,7 +612,7 @@ def test_fakes(name: str, case: Case, last: bool, dtype: torch.dtype, saves: boo
 @given(case=cases(), last=st.booleans(), dtype=st.sampled_from([torch.float64, *LOW_PRECISION]))
 @settings(family, max_examples=60)
 def test_mask(case: Case, last: bool, dtype: torch.dtype) -> None:
-    """One bit a value, set where the output is not <= 0, pixel after pixel; zeros beyond the channels."""
+    """One bit per value, set where the output is not <= 0, pixel after pixel; zeros beyond the channels."""
     x, _, _, dout = case.build(dtype, FORMATS[last])
     x[..., 0][:, ::3] = torch.nan
     x[..., -1][:, 1::3] = -0.0

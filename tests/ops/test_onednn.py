@@ -54,8 +54,8 @@ UNINITIALISED = {
     "weight gradient, groups": convolution(16, 32, (8, 2), (3, 3), (3, 3), (1, 1), groups=4, batch=3),
     "one channel": convolution(1, 1, (12, 3), (1, 3), (1, 3), (0, 1), batch=5),
     "one channel, more filters": convolution(1, 32, (6, 1), (3, 3), (1, 2), (1, 1), batch=3),
-    "one channel a group": convolution(4, 12, (8, 1), (2, 3), (1, 2), (0, 1), groups=4, batch=1),
-    "one channel a group, no padding": convolution(2, 8, (12, 5), (3, 5), (1, 2), (2, 0), (2, 1), groups=2, batch=1),
+    "one channel per group": convolution(4, 12, (8, 1), (2, 3), (1, 2), (0, 1), groups=4, batch=1),
+    "one channel per group, no padding": convolution(2, 8, (12, 5), (3, 5), (1, 2), (2, 0), (2, 1), groups=2, batch=1),
     "cropped": convolution(1, 3, (8, 4), (5, 2), (1, 3), (2, 0), batch=1),
 }
 

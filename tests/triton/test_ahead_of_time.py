@@ -78,7 +78,7 @@ def fault(**changes):
     arguments = (*launch.arguments[:3], (replace(config, **changes),), *launch.arguments[4:])
     return aot.fault(job, aot.compile_launch(replace(launch, arguments=arguments), aot.BY_ARCH[90]))
 
-print(fault(rows=256, columns=256), "|", fault(stages=8, rows=128, columns=128))
+print(fault(rows=256, columns=256), "|", fault(buffers=8, rows=128, columns=128))
 """
 
 

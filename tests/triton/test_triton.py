@@ -81,7 +81,7 @@ def test_bottleneck(skip: str, order: str, mode: str) -> None:
 
 
 def test_sums_of_many_workers() -> None:
-    """Six partials a channel: one merged too early would be made good by no later worker."""
+    """Six partials per channel: one merged too early would be made good by no later worker."""
     check(block(2, "identity", channels=6, width=5, kernel=1, size=(12, 11), batch=3), "phased")
 
 
@@ -351,7 +351,7 @@ def test_operators_refuse_what_would_read_out_of_bounds() -> None:
 
 @pytest.mark.parametrize("skip", ["identity", "projection"])
 def test_launches(skip: str) -> None:
-    """One a direction in single mode; one a phase in phased mode, library convolutions in between."""
+    """One a direction in single mode; one per phase in phased mode, library convolutions in between."""
     tensors = autograd.tensors_of(*reversed(bottleneck(skip).build(torch.float32, torch.channels_last)[:2]))
     spec = bottleneck(skip).spec
     known = facts(spec)

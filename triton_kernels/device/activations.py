@@ -1,8 +1,8 @@
 """Activations and their derivatives: one branch for each name of `resnet_fused.spec.activations.KINDS`.
 
-Values and derivatives are PyTorch's, at the kinks too, and NaN passes. `slope` is leaky_relu's constant or what prelu
-has learned, and means nothing to the others. Where a derivative takes two values, that of the output is that of the
-input, so `derivative` takes either.
+Values and derivatives are PyTorch's, at the kinks too, and NaN passes. `slope` is leaky_relu's constant or prelu's
+learned value; the others ignore it. Where a derivative takes only two values, the derivative at the output equals the
+derivative at the input, so `derivative` accepts either.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def derivative(v, slope, KIND: tl.constexpr):
 
 @triton.jit
 def pass_back(dv, v, slope, KIND: tl.constexpr):
-    """dv * act'(v). For ReLU without the product: a gradient that is not finite does not pass where it is masked."""
+    """dv * act'(v). ReLU selects instead of multiplying: where it masks, gradients that are not finite become 0 too."""
     if KIND == "relu":
         return tl.where(v <= 0, 0.0, dv)
     else:
@@ -85,7 +85,7 @@ def relu6(v):
 
 @triton.jit
 def normal_distribution(v):
-    """GELU is v times it (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    """The normal distribution function at v; GELU is v times it (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
     return 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
 
 

@@ -1,6 +1,6 @@
 """Order between workers: the grid barrier of a single launch, and the ticket that finds the last to finish.
 
-Both leave their counters at zero, so a workspace is cleared once and not at every launch.
+Both leave their counters at zero, so a workspace is cleared once and not for every launch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def grid_barrier(counter):
-    """Waits for every worker of a cooperative launch; what they wrote before is seen after.
+    """Waits for every worker of a cooperative launch. What they wrote before the barrier is visible after it.
 
-    Worker 0 adds 2^31 - (workers - 1), every other 1: the sign flips when all have come, and the rest is zero again.
+    counter: int32 [1]. Worker 0 adds 2^31 - (workers - 1), every other worker 1: the sign flips when all have arrived,
+    and the other bits are zero again.
     """
     workers = tl.num_programs(0)
     if workers > 1:
@@ -27,7 +28,7 @@ def grid_barrier(counter):
 
 @triton.jit
 def arrives_last(ticket, expected):
-    """Whether this worker is the last of `expected` to come here; then it sees what the others wrote before."""
+    """Whether this worker is the last of `expected` to arrive; if so, it sees the others' writes. ticket: int32 [1]."""
     tl.debug_barrier()
     arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
     last = arrived == expected - 1

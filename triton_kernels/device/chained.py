@@ -28,9 +28,9 @@ WIDEST = 128  # channels of the first result that a worker can keep
 
 @dataclass(frozen=True)
 class ChainedConfig:
-    """first: the first convolution; its columns cover all of its channels. act: between the two.
+    """first: the first convolution; its columns cover all of its channels. act: between the two convolutions.
 
-    columns: of one block of the result. epilogue: of the second.
+    columns: of one block of the result. epilogue: of the second convolution.
     """
 
     first: ConvolutionConfig
@@ -42,7 +42,7 @@ class ChainedConfig:
 class Chained(NamedTuple):
     """first: with one group; only the bias of its epilogue is read. weight: [K, C, 1, 1] with stride_k and stride_c.
 
-    slope: a `Scale`, of an activation between the two that learns one.
+    width: K; the epilogue writes [pixels, K]. slope: a `Scale`, of an activation between the two that learns one.
     """
 
     first: Convolution
@@ -56,6 +56,7 @@ class Chained(NamedTuple):
 
 @triton.jit
 def chained(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
+    """Reads first's source [batch, H, W, channels], writes out [batch, height, width, K] of args.epilogue."""
     CONFIG: tl.constexpr = CONFIGS[INDEX]
     FIRST: tl.constexpr = CONFIG.first
     EPILOGUE: tl.constexpr = CONFIG.epilogue

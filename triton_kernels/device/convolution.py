@@ -3,9 +3,9 @@
     forward      y[pixel, k]  = sum over taps, c of P[tap of pixel, c] * W[k, tap, c]
     transposed   dP[pixel, c] = sum over taps, k of dy[tap of pixel, k] * W[k, tap, c]
 
-One body: rows are result pixels, columns result channels of one group, and the loop runs over taps and blocks of source
-channels. With stride the transposed form walks the pixels class by class (their position modulo the stride), because
-only the taps that meet the stride's grid contribute, the same for every pixel of a class.
+One body serves both: rows are result pixels, columns result channels of one group, and the loop runs over taps and
+blocks of source channels. The transposed form with a stride walks the pixels class by class; a pixel's class is its
+position modulo the stride. All pixels of a class have the same taps that contribute: those that meet the stride's grid.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .reductions import finish, share, zeros
 class ConvolutionConfig:
     """The constants of one convolution phase.
 
-    source, act:   what the prologue makes of the stored source (operands.RAW, NORMALIZE or GRADIENT; activation).
+    source, act:   how the prologue computes its operand (operands.RAW, NORMALIZE or GRADIENT; activation).
     rows, columns, depth: the tile: result pixels, result channels, source channels of one step.
-    stages:        software pipeline depth. precision: of float32 products ("ieee", "tf32").
+    buffers:       steps in flight: Triton's num_stages. precision: of float32 products ("ieee", "tf32").
     upcast:        multiply in float32 (the interpreter computes bfloat16 products wrongly).
     """
 
@@ -46,7 +46,7 @@ class ConvolutionConfig:
     rows: int
     columns: int
     depth: int
-    stages: int
+    buffers: int
     precision: str = "ieee"
     upcast: bool = False
 
@@ -75,9 +75,10 @@ class ConvolutionConfig:
 
 
 class Convolution(NamedTuple):
-    """source: P or dy with its spatial size. weight: [K, C / groups, R, S] and its strides.
+    """source: P or dy, [batch, source_height, source_width, channels]. weight: [K, C / groups, R, S], its strides.
 
-    batch, height, width: of the result. source_group, result_group: channels a group.
+    batch, height, width: of the result, [batch, height, width, groups * result_group], which the epilogue writes.
+    source_group, result_group: channels per group.
     """
 
     source: Operand
@@ -96,7 +97,7 @@ class Convolution(NamedTuple):
 
 @triton.jit
 def convolution(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
-    """Walks the tiles of one block of result channels after the other, so that a reduction stays in registers."""
+    """Walks all tiles of one block of result channels before the next block, so that a reduction stays in registers."""
     CONFIG: tl.constexpr = CONFIGS[INDEX]
     EPILOGUE: tl.constexpr = CONFIG.epilogue
     blocks_per_group = tl.cdiv(args.result_group, CONFIG.columns)
@@ -133,9 +134,10 @@ def pixel_tiles(args, CONFIG: tl.constexpr):
 
 @triton.jit
 def locate(args, tile, CONFIG: tl.constexpr):
-    """A tile's first image, and for each row the image from there and the position within its class; the class.
+    """(first image, image, h, w, row class, column class) of a tile.
 
-    Counted from the tile's first image, 32 bits are enough for every offset.
+    image [rows] counts from the first image, so that 32 bits are enough for every offset; h, w [rows]: the position
+    within the class.
     """
     height = tl.cdiv(args.height, CONFIG.classes[0])
     width = tl.cdiv(args.width, CONFIG.classes[1])
@@ -174,7 +176,7 @@ def product(args, image0, image, oh, ow, class_h, class_w, row_mask, group, colu
     COLUMNS: tl.constexpr = CONFIG.columns
     ACT: tl.constexpr = CONFIG.act
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(0, taps_r * taps_s * depth_blocks, num_stages=CONFIG.stages):
+    for step in tl.range(0, taps_r * taps_s * depth_blocks, num_stages=CONFIG.buffers):
         if CONFIG.kernel[0] * CONFIG.kernel[1] == 1:  # keeps what is known of addresses, and so wide loads
             r, s, depth = 0, 0, step * CONFIG.depth
         else:

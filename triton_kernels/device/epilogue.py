@@ -29,7 +29,7 @@ from .reductions import STATISTICS, SUMS, Reduction, add_tile
 UNMASKED = tl.constexpr(0)
 BY_OUT = tl.constexpr(1)  # the activation's own output
 BY_NORM = tl.constexpr(2)  # norm(y)
-BY_SUM = tl.constexpr(3)  # the whole argument of the block's last activation
+BY_SUM = tl.constexpr(3)  # the whole argument of the block's last activation: branch and skip path
 
 # The third of SUMS.
 NOTHING = tl.constexpr(0)
@@ -42,7 +42,7 @@ OVER_SLOPE = tl.constexpr(3)  # v z where z <= 0, before it: the gradient of a l
 class EpilogueConfig:
     """Which parts run. residual: operands.RAW or NORMALIZE, None without. mask, reduce, third: the constants above.
 
-    act: applied to v or, under a mask, the one whose derivative v is multiplied by. branch: before factor and residual.
+    act: applied to v; with a mask, v is multiplied by its derivative. branch: act comes before factor and residual.
     mask_normalizes: whether y passes a norm on its way to z. s: how the skip path enters z, as `residual`.
     sums_y: whether the second sum is wanted. batch, batch_s: whether the norms of y and s use batch statistics.
     wide: sums in float64.
@@ -81,10 +81,11 @@ class EpilogueConfig:
 
 
 class Epilogue(NamedTuple):
-    """out: [pixels, channels] or None. bias: [channels]. y, s: what the sums and z read, [pixels, channels].
+    """out: [pixels, channels] or None. bias: [channels]. residual: [pixels, channels].
 
-    The tables of y and s serve z, center and center_s [channels] the sums; without a center it is zero.
-    slope: a `Scale`, of an activation that learns one.
+    mask_by: [pixels, channels], the output that BY_OUT reads. y, s: [pixels, channels], read by the sums and by z. z
+    uses the tables of y and s; the sums use center and center_s [channels], None for zero. slope: a `Scale`, of an
+    activation that learns one.
     """
 
     out: Any = None
@@ -93,7 +94,7 @@ class Epilogue(NamedTuple):
     factor: Scale = Scale()
     residual: Operand = Operand()
     residual_scale: Scale = Scale()
-    mask: Any = None
+    mask_by: Any = None
     y: Operand = Operand()
     center: Any = None
     s: Operand = Operand()
@@ -105,9 +106,10 @@ class Epilogue(NamedTuple):
 
 @triton.jit
 def apply(args, acc, first, pixels, row_mask, channels, channel_mask, r0, r1, r2, CONFIG: tl.constexpr):
-    """Finishes the tile acc [rows, columns], float32. Returns the running reduction.
+    """Finishes the tile acc, float32 [rows, columns]; writes it to out [pixels, channels]. Returns the running sums.
 
-    first: the pixel, int64, from which `pixels` [rows] count; within a tile 32 bits are enough, and half the registers.
+    first: the pixel, int64, from which `pixels` [rows] count. Within a tile 32 bits are enough and take half the
+    registers. channels: [columns].
     """
     ACT: tl.constexpr = CONFIG.act
     NAME: tl.constexpr = ACT.name
@@ -141,7 +143,7 @@ def apply(args, acc, first, pixels, row_mask, channels, channel_mask, r0, r1, r2
     if CONFIG.mask != UNMASKED:
         z = y
         if CONFIG.mask == BY_OUT:
-            z = tl.load(args.mask + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            z = tl.load(args.mask_by + start + offsets, mask=mask, other=0.0).to(tl.float32)
         elif CONFIG.mask_normalizes:
             NARROW: tl.constexpr = args.y.x.dtype.element_ty != tl.float32
             z = operands.normalize(y, args.y.table, args.channels, channels, channel_mask, NARROW)
@@ -165,7 +167,7 @@ def apply(args, acc, first, pixels, row_mask, channels, channel_mask, r0, r1, r2
     if args.out is not None:
         stored = v.to(args.out.dtype.element_ty)
         tl.store(args.out + start + offsets, stored, mask=mask)
-        v = stored.to(tl.float32)  # what later phases read is what is counted
+        v = stored.to(tl.float32)  # the sums count the values that later phases read
     v = widened(v, CONFIG.wide)
     if CONFIG.reduce == STATISTICS:
         r0, r1, r2 = add_tile(r0, r1, r2, v, row_mask)
@@ -191,6 +193,7 @@ def widened(v, WIDE: tl.constexpr):
 
 @triton.jit
 def centered(y, center, channels, channel_mask, mask):
+    """y [rows, columns] minus center [channels]; zero where `mask` is false."""
     if center is not None:
         y -= tl.load(center + channels, mask=channel_mask, other=0.0).to(tl.float32)[None, :]
     return tl.where(mask, y, 0.0)

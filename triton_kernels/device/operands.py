@@ -1,4 +1,4 @@
-"""Tiles of activations as a matrix product or a pass wants them: as stored, normalised, or as the gradient dy.
+"""Tiles of activations in the form that a matrix product or a pass reads: as stored, normalised, or as the gradient dy.
 
 All activations are NHWC; a row is a pixel, a column a channel. The prologue of every phase is `load`.
 """
@@ -16,8 +16,8 @@ RAW = tl.constexpr(0)  # x
 NORMALIZE = tl.constexpr(1)  # (x - center) * scale + shift
 GRADIENT = tl.constexpr(2)  # k_dz * x + k_y * (y - center) + k, with x = dz
 
-# Tables are float32 [rows, channels]. The last row has the center folded into the constant. That costs digits where
-# |mean| is far above the deviation: none that 16 bits would show, and it saves registers, so it serves 16-bit tensors.
+# Tables are float32 [rows, channels]. The last row has the center folded into the constant. That saves registers and
+# loses digits where |mean| is far above the deviation, but none that 16 bits would show: 16-bit tensors use it.
 NORM_ROWS = 4  # scale, shift, center, shift - scale * center
 GRADIENT_ROWS = 5  # k_dz, k_y, k, center, k - k_y * center
 
@@ -36,9 +36,9 @@ class Operand(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """branch_scale, skip_scale or a learned slope; without a pointer it is 1.
+    """branch_scale, skip_scale or a learned slope, value: [C] or [1]; without a pointer it is 1.
 
-    bits: what is kept of a channel's number to find its value: all, -1, or 0 where there is one value.
+    bits: the mask that turns a channel's number into the index of its value: -1 keeps it, 0 where there is one value.
     """
 
     value: Any = None
@@ -73,7 +73,7 @@ def load_linear(operand, start, offsets, channels, channel_mask, mask, KIND: tl.
 
 @triton.jit
 def load_unmasked(operand, start, offsets, channels, channel_mask, mask, KIND: tl.constexpr):
-    """What precedes the activation; where `mask` is false, what the norm makes of zero."""
+    """The value before the activation, [rows, columns]; where `mask` is false it is the norm of zero."""
     x = tl.load(operand.x + start + offsets, mask=mask, other=0.0)
     if KIND == RAW:
         return x
@@ -108,17 +108,19 @@ def normalize(v, table, width, channels, channel_mask, NARROW: tl.constexpr):
 
 @triton.jit
 def load_row(table, row, width, channels, channel_mask):
+    """Row `row` of a table float32 [rows, width], at `channels` [N]: [1, N]."""
     return tl.load(table + row * width + channels, mask=channel_mask, other=0.0)[None, :]
 
 
 @triton.jit
 def load_scale(scale, channels, channel_mask):
+    """The values of a `Scale` at `channels` [N], float32 [N]."""
     return tl.load(scale.value + (channels & scale.bits), mask=channel_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_slope(slope, channels, channel_mask, ACT: tl.constexpr):
-    """What `activate` takes beside the value: [1, N] where it is learned, else the activation's constant."""
+    """The slope that `activate` takes: [1, N] where it is learned, else the activation's constant."""
     if ACT.name == "prelu":
         return load_scale(slope, channels, channel_mask)[None, :]
     else:

@@ -1,6 +1,6 @@
 """The phase without a product: a pass over pixels and channels that ends in the same epilogue as a convolution.
 
-It joins branch and skip path, masks the gradient of the output, and writes out what a library convolution is to read.
+It joins branch and skip path, masks the gradient of the output, and writes out what a library convolution reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PointwiseConfig:
 
 
 class Pointwise(NamedTuple):
-    """source: [pixels, channels]."""
+    """source: [pixels, channels]; the epilogue writes the same shape."""
 
     source: Operand
     pixels: int
@@ -40,7 +40,7 @@ class Pointwise(NamedTuple):
 
 @triton.jit
 def pointwise(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
-    """Walks the tiles of one block of channels after the other, as `convolution` does."""
+    """Walks all tiles of one block of channels before the next block, as `convolution` does."""
     CONFIG: tl.constexpr = CONFIGS[INDEX]
     EPILOGUE: tl.constexpr = CONFIG.epilogue
     ACT: tl.constexpr = CONFIG.act

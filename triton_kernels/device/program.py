@@ -1,8 +1,8 @@
 """One kernel that walks a list of phases: a whole block in one launch, or each phase in its own.
 
-A phase is (configuration, arguments): the frozen configuration is compiled in and says by its type which phase it is,
-the arguments are pointers and sizes. Listed together, the phases run in one cooperative launch with a grid barrier
-where the next reads what the last wrote; listed alone, the end of the launch is the barrier.
+A phase is (configuration, arguments). The frozen configuration is compiled in, and its type says which phase it is; the
+arguments are pointers and sizes. Phases listed together run in one cooperative launch, with a grid barrier where one
+reads what another wrote. For a phase listed alone the end of the launch is the barrier.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Sums of float32 activations are kept in float64, as PyTorch's CPU kernels keep them, where the chip has doubles at half
 its float32 rate (`Chip.doubles`); sums of 16-bit activations, and on other chips, in float32.
 
-A worker keeps three values a channel while it walks its tiles, writes them once as its partial, and takes a ticket. The
-worker that arrives last for a block of channels merges all partials in the order of their lanes, whoever it is, so
-results are the same bits from run to run; it then derives everything per channel that later phases read.
+A worker keeps three values per channel while it walks its tiles, writes them once as its partial, and takes a ticket.
+The worker that arrives last for a block of channels merges all partials in the order of their lanes, so results are the
+same, bit for bit, in every run. It then derives every per-channel value that later phases read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NONE = tl.constexpr(0)
 STATISTICS = tl.constexpr(1)  # (count, mean, M2) of v
 SUMS = tl.constexpr(2)  # (sum v, sum v (y - center), a third sum: epilogue.OVER_SKIP and so on)
 
-MERGED = tl.constexpr(1024)  # values merged at a time: more would cost every phase its registers
+MERGED = tl.constexpr(1024)  # values merged at a time: more would take registers from every phase
 
 
 class Norm(NamedTuple):
@@ -38,8 +38,8 @@ class Norm(NamedTuple):
 class VectorGradients(NamedTuple):
     """What follows from the sums for one value v = factor * norm(y) of the join, or for an inner norm.
 
-    table: the coefficients of dy (operands.GRADIENT). The rest [C] in their parameters' dtypes, or
-    None; dfactor is float64 and per channel.
+    table: float32 [GRADIENT_ROWS, C], the coefficients of dy (operands.GRADIENT). The rest: [C] in their parameters'
+    dtypes, or None; dfactor: float64 [C].
     """
 
     norm: Norm = Norm()
@@ -54,11 +54,11 @@ class VectorGradients(NamedTuple):
 class Reduction(NamedTuple):
     """What a reduction works in, and what it writes.
 
-    partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one a block of channels, zero.
-    rows: values a channel.
+    partials: [lanes, 3, C], float64 where sums are wide, else float32. tickets: int32, one per block of channels, zero.
+    rows: values per channel.
     STATISTICS writes mean and biased variance to stats [2, C] and the norm's table (operands.py).
-    SUMS writes what `first` (for y) and `second` (for the third sum) ask for. Where that is not the skip path's, only
-    second.dfactor is asked for, which without a norm is the sum itself.
+    SUMS writes what `first` (for y) and `second` (for the third sum) ask for. Where the third sum is not the skip
+    path's, only second.dfactor is asked for; without a norm that is the sum itself.
     """
 
     partials: Any = None
@@ -74,7 +74,7 @@ class Reduction(NamedTuple):
 @triton.jit
 def share(blocks):
     """(first, step, lane, lanes): a worker takes every step-th block of channels from `first` on, and of each block's
-    tiles every lanes-th from `lane` on. Workers that would make an uneven lane get no block.
+    tiles every lanes-th from `lane` on. Workers left over after the last whole lane get no block.
 
     Neighbouring workers have the blocks of the same pixels, which they then find in the cache.
     """
@@ -128,6 +128,7 @@ def load_partials(reduction, row, start, channels, channel_mask, lanes, width):
 
 @triton.jit
 def merge_statistics(reduction, channels, channel_mask, lanes, width):
+    """Reads the partials [lanes, 3, width] of `channels` [N]; writes stats [2, width] and the norm's table."""
     total = tl.zeros(channels.shape, reduction.partials.dtype.element_ty)
     for start in range(0, lanes, MERGED // channels.shape[0]):
         count = load_partials(reduction, 0, start, channels, channel_mask, lanes, width)
@@ -167,6 +168,7 @@ def load_affine(norm, channels, channel_mask):
 
 @triton.jit
 def store_table(table, mean, var, norm, channels, channel_mask, width):
+    """Writes the columns `channels` [N] of a norm's table, float32 [NORM_ROWS, width]; mean, var: [N]."""
     gamma, beta = load_affine(norm, channels, channel_mask)
     scale = gamma * inverse_std(var, norm)
     store_as(table, scale, channels, channel_mask)
@@ -177,6 +179,7 @@ def store_table(table, mean, var, norm, channels, channel_mask, width):
 
 @triton.jit
 def merge_sums(reduction, channels, channel_mask, lanes, width, BATCH: tl.constexpr, BATCH_S: tl.constexpr):
+    """Reads the partials [lanes, 3, width] of `channels` [N]; writes what `first` and `second` ask for."""
     dz = tl.zeros(channels.shape, reduction.partials.dtype.element_ty)
     dz_y = tl.zeros_like(dz)
     third = tl.zeros_like(dz)
@@ -232,13 +235,14 @@ def store_gradients(gradients, dz, dz_y, rows, channels, channel_mask, width, BA
 
 @triton.jit
 def store_as(pointer, value, channels, channel_mask):
+    """Writes value [N] to `channels` of a vector, in its dtype."""
     if pointer.dtype.element_ty != tl.float64:
         value = value.to(tl.float32)  # the interpreter makes NaN of a float64 on its way to bfloat16
     tl.store(pointer + channels, value.to(pointer.dtype.element_ty), mask=channel_mask)
 
 
 class Tables(NamedTuple):
-    """Normalisations whose tables no reduction of the same launch writes. tables, channels: one for each."""
+    """Norms whose tables no reduction of the same launch writes. tables: [NORM_ROWS, C] of each; channels: its C."""
 
     norms: tuple[Norm, ...]
     tables: tuple[Any, ...]
@@ -247,6 +251,7 @@ class Tables(NamedTuple):
 
 @triton.jit
 def write_tables(args, BLOCK: tl.constexpr):
+    """Reads the vectors [C] of each norm, writes its table [NORM_ROWS, C], BLOCK channels at a time."""
     for i in tl.static_range(len(args.tables)):
         norm = args.norms[i]
         width = args.channels[i]

@@ -1,7 +1,7 @@
 """The weight-gradient phase: dW[k, tap, c] = sum over pixels of dy[pixel, k] * P[tap of pixel, c].
 
 The sum over pixels is split among workers. Each split writes a float32 partial; the worker that finishes a tile last
-adds the partials in the order of the splits, so the result is the same bits from run to run.
+adds the partials in the order of the splits, so the result is the same, bit for bit, in every run.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .operands import Operand
 
 @dataclass(frozen=True)
 class WeightGradientConfig:
-    """dy, source, act: what the prologues make of the stored dy and of the convolution's stored input.
+    """dy, source, act: how the prologues compute dy and P from the stored dz and the convolution's stored input.
 
     rows, columns, depth: the tile: output channels, input channels, pixels of one step. splits: of the pixels.
-    stages, precision, upcast: as for a convolution.
+    buffers, precision, upcast: as for a convolution.
     """
 
     kernel: tuple[int, int]
@@ -38,7 +38,7 @@ class WeightGradientConfig:
     columns: int
     depth: int
     splits: int
-    stages: int
+    buffers: int
     precision: str = "ieee"
     upcast: bool = False
 
@@ -48,10 +48,10 @@ class WeightGradientConfig:
 
 
 class WeightGradient(NamedTuple):
-    """dy: [batch, height, width, K]. source: the convolution's input, with its spatial size.
+    """dy: [batch, height, width, K]. source: the convolution's input, [batch, source_height, source_width, C].
 
     dweight: [K, C / groups, R, S] and its strides. partials: float32 [splits, K, R, S, C / groups], None with one
-    split. tickets: int32, one a tile, zero. output_group, input_group: channels a group.
+    split. tickets: int32, one per tile, zero. output_group, input_group: channels per group.
     """
 
     dy: Operand
@@ -72,6 +72,7 @@ class WeightGradient(NamedTuple):
 
 @triton.jit
 def weight_gradient(args, CONFIGS: tl.constexpr, INDEX: tl.constexpr):
+    """Reads dy and source, writes dweight; with several splits by way of the partials."""
     CONFIG: tl.constexpr = CONFIGS[INDEX]
     row_blocks = tl.cdiv(args.output_group, CONFIG.rows)
     column_blocks = tl.cdiv(args.input_group, CONFIG.columns)
@@ -123,7 +124,7 @@ def product(args, split, group, r, s, row, row_mask, column, column_mask, CONFIG
     COLUMNS: tl.constexpr = CONFIG.columns
     ACT: tl.constexpr = CONFIG.act
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in tl.range(0, steps, num_stages=CONFIG.stages):
+    for step in tl.range(0, steps, num_stages=CONFIG.buffers):
         pixel = start + step * CONFIG.depth + tl.arange(0, CONFIG.depth)
         pixel_mask = pixel < pixels
         dy = operands.load_linear(

@@ -1,7 +1,7 @@
-"""Training, backward: the join makes dz of dout, then each convolution's two gradients lead to the one before it.
+"""Training, backward: the join turns dout into dz, then the two gradients of each convolution, the last one first.
 
-dz is dout behind the derivative of the block's last activation. In branch order the activation is the branch's own, so
-the skip path's gradient is dout, and what its norm and scale ask for is summed in a pass of its own.
+dz is dout times the derivative of the block's last activation. In branch order the activation belongs to the branch, so
+the skip path's gradient is dout, and a pass of its own sums what the skip path's norm and scale need.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..device.operands import GRADIENT, GRADIENT_ROWS, NORMALIZE, RAW, Operand, 
 from ..device.reductions import SUMS, Reduction, VectorGradients
 from ..device.weight_gradient import WeightGradient, WeightGradientConfig
 from . import library, tuning
-from .block import LAST, Block, Source, given, strides, upcasts
+from .block import LAST, BlockPlan, Source, given, strides, upcasts
 from .policies import Policy
 
 MASKS: dict[JoinReads, int] = {
@@ -65,9 +65,9 @@ def backward(
 
 @dataclass
 class _Later:
-    """The gradient of a scale or a slope, made of its values per channel when the launches have ended.
+    """The gradient of a scale or a slope, computed from its values per channel after the launches.
 
-    name, conv: where in `BlockTensors` it belongs; conv: NONE for the block's own. factor: what multiplies the values.
+    name, conv: its place in `BlockTensors`; conv: NONE for the block's own. factor: multiplies the values.
     """
 
     name: str
@@ -86,7 +86,7 @@ class _Later:
             getattr(grads, self.name)[self.conv] = grad
 
 
-class _Backward(Block):
+class _Backward(BlockPlan):
     def __init__(self, spec: BlockSpec, facts: Facts, tensors: Tensors, needs: Needs, policy: Policy) -> None:
         super().__init__(spec, facts, tensors, policy)
         self.given, self.needs = tensors, needs
@@ -149,7 +149,7 @@ class _Backward(Block):
         spec, s = self.spec, self.projection
         self.restore(conv_outputs, batch_stats)
         dy, dy_s, dskip = self.join(dout.contiguous(memory_format=LAST), out)
-        through_skip = dskip if spec.skip == "identity" else None  # what nothing will read again is not held
+        through_skip = dskip if spec.skip == "identity" else None  # a tensor that nothing will read again is not held
         del dskip
         dp_s: Tensor | None = None
         if dy_s is not None:
@@ -248,7 +248,7 @@ class _Backward(Block):
         return dy, dy_s, through_skip
 
     def skip_gradients(self, norm: int, channels: int) -> tuple[VectorGradients, Tensor | None]:
-        """What follows from the sums over the skip path, and the tensor that the second of them reads, if it is wanted.
+        """What follows from the sums over the skip path, and the tensor that the second sum reads; None if not wanted.
 
         norm: of the projection.
         """
@@ -264,13 +264,13 @@ class _Backward(Block):
         return VectorGradients(), None
 
     def skip_in_argument(self, norm: int) -> int | None:
-        """How the skip path enters the argument of the last activation; None where backward does not make it again."""
+        """How the skip path enters the argument of the last activation; None where backward does not recompute it."""
         if self.facts.join != "sum" or self.spec.skip == "none":
             return None
         return int(RAW) if norm == NONE else int(NORMALIZE)
 
     def sum_over_skip(self, dout: Tensor, gradients: VectorGradients, u: Tensor | None, batch: bool) -> None:
-        """What the skip path's norm and scale ask for, where its gradient is dout and not dz."""
+        """Sums what the skip path's norm and scale need, where the skip path's gradient is dout and not dz."""
         if not _wanted(Reduction(first=gradients)):
             return
         channels, pixels = dout.shape[1], dout.numel() // dout.shape[1]
@@ -305,7 +305,7 @@ class _Backward(Block):
             dz,
             channels,
             factor=self.scale(self.branch_scale) if join == "sum" else Scale(),
-            mask=given(out).contiguous(memory_format=LAST) if join == "output" else None,
+            mask_by=given(out).contiguous(memory_format=LAST) if join == "output" else None,
             y=y,
             center=sums.first.norm.mean,
             s=skip,
@@ -324,9 +324,10 @@ class _Backward(Block):
         return Source(Operand(dz, dz.shape[1], gradients.table, y), int(GRADIENT), IDENTITY, *self.sizes[conv])
 
     def settle(self, name: str, conv: int, dy: Source) -> Source:
-        """dy as the convolution's two gradients read it: made in their prologues for a single tap, else written out.
+        """dy in the form in which the convolution's two gradients read it.
 
-        With R x S taps each element would be made R x S times in both, and two tensors read for it instead of one.
+        With a single tap their prologues make it. With R x S taps they would make each element R x S times each and
+        read two tensors instead of one, so it is written out.
         """
         height, width = self.kernel(conv)
         if dy.kind == int(RAW) or (height * width == 1 and conv not in self.policy.library):
@@ -339,7 +340,7 @@ class _Backward(Block):
     ) -> tuple[Tensor | None, Source]:
         """From dy of a convolution to dy of the one before it, or to dx.
 
-        through_skip: the join's gradient of an identity. dp_s: what the projection gives back to x.
+        through_skip: the gradient that an identity skip passes on. dp_s: the projection's gradient of x.
         """
         stage, u = self.facts.convs[conv].input_stage, self.input(conv)
         norm = stage if self.normed(stage) else NONE
@@ -479,7 +480,7 @@ class _Backward(Block):
             name,
             WeightGradientConfig(
                 (r, s), *stage.geometry, dy.kind, source.kind, source.act, tile.rows, tile.columns, tile.depth,
-                tile.splits, tile.stages, self.precision, upcasts(weight.dtype),
+                tile.splits, tile.buffers, self.precision, upcasts(weight.dtype),
             ),
             WeightGradient(
                 dy.operand, self.x.shape[0], h, w, source.operand, source.height, source.width, dweight,

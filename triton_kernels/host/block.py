@@ -1,8 +1,8 @@
 """One block on its way to phases: its tensors by convolution, and the phases that all three directions share.
 
-The formula and its symbols are those of resnet_fused/spec/block.py and ops/reference.py; what follows from a spec, such
-as which norm stands before a convolution, those of resnet_fused/spec/facts.py. Activations are NHWC here: channels_last
-tensors, by their memory.
+The formula and its symbols are those of resnet_fused/spec/block.py and ops/reference.py. What follows from a spec, such
+as which norm stands before a convolution, comes from resnet_fused/spec/facts.py. Activations are NHWC here: the memory
+of channels_last tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAST = torch.channels_last
 
 @dataclass
 class Source:
-    """An operand with how to read it: what a prologue is given. height, width: 0 where a pass reads it."""
+    """An operand and how a prologue reads it. height, width: 0 where a pass reads it."""
 
     operand: Operand
     kind: int = int(RAW)
@@ -48,7 +48,7 @@ class Source:
         return self.kind != int(RAW) or self.act.name != "identity"
 
 
-class Block:
+class BlockPlan:
     """The tensors of one block by convolution, and the phases that forward, backward and evaluation share.
 
     y, statistics, tables: by convolution and by stage; None until they are there.
@@ -89,7 +89,7 @@ class Block:
         return (self.x.shape[2], self.x.shape[3]) if conv in (0, self.projection) else self.sizes[conv - 1]
 
     def input(self, conv: int) -> Tensor:
-        """u: what the input norm of a convolution reads."""
+        """u: the tensor that the input norm of a convolution reads."""
         return self.x if conv in (0, self.projection) else given(self.y[conv - 1])
 
     def output_norm(self, conv: int) -> int:
@@ -107,7 +107,7 @@ class Block:
         return IDENTITY if stage == NONE else self.spec.convs[stage].activation
 
     def slope(self, stage: int) -> Scale | None:
-        """What a stage's activation has learned, as kernels take it."""
+        """The learned slope of a stage's activation, as kernels take it; None without one."""
         slope = None if stage == NONE else self.slopes[stage]
         return None if slope is None else self.scale(slope)
 
@@ -179,7 +179,7 @@ class Block:
         return Reduction(partials, self.plan.tickets(blocks), float(rows), **parts)
 
     def statistics_of(self, tile: tuning.Tile, blocks: int, norm: int, rows: int) -> Reduction:
-        """Statistics of the norm that reads the values; its table, too."""
+        """A reduction that writes the statistics and the table of `norm`, which reads the values."""
         channels = self.norm_width(norm)
         statistics = self.statistics[norm] = self.floats(2, channels)
         affine = Norm(None, None, self.norm_weights[norm], self.norm_biases[norm], self.spec.convs[norm].eps)
@@ -266,7 +266,7 @@ class Block:
         stage = self.spec.convs[conv]
         return ConvolutionConfig(
             self.kernel(conv), *stage.geometry, transposed, source.kind, source.act, epilogue,
-            tile.rows, tile.columns, tile.depth, tile.stages,
+            tile.rows, tile.columns, tile.depth, tile.buffers,
             self.precision, upcasts(self.x.dtype),
         )  # fmt: skip
 

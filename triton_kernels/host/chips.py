@@ -1,4 +1,4 @@
-"""What the planner has to know of a GPU: how many workers fit, and the bandwidth and peak that floors are made of.
+"""What the planner has to know of a GPU: how many workers fit, and the bandwidth and peak that give the floors.
 
 Sources: NVIDIA's data sheets and architecture white papers of A100, H100, H200, B200, and the CUDA C++ Programming
 Guide's table of technical specifications per compute capability. Peaks are dense, bandwidths nominal.
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Chip:
-    """sms: multiprocessors. shared: bytes of shared memory a block may use. shared_sm: a multiprocessor has.
+    """sms: multiprocessors. shared: bytes of shared memory that a block may use; shared_sm: that a multiprocessor has.
 
     bandwidth: bytes/s of device memory. peak: {dtype: flop/s}, empty where no data sheet was read.
     gpu: its index in this machine; None where kernels are only planned for it.
@@ -44,7 +44,7 @@ class Chip:
 
 
 KIB = 1024
-# name, arch, SMs, shared a block, shared an SM, bandwidth, 16-bit, tf32, fp32
+# name, arch, SMs, shared memory per block and per SM, bandwidth, 16-bit, tf32, fp32
 CHIPS = {
     "a100": Chip("A100 SXM 80 GB", 80, 108, 163 * KIB, 164 * KIB, 2.039e12, 312e12, 156e12, 19.5e12),
     "h100": Chip("H100 SXM", 90, 132, 227 * KIB, 228 * KIB, 3.35e12, 989e12, 495e12, 67e12),
@@ -60,7 +60,7 @@ BY_ARCH = {
     100: CHIPS["b200"],
     120: Chip("sm_120", 120, 170, 99 * KIB, 100 * KIB),
 }
-# The interpreter runs programs one after another: few, so that there are several and each has several tiles.
+# The interpreter runs workers one after another. Three of them: several, and each still has several tiles.
 INTERPRETER = Chip("Triton interpreter", 0, 3, 227 * KIB, 228 * KIB)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from resnet_fused.ops.operators import Tensors, output_format
+from resnet_fused.ops.operators import Tensors, result_format
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.activations import IDENTITY
 from resnet_fused.spec.facts import Facts
@@ -14,7 +14,7 @@ from resnet_fused.spec.facts import Facts
 from ..device.epilogue import Epilogue, EpilogueConfig
 from ..device.operands import RAW, Operand, Scale
 from ..device.reductions import NONE, STATISTICS
-from .block import Block, Source, given
+from .block import BlockPlan, Source, given
 from .policies import Policy
 
 
@@ -22,7 +22,7 @@ def forward(
     spec: BlockSpec, facts: Facts, tensors: Tensors, policy: Policy
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(out, convolution outputs to save, batch statistics); see operators.residual_block_forward."""
-    block = Block(spec, facts, tensors, policy)
+    block = BlockPlan(spec, facts, tensors, policy)
     block.write_tables([i for i, stage in enumerate(spec.convs) if stage.norm and not stage.batch_stats])
     if spec.order == "pre":
         if block.batch(0):
@@ -39,12 +39,12 @@ def forward(
     block.plan.barrier()
     out = _join(block)
     block.plan.run()
-    result = out.contiguous(memory_format=output_format(given(tensors.x), block.weights, spec))
+    result = out.contiguous(memory_format=result_format(given(tensors.x), block.weights, spec))
     conv_outputs = [given(block.y[i]) for i in facts.saved]
     return result, conv_outputs, [s for i, s in enumerate(block.statistics) if s is not None and block.batch(i)]
 
 
-def _statistics_of_x(block: Block) -> None:
+def _statistics_of_x(block: BlockPlan) -> None:
     channels, pixels = block.x.shape[1], block.x.numel() // block.x.shape[1]
     tile = block.pass_tile(channels)
     reduction = block.statistics_of(tile, -(-channels // tile.columns), 0, pixels)
@@ -53,7 +53,7 @@ def _statistics_of_x(block: Block) -> None:
     block.pass_over("statistics of x", Source(Operand(block.x, channels)), pixels, tile, epilogue, config)
 
 
-def _join(block: Block) -> Tensor:
+def _join(block: BlockPlan) -> Tensor:
     """out = act(branch_scale * norm_n(y_n) + skip_scale * S), or with act where the order has it."""
     spec, last, s = block.spec, block.last, block.projection
     y = given(block.y[last])

@@ -1,4 +1,4 @@
-"""Evaluation: norms are folded into weights and biases, what is left stands in the convolutions' epilogues."""
+"""Evaluation: norms are folded into weights and biases; the convolutions' epilogues do the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_fused.ops.operators import output_format
+from resnet_fused.ops.operators import result_format
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.facts import NONE, Facts
 from resnet_fused.spec.tensors import BlockTensors
@@ -19,7 +19,7 @@ from ..device.convolution import Convolution
 from ..device.epilogue import Epilogue, EpilogueConfig
 from ..device.operands import RAW, Operand
 from . import tuning
-from .block import Block, given, strides
+from .block import BlockPlan, given, strides
 from .policies import Policy
 
 
@@ -40,7 +40,7 @@ def infer(
     tensors: BlockTensors[Tensor | None] = BlockTensors(
         x, branch_scale, skip_scale, list(weights), list(biases), nothing, nothing, nothing, nothing, list(slopes)
     )
-    block = Block(folded_spec(spec, pre is not None), _folded_facts(facts, spec.order == "pre"), tensors, policy)
+    block = BlockPlan(folded_spec(spec, pre is not None), _folded_facts(facts, spec.order == "pre"), tensors, policy)
     if pre is not None:
         block.tables[0] = pre
     last, s = block.last, block.projection
@@ -58,10 +58,10 @@ def infer(
         else:
             block.y[conv] = block.convolve(conv, epilogue, config)
     block.plan.run()
-    return given(block.y[last]).contiguous(memory_format=output_format(x, weights, spec))
+    return given(block.y[last]).contiguous(memory_format=result_format(x, weights, spec))
 
 
-def _epilogue(block: Block, conv: int) -> tuple[dict[str, Any], EpilogueConfig]:
+def _epilogue(block: BlockPlan, conv: int) -> tuple[dict[str, Any], EpilogueConfig]:
     """What follows a convolution: its activation and, behind the last, the scales and the skip path."""
     spec, stage = block.spec, block.facts.convs[conv].output_stage
     parts: dict[str, Any] = {"slope": block.slope(stage)}
@@ -78,8 +78,8 @@ def _epilogue(block: Block, conv: int) -> tuple[dict[str, Any], EpilogueConfig]:
     return parts, config
 
 
-def _chain(block: Block, conv: int, epilogue: dict[str, Any], config: EpilogueConfig) -> Tensor:
-    """y of the last convolution, made together with the one before it, whose y is never stored."""
+def _chain(block: BlockPlan, conv: int, epilogue: dict[str, Any], config: EpilogueConfig) -> Tensor:
+    """y of the last convolution, computed together with the one before it, whose y is never stored."""
     first, (h, w) = conv - 1, block.sizes[conv]
     stage = block.facts.convs[first].output_stage  # its activation stands between the two
     source, y, middle = block.source(first), block.new(conv), block.width(first)
@@ -108,7 +108,7 @@ def _chain(block: Block, conv: int, epilogue: dict[str, Any], config: EpilogueCo
     return y
 
 
-def _chains(block: Block) -> bool:
+def _chains(block: BlockPlan) -> bool:
     """Whether the last two convolutions run at once: the last has one tap, and what it reads fits a worker."""
     if block.last == 0:
         return False
@@ -135,6 +135,6 @@ def folded_spec(spec: BlockSpec, pre: bool) -> BlockSpec:
 
 @lru_cache(maxsize=1024)
 def _folded_facts(facts: Facts, pre: bool) -> Facts:
-    """Activations that stand in an epilogue are no prologue's business: only a leading one, with `pre`, is."""
+    """Without input stages, since epilogues apply the activations; with `pre` the leading stage stays."""
     convs = [conv if pre and conv.input_stage == 0 else replace(conv, input_stage=NONE) for conv in facts.convs]
     return replace(facts, convs=tuple(convs))

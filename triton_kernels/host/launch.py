@@ -44,7 +44,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of `program.run_phases`. workers: as many as can be busy; a cooperative launch takes what fits."""
+    """One launch of `program.run_phases`. workers: all that can be busy; a cooperative launch takes as many as fit."""
 
     names: tuple[str, ...]
     arguments: tuple[Any, ...]
@@ -86,11 +86,11 @@ def launch_of(phases: list[Phase], chip: Chip, workspace: Tensor) -> Launch:
 def resident_workers(launch: Launch) -> int:
     """How many workers of this launch the current device holds at once; they all wait for each other.
 
-    Asked of the compiled kernel itself, by the arguments it will be launched with: Triton compiles the same phases once
-    more for other alignments of pointers and sizes, and such kernels differ in registers and shared memory.
+    The compiled kernel itself is asked, with the arguments of the launch: for other alignments of pointers and sizes
+    Triton compiles the same phases again, and such kernels differ in registers and shared memory.
     """
     kernel = program.run_phases.warmup(*launch.arguments, grid=(1,), **launch.options)
-    kernel._init_handles()  # loads it, if it is new, which tells its registers
+    kernel._init_handles()  # loads a new kernel, after which its registers are known
     chip = chips.of_device(torch.cuda.current_device())
     fit = occupancy.workers(chip, kernel.n_regs, launch.warps, kernel.metadata.shared)
     return chip.sms * max(fit, 1)

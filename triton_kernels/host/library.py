@@ -1,4 +1,4 @@
-"""The vendor's convolutions, where they are faster than a phase; the launches before them end at each."""
+"""The vendor's convolutions, where they are faster than a phase; each one ends the launch before it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def weight_gradient(dy: Tensor, p: Tensor, weight: Tensor, stage: StageSpec) -> 
 
 
 def _backward(
-    dy: Tensor, p: Tensor, weight: Tensor, stage: StageSpec, mask: tuple[bool, bool, bool]
+    dy: Tensor, p: Tensor, weight: Tensor, stage: StageSpec, output_mask: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation = stage.geometry
     return torch.ops.aten.convolution_backward(
-        dy, p, weight, None, stride, padding, dilation, False, (0, 0), stage.groups, mask
+        dy, p, weight, None, stride, padding, dilation, False, (0, 0), stage.groups, output_mask
     )

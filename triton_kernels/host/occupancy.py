@@ -10,7 +10,7 @@ RESERVED_SHARED = 1024  # bytes the system takes of a block's shared memory
 
 
 def workers(chip: Chip, registers: int, warps: int, shared: int) -> int:
-    """registers: of a thread. shared: bytes of a worker. 0 where not even one fits."""
+    """registers: per thread. shared: bytes per worker. 0 where not even one worker fits."""
     a_warp = -(-max(registers, 1) * 32 // REGISTER_UNIT) * REGISTER_UNIT
     if shared > chip.shared:
         return 0

@@ -2,8 +2,8 @@
 
 A `Plan` is filled by forward.py, backward.py and infer.py. In phased mode each phase is launched as soon as it is
 planned: the GPU works while Python plans on, and a tensor that nobody else holds is free for what follows on the
-stream. A single launch waits for all phases. Library convolutions may stand between them: they end one launch and begin
-the next, so "single" then means one launch between two of them.
+stream. A single launch waits for all phases. Library convolutions between them end one launch and begin the next, so
+"single" then means one launch between two library convolutions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def table_phase(tables: Tables) -> tuple[Config, tuple[Any, ...], Tile, int]:
 
 
 def _workspace(device: torch.device) -> Tensor:
-    """Zeroed counters; those of one stream, because launches of one stream do not overlap.
+    """Zeroed counters, shared by the launches of one stream, because these do not overlap.
 
     A graph under capture gets its own, cleared in the graph: it may be replayed on any stream.
     """
@@ -92,6 +92,6 @@ def _workspace(device: torch.device) -> Tensor:
     return _stream_workspace(device, 0)
 
 
-@lru_cache(maxsize=64)  # what falls out was allocated on its stream, so it is reused after the launches there
+@lru_cache(maxsize=64)  # one that falls out: its memory is reused after the launches of its stream
 def _stream_workspace(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(TICKETS, dtype=torch.int32, device=device)

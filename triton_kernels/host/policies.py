@@ -1,4 +1,4 @@
-"""How one block runs on one GPU, decided: `backends.how` for the chip at hand."""
+"""The decision how one block runs on one GPU: `backends.how` for the chip at hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Policy:
     """How a block runs. library: the convolutions (indices into spec.convs) left to the vendor's library.
 
     submit: receives the launches instead of the device, e.g. to compile them for another.
-    precision: of float32 products, "ieee" or "tf32"; None: PyTorch's of now (`how.precision`).
+    precision: of float32 products, "ieee" or "tf32"; None: PyTorch's present one (`how.precision`).
     """
 
     chip: Chip
@@ -36,7 +36,7 @@ def chip_of(x: Tensor) -> Chip:
 
 
 def choose(spec: BlockSpec, x: Tensor, weights: Sequence[Tensor], train: bool = True) -> Policy:
-    """The policy for one call of an operator. train: forward or backward, which run as one workload was measured."""
+    """The policy for one call of an operator. train: forward or backward; the two were measured as one workload."""
     chip = chip_of(x)
     wish = measured.wish("triton", measured.lookup(spec, x, weights, train))
     if chip.arch == 0 and wish.library is None:

@@ -1,9 +1,9 @@
-"""Tile sizes: one frozen value a phase, a heuristic that needs shapes and a chip and no timing, and what to time.
+"""Tile sizes: one frozen value per phase, a heuristic from shapes and chip without timing, and candidates to time.
 
-The thresholds are derived, not measured: no GPU was at hand when they were written. They follow from two counts. A
-tile's operands and accumulators have to fit registers and shared memory with two or more workers on a multiprocessor,
-because a tile whose loop has only a step or two (1x1 convolutions of few channels) hides memory latency by other
-workers alone. And a small activation has to give at least a tile to most multiprocessors.
+The thresholds are derived, not measured: no GPU was at hand when they were written. They follow from two counts. First,
+a tile's operands and accumulators have to fit registers and shared memory with two or more workers per multiprocessor:
+a tile whose loop has only one or two steps (1x1 convolutions of few channels) can hide memory latency only behind other
+workers. Second, a small activation has to give at least one tile to most multiprocessors.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .chips import Chip
 
 @dataclass(frozen=True)
 class Tile:
-    """rows x columns: the tile of results. depth: of one step of its loop. stages: steps in flight.
+    """rows x columns: the tile of results. depth: of one step of its loop. buffers: steps in flight (num_stages).
 
-    warps: of one worker. workers: on one multiprocessor. splits: of a weight gradient's pixels.
+    warps: per worker. workers: per multiprocessor. splits: of a weight gradient's pixels.
     """
 
     rows: int
     columns: int
     depth: int = 0
-    stages: int = 1
+    buffers: int = 1
     warps: int = 4
     workers: int = 2
     splits: int = 1
@@ -44,7 +44,7 @@ _collecting: list[dict[TileKey, Tile]] = []
 
 
 def tunable(heuristic: Heuristic) -> Heuristic:
-    """The tile on trial, else the one measured on the chip, if it is here, else the heuristic's."""
+    """The tile on trial; else the one measured, if the chip is a GPU of this machine; else the heuristic's."""
 
     @wraps(heuristic)
     def choose(chip: Chip, dtype: torch.dtype, *shape: int) -> Tile:
@@ -89,8 +89,8 @@ def candidates(kind: str, tile: Tile) -> list[Tile]:
             continue
         found += [replace(shape, warps=warps) for warps in (4, 8)]
     if tile.depth:
-        found += [replace(tile, stages=stages) for stages in (2, 4)]
-        found += [replace(tile, depth=tile.depth // 2, stages=4)] if tile.depth > 32 else []
+        found += [replace(tile, buffers=buffers) for buffers in (2, 4)]
+        found += [replace(tile, depth=tile.depth // 2, buffers=4)] if tile.depth > 32 else []
     found += [replace(tile, workers=workers) for workers in (1, 2, 3, 4)]
     if tile.splits > 1:
         found += [replace(tile, splits=splits) for splits in (tile.splits // 2, tile.splits * 2)]
@@ -109,11 +109,11 @@ def power_of_two(value: int, least: int = SMALLEST, most: int = 1 << 30) -> int:
 def convolution(
     chip: Chip, dtype: torch.dtype, pixels: int, result_group: int, source_group: int, groups: int, burden: int
 ) -> Tile:
-    """pixels: of the result, all images. result_group, source_group: channels a group.
+    """pixels: of the result, all images. result_group, source_group: channels per group.
 
-    burden: 1 for a prologue that computes its operand, and 1 for an epilogue that reduces: either wants registers
-    beside the product's. On sm_80 and sm_90 gathering statistics fits beside the product, elsewhere it did not
-    (found by compiling: ahead_of_time.py).
+    burden: 1 for a prologue that computes its operand, plus 1 for an epilogue that reduces: each needs registers
+    beside the product's. On sm_80 and sm_90 the statistics fit beside the product, on others they did not (found by
+    compiling: ahead_of_time.py).
     """
     if chip.arch == 0:
         return Tile(64, 16, 32)
@@ -126,8 +126,8 @@ def convolution(
     while rows > fewest and -(-pixels // rows) * (-(-result_group // columns)) * groups < chip.sms:
         rows //= 2
     depth = power_of_two(source_group, most=64 // wide)
-    stages = _stages(chip, dtype, (rows * (1 + (burden > 0)) + columns) * depth)
-    return Tile(rows, columns, depth, stages, _warps(rows * columns, burden > 0), workers=2)
+    buffers = _buffers(chip, dtype, (rows * (1 + (burden > 0)) + columns) * depth)
+    return Tile(rows, columns, depth, buffers, _warps(rows * columns, burden > 0), workers=2)
 
 
 @tunable
@@ -151,8 +151,8 @@ def weight_gradient(
     tiles = groups * taps * -(-output_group // rows) * -(-input_group // columns)
     # work for every worker, but no split shorter than 16 steps: each costs a float32 partial
     splits = max(1, min(2 * chip.sms // tiles, pixels // (16 * depth)))
-    stages = _stages(chip, dtype, (rows * (1 + heavy) + columns) * depth)
-    return Tile(rows, columns, depth, stages, _warps(rows * columns, heavy), workers=2, splits=splits)
+    buffers = _buffers(chip, dtype, (rows * (1 + heavy) + columns) * depth)
+    return Tile(rows, columns, depth, buffers, _warps(rows * columns, heavy), workers=2, splits=splits)
 
 
 @tunable
@@ -163,20 +163,20 @@ def chained(chip: Chip, dtype: torch.dtype, pixels: int, middle: int, source_gro
     wide = 2 if dtype == torch.float32 else 1
     columns = power_of_two(middle)
     depth = power_of_two(source_group, most=64 // wide)
-    return Tile(64, columns, depth, _stages(chip, dtype, (64 + columns) * depth), _warps(64 * columns, True))
+    return Tile(64, columns, depth, _buffers(chip, dtype, (64 + columns) * depth), _warps(64 * columns, True))
 
 
-def _stages(chip: Chip, dtype: torch.dtype, values: int) -> int:
-    """As many steps of `values` operands in flight as shared memory holds, three at the most.
+def _buffers(chip: Chip, dtype: torch.dtype, values: int) -> int:
+    """How many steps of `values` operands can be in flight: as many as shared memory holds, three at most.
 
-    A gradient's operand is two tensors; 8 KiB are left for the epilogue.
+    values: of one step; the operand of a gradient counts twice, being two tensors. 8 KiB are left for the epilogue.
     """
     step = values * (4 if dtype == torch.float32 else 2)
     return max(1, min(3, (chip.shared - 8 * 1024) // step))
 
 
 def _warps(area: int, heavy: bool) -> int:
-    """A thread's share of accumulators: 64, or 32 where it needs its registers for more."""
+    """Warps that leave each thread 64 accumulators, or 32 where it needs registers for more than the product."""
     return 8 if area >= (64 if heavy else 128) * 128 else 4
 
 

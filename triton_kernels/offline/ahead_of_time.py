@@ -40,7 +40,7 @@ DOT = {"mma.sync": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"
 
 @dataclass(frozen=True)
 class Binary:
-    """One launch compiled for one chip. spills: bytes of stores and loads a thread. dots: instructions by kind.
+    """One launch compiled for one chip. spills: bytes of stores and loads per thread. dots: instructions by kind.
 
     multiplies: whether the launch has a matrix product. workers: that fit on a multiprocessor.
     """
@@ -212,7 +212,7 @@ def fault(job: Job, binary: Binary) -> str | None:
 
 
 def report(results: Iterable[tuple[Job, Binary]]) -> tuple[str, bool]:
-    """A table, a row a kernel, and whether all are without fault."""
+    """A table, a row per kernel, and whether all are without fault."""
     rows, good = [], True
     for job, b in results:
         wrong = fault(job, b)

@@ -5,12 +5,13 @@ that it reads and writes. Eager's come from the operations that torchvision's Bo
 max(bytes / bandwidth, flops / peak) of each phase or operation, added up, with the data-sheet rates of chips.py
 (Williams et al. 2009, "Roofline"). The ratio of two floors is the speed-up if every kernel reached its floor.
 
-Counted: 2 flops a multiply-add of the convolutions, taps in the padding included, and nothing else. An operand once by
-every phase that reads it, as if a cache served what one phase reads again and nothing of what the last one wrote; of a
-strided convolution's source the pixels that some tap meets. Split-K partials of weight gradients, written and read.
-Not counted: tensors of a few values a channel (norms, biases, tables, partial sums), launches, barriers, and what
-reading again from a cache takes. Float32 products are IEEE's on both sides, although both take tf32 by default.
-The plan has every convolution in a phase; `policies.choose` leaves some to cuDNN, between passes that move more.
+Flops: 2 per multiply-add of the convolutions, taps in the padding included, and nothing else. Bytes: every phase counts
+each operand that it reads once, as if a cache served repeated reads within a phase and kept nothing between phases; of
+a strided convolution's source only the pixels that some tap meets count. Split-K partials of weight gradients count
+twice, written and read. Not counted: tensors of a few values per channel (norms, biases, tables, partial sums),
+launches, barriers, and the time of repeated reads from a cache. Float32 products are IEEE's on both sides, although
+both take tf32 by default. The plan has every convolution in a phase; `policies.choose` leaves some to cuDNN, with
+passes that move more.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ..device.epilogue import BY_OUT, Epilogue, EpilogueConfig
 from ..device.operands import GRADIENT, Operand
 from ..device.pointwise import Pointwise
 from ..device.weight_gradient import WeightGradient, WeightGradientConfig
-from ..host.block import Block
+from ..host.block import BlockPlan
 from ..host.chips import CHIPS, Chip
 from ..host.launch import Launch
 from ..host.policies import Policy
@@ -54,7 +55,7 @@ class PhaseCost:
     bytes: int
 
     def floor(self, chip: Chip, dtype: torch.dtype) -> float:
-        """Seconds below which the chip's data sheet lets no kernel get."""
+        """The seconds that a kernel takes at least, by the chip's data sheet."""
         return max(self.bytes / chip.bandwidth, self.flops / chip.peak(dtype))
 
 
@@ -169,7 +170,7 @@ def predict(chip: Chip, batch: int, dtype: torch.dtype) -> Prediction:
 
 
 def floor(phases: Iterable[PhaseCost], chip: Chip, dtype: torch.dtype) -> float:
-    """Seconds; one after another, nothing overlaps."""
+    """Seconds, the phases one after another without overlap."""
     return sum(phase.floor(chip, dtype) for phase in phases)
 
 
@@ -199,7 +200,7 @@ def phase_cost(launch: Launch) -> PhaseCost:
 
 
 def _convolution(args: Convolution, config: ConvolutionConfig) -> tuple[int, int]:
-    """(flops, bytes). A data gradient multiplies what its convolution does: only the taps that meet the grid."""
+    """(flops, bytes). A data gradient has its convolution's multiplications: only the taps that meet the grid."""
     source, result = (args.source_height, args.source_width), (args.height, args.width)
     outputs, met = result, _met(source, result, *_window(config))
     if config.transposed:
@@ -211,7 +212,7 @@ def _convolution(args: Convolution, config: ConvolutionConfig) -> tuple[int, int
 
 
 def _chained(args: Chained, config: ChainedConfig) -> tuple[int, int]:
-    """(flops, bytes): what stands between the two convolutions moves nowhere."""
+    """(flops, bytes); the tensor between the two convolutions is not moved."""
     flops, size = _convolution(args.first, config.first)
     flops += 2 * args.first.batch * args.first.height * args.first.width * args.weight.numel()
     return flops, size + _size(args.weight) + _epilogue(args.epilogue, config.epilogue)
@@ -232,7 +233,7 @@ def _epilogue(args: Epilogue, config: EpilogueConfig) -> int:
     if config.residual is not None:
         size += _operand(args.residual, config.residual)
     if config.mask == int(BY_OUT):
-        size += _size(args.mask)
+        size += _size(args.mask_by)
     if config.reads_y:
         size += _size(args.y.x)
     if config.reads_s:
@@ -261,7 +262,7 @@ def _total(phases: Iterable[PhaseCost]) -> int:
 def _met(
     source: IntPair, result: IntPair, kernel: IntPair, stride: IntPair, padding: IntPair, dilation: IntPair
 ) -> int:
-    """How many pixels of an image some tap meets: of a 1x1 convolution's with stride 2 every fourth."""
+    """How many pixels of an image some tap meets: every fourth for a 1x1 convolution with stride 2."""
     count = 1
     for axis in range(2):
         starts = [i * stride[axis] - padding[axis] for i in range(result[axis])]
@@ -291,7 +292,7 @@ def eager(shape: BlockShape, direction: Direction, batch: int, dtype: torch.dtyp
     Operations are in the order of the forward pass, also the backward ones: sums do not depend on it.
     """
     # for its sizes; no plan is made
-    block = Block(shape.spec, facts(shape.spec), shape.tensors(batch, dtype), Policy(CHIPS["a100"]))
+    block = BlockPlan(shape.spec, facts(shape.spec), shape.tensors(batch, dtype), Policy(CHIPS["a100"]))
     wants_dx = shape.name != "stem"  # as `plan` has it
     costs = []
     for conv, stage in enumerate(shape.spec.convs):

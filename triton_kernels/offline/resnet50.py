@@ -18,7 +18,7 @@ from resnet_fused.spec.facts import Needs, facts
 from resnet_fused.spec.tensors import BlockTensors
 
 from ..host.backward import backward
-from ..host.block import Block, given
+from ..host.block import BlockPlan, given
 from ..host.forward import forward
 from ..host.infer import infer
 from ..host.policies import Policy
@@ -88,7 +88,7 @@ def plan(shape: BlockShape, direction: Direction, batch: int, dtype: torch.dtype
         biases = [torch.empty(w.shape[0], dtype=dtype, device="meta") for w in weights]
         infer(spec, facts(spec), given(tensors.x), None, weights, biases, None, None, [None] * len(weights), policy)
     else:
-        block = Block(spec, known, tensors, policy)
+        block = BlockPlan(spec, known, tensors, policy)
         outputs = [block.new(i) for i in known.saved]
         statistics = [torch.empty((2, block.width(i)), device="meta") for i in range(len(shape.convs))]
         out = block.new(block.last)

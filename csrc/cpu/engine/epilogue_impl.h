@@ -1,7 +1,7 @@
-// What becomes of sums of products; included once per file of kernels.
+// What the sums of products become; included once per file of kernels.
 //
-// A full panel with ReLU or no activation and no scale but the norm's is finished in registers, everything else in the
-// first cache.
+// A full panel with ReLU or no activation, and with no scale but the norm's, is finished in registers; everything else
+// in the first cache.
 
 #include "vectors_impl.h"
 
@@ -10,8 +10,8 @@ namespace resnet_fused::cpu::KERNELS_ISA {
 using engine::Epilogue;
 using engine::kPanel;
 
-// Rows [from, to) of a tile of sums, of the channels from `channel` on, to the positions of the output that `target`
-// tells.
+// Finishes rows [from, to) of a tile of sums, whose channels begin at `channel`, and writes them to the positions of
+// the output that `target` names.
 template <class T, bool relu, bool adds, bool watches>
 struct InRegisters {
   static inline void rows(

@@ -2,14 +2,14 @@
 
 #include <algorithm>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cpu::engine {
 namespace {
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // One dimension of planes: the coordinates of phase a are those of padded inputs a, a + stride, a + 2 stride, ...
 struct Dimension {
-  int64_t extent;               // coordinates of every plane, the padding of two neighbours shared
+  int64_t extent;               // coordinates of every plane; neighbours share their padding
   std::vector<int64_t> beyond;  // by phase: one past the last coordinate that is read, 0: never read
 };
 
@@ -25,7 +25,7 @@ Dimension planes_of(int64_t in, int64_t out, int64_t kernel, int64_t stride, int
         std::max<int64_t>(0, (padding - phase + stride - 1) / stride);  // the first that is no padding
     const int64_t last = (in - 1 + padding - phase) / stride;
     if (in - 1 + padding < phase || first > last) continue;  // only padding
-    // what is read beyond the extent has to be the next row's padding, and no pixel may lie there
+    // reads beyond the extent have to fall on the next row's padding, and no pixel may lie there
     const int64_t end = std::min(last + 1, d.beyond[phase]);
     d.extent = std::max({d.extent, end, d.beyond[phase] - first});
   }
@@ -144,7 +144,7 @@ Layout lay_out(
 
 Layout columns_like(const Layout& other, const Window& window, Size input, int64_t channels, int64_t step) {
   Layout l = lay_out(Layout::Kind::columns, window, input, channels, other.images, step);
-  l.positions = std::max(l.positions, other.positions);  // of folded rows the other's hold a band
+  l.positions = std::max(l.positions, other.positions);  // the other's, of folded rows, hold a band
   l.row = other.row;
   l.pixel = other.pixel;
   return l;
@@ -153,9 +153,9 @@ Layout columns_like(const Layout& other, const Window& window, Size input, int64
 std::vector<Rows> Layout::tiles(int64_t begin, int64_t end, int64_t tile_rows, bool whole, int64_t readable) const {
   std::vector<Rows> tiles;
   const auto add = [&](int64_t from, int64_t to) {
-    // equal parts where a tile costs by its rows, full ones where it does not
-    const int64_t count = (to - from + tile_rows - 1) / tile_rows;
-    const int64_t part = whole ? tile_rows : (to - from + count - 1) / count;
+    // equal parts where a tile's cost depends on its rows, full ones where it does not
+    const int64_t count = ceil_div(to - from, tile_rows);
+    const int64_t part = whole ? tile_rows : ceil_div(to - from, count);
     for (int64_t at = from; at < to; at += part) {
       const int64_t stop = std::min(at + part, to),
                     excess = whole ? std::max<int64_t>(0, at + tile_rows - readable) : 0;

@@ -1,7 +1,7 @@
 // How a convolution's input lies in memory, so that a tap of its window is one shift for all outputs.
 //
-// Padding is one column of zeros between the rows: what follows a row's end is what precedes the next row. Strides are
-// undone by planes: of stride 2, pixels with even and odd coordinates lie apart, and each tap reads one plane densely.
+// Padding is one column of zeros between the rows: it ends one row and begins the next. Planes undo strides: with
+// stride 2, pixels with even and with odd coordinates lie apart, and each tap reads one plane densely.
 #pragma once
 
 #include <array>
@@ -60,7 +60,7 @@ struct Layout {
   std::vector<Rows> tiles(int64_t begin, int64_t end, int64_t tile_rows, bool whole, int64_t readable) const;
 };
 
-// channels: of the input; step: what depth is a multiple of; rows_at_once: of outputs, the most that a band has.
+// channels: of the input; step: depth is a multiple of it; rows_at_once: the most output rows that a band has.
 Layout lay_out(
     Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step,
     int64_t rows_at_once = 0);

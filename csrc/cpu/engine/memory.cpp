@@ -17,14 +17,14 @@ namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20, kMargin = 4096;
 
-// Where within a page memory begins, in turns: of two buffers that are walked side by side a load would wait for stores
-// whose addresses differ by whole pages.
+// The offset within a page at which memory begins, a different one each time. Of two buffers that are walked side by
+// side, a load from one would wait for stores to the other if their addresses differed by whole pages.
 int64_t next_shift() {
   static std::atomic<int64_t> turn{0};
   return turn.fetch_add(1) % 4 * 1088;
 }
 
-// Begins with the address to free.
+// The memory begins with the address to free.
 unsigned char* allocate_raw(int64_t bytes) {
   const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
   void* memory = nullptr;
@@ -32,7 +32,7 @@ unsigned char* allocate_raw(int64_t bytes) {
       OutOfMemoryError, posix_memalign(&memory, alignment, bytes + kMargin) == 0, "the CPU engine needs ", bytes,
       " bytes more than there are; a smaller batch needs less");
 #if defined(__linux__)
-  if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish
+  if (bytes >= kHugePage) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint
 #endif
   auto* shifted = static_cast<unsigned char*>(memory) + 64 + next_shift();
   std::memcpy(shifted - sizeof(memory), &memory, sizeof(memory));
@@ -45,7 +45,7 @@ void free_raw(unsigned char* shifted) {
   std::free(memory);
 }
 
-// What results have left, by size.
+// The memory that earlier results have left, by size.
 class Pool {
  public:
   unsigned char* take(int64_t bytes) {

@@ -12,11 +12,11 @@ namespace resnet_fused::cpu::engine {
 using Memory = std::shared_ptr<unsigned char>;
 Memory allocate(int64_t bytes);
 
-// This thread's scratch, at least so large; what it held before is gone. Throws OutOfMemoryError.
+// This thread's scratch memory, at least `bytes`; its earlier contents are lost. Throws OutOfMemoryError.
 unsigned char* scratch(int64_t bytes);
 
-// A channels_last tensor whose memory comes from those that earlier results have left: the first touch of fresh memory
-// costs as much as half the block. At most kKept bytes are held back.
+// A channels_last tensor in memory that an earlier result has left: the first touch of fresh memory costs as much as
+// half the block. At most kKept bytes are held back.
 constexpr int64_t kKept = int64_t{512} << 20;
 at::Tensor reused_empty(int64_t images, int64_t channels, int64_t height, int64_t width, at::ScalarType type);
 

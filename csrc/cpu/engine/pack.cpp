@@ -6,10 +6,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cpu::engine {
 namespace {
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 void store(float value, float& at) { at = value; }
 void store(float value, bf16& at) { at.bits = c10::BFloat16(value).x; }
@@ -31,10 +31,10 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
   const auto weight = given.to(at::kFloat).contiguous();
   const int64_t out = weight.size(0), in = weight.size(1), height = weight.size(2), width = weight.size(3);
   constexpr int64_t step = kDepthStep<T>;
-  // how the taps of the window become taps of the layout and a part of the channels
+  // which taps of the window become taps of the layout, and which become channels
   const bool rows_fold = kind == Layout::Kind::columns, columns_fold = rows_fold || kind == Layout::Kind::folded;
   Packed packed;
-  packed.panels = (out + kPanel - 1) / kPanel;
+  packed.panels = ceil_div(out, kPanel);
   packed.taps = (rows_fold ? 1 : height) * (columns_fold ? 1 : width);
   const int64_t whole = round_up(in * groups * (rows_fold ? height : 1) * (columns_fold ? width : 1), step);
   packed.depth = whole;

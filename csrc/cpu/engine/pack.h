@@ -8,8 +8,8 @@
 
 namespace resnet_fused::cpu::engine {
 
-// [panel][tap][depth][32]; of bfloat16 pairs of channels side by side: [panel][tap][depth / 32][2 x 16 outputs][16
-// pairs] [16 outputs][2]. Zero where there is no weight.
+// [panel][tap][depth][32]; bfloat16 has pairs of channels side by side: [panel][tap][depth / 32][2 x 16 outputs]
+// [16 pairs][16 outputs][2]. Zero where there is no weight.
 struct Packed {
   Memory memory;
   int64_t panels = 0, taps = 0, depth = 0;

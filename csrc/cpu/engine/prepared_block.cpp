@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 
+#include "../../block/kernel_layout.h"
 #include "../../block/result_format.h"
 #include "../convolution.h"
 #include "../isa.h"
@@ -21,8 +22,6 @@
 
 namespace resnet_fused::cpu::engine {
 namespace {
-
-constexpr auto kLayout = at::MemoryFormat::ChannelsLast;
 
 int64_t second_cache() {
 #ifdef _SC_LEVEL2_CACHE_SIZE
@@ -36,11 +35,11 @@ Window window_of(const Stage& stage, int64_t height, int64_t width) {
   return {{height, width}, stage.stride, stage.padding, stage.dilation};
 }
 
-// staged: the first convolution's input has to pass through a norm or an activation, which folding does not do.
-Layout::Kind kind_of(const Window& window, int64_t channels, int64_t groups, bool first, bool staged) {
+// transformed: the first convolution's input first passes through a norm or an activation, which folding cannot do.
+Layout::Kind kind_of(const Window& window, int64_t channels, int64_t groups, bool first, bool transformed) {
   if (window.is_pixel()) return Layout::Kind::pixels;
   const bool few = window.kernel[1] > 1 && window.kernel[1] * channels <= 32;
-  if (first && !staged && groups == 1 && few) return Layout::Kind::folded;
+  if (first && !transformed && groups == 1 && few) return Layout::Kind::folded;
   if (first && groups == 1 && window.kernel[0] * window.kernel[1] == 1) return Layout::Kind::columns;
   return Layout::Kind::planes;
 }
@@ -116,13 +115,13 @@ class Prepared final : public PreparedBlock {
     if (given.branch_scale)
       branch_scale_ = per_channel(*given.branch_scale, out, padded);
     else if (spec_.join == JoinReads::branch)
-      branch_scale_.assign(padded, 1.0f);  // tells that the activation stands before the addition
+      branch_scale_.assign(padded, 1.0f);  // marks that the activation stands before the addition
     if (given.skip_scale) skip_scale_ = per_channel(*given.skip_scale, out, padded);
     const int64_t leading = spec_.convs[0].input_stage;
     if (leading != kNone) {
       const int64_t in = convs_[0].shape.in;
       pre_act_ = spec_.convs[leading].act;
-      stages_x_ = given.pre_scale.has_value() || !pre_act_.is(ActivationKind::identity);
+      transforms_x_ = given.pre_scale.has_value() || !pre_act_.is(ActivationKind::identity);
       pre_center_.assign(in, 0.0f);
       pre_scale_ = given.pre_scale ? to_floats(*given.pre_scale, in, 1.0f) : std::vector<float>(in, 1.0f);
       pre_shift_ = given.pre_shift ? to_floats(*given.pre_shift, in, 0.0f) : std::vector<float>(in, 0.0f);
@@ -179,7 +178,8 @@ class Prepared final : public PreparedBlock {
     std::atomic<bool> wild{false};
   };
 
-  // A group must not see what is not finite in another, whose weights are zeros to it: then PyTorch computes.
+  // The weights of other groups' channels are zeros here, and a zero times a value that is not finite is NaN. Where
+  // there is such a value PyTorch computes the block.
   bool watches(int64_t conv) const { return convs_[conv].shape.groups > 1; }
   bool watches_x() const { return watches(0) || (spec_.has_projection() && watches(spec_.projection())); }
   void watch(Call& call) const {
@@ -217,7 +217,7 @@ class Prepared final : public PreparedBlock {
     const std::lock_guard lock(mutex_);
     auto& kept = schedules_[key];
     if (!kept) {
-      if (schedules_.size() > 16) {  // sizes that never come again must not be kept for ever
+      if (schedules_.size() > 16) {  // sizes that do not recur must not be kept for ever
         schedules_.clear();
         return schedules_[key] = make(images, input);
       }
@@ -231,7 +231,7 @@ class Prepared final : public PreparedBlock {
                           static_cast<int64_t>(sizeof(T)), kDepthStep<T>};
     const Shape* projection = spec_.has_projection() ? &convs_[spec_.projection()].shape : nullptr;
     return std::make_shared<Schedule>(
-        make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, stages_x_, machine));
+        make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, transforms_x_, machine));
   }
 
   void run_apart(Call& call) const {
@@ -256,13 +256,13 @@ class Prepared final : public PreparedBlock {
     const int64_t threads = at::get_num_threads();
     for (int64_t item = 0; item < s.items; ++item)
       for (const Step& step : s.parts[0]) {
-        const int64_t height = step.conv == 0 ? step.staged_end - step.staged_begin : 0;
+        const int64_t height = step.conv == 0 ? step.x_end - step.x_begin : 0;
         if ((step.conv == 0 && !s.reads_x) ||
             (step.conv == spec_.last() && spec_.has_projection() && !s.projection_reads_x))
           each_in_parallel(threads, [&](int64_t t) {
             Step share = step;
-            share.staged_begin = step.staged_begin + t * height / threads;
-            share.staged_end = step.staged_begin + (t + 1) * height / threads;
+            share.x_begin = step.x_begin + t * height / threads;
+            share.x_end = step.x_begin + (t + 1) * height / threads;
             share.begin = step.begin + t * (step.end - step.begin) / threads;
             share.end = step.begin + (t + 1) * (step.end - step.begin) / threads;
             lay_out_input(call, buffers, item, share, step.begin);
@@ -287,7 +287,7 @@ class Prepared final : public PreparedBlock {
     }
   }
 
-  // Rows of the pooling, of the rows that the step has computed.
+  // Pools the rows that the step has computed.
   void pool(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
     const Schedule& s = call.schedule;
     const Size in = s.layouts[spec_.last()].output, out = s.pooled;
@@ -306,7 +306,8 @@ class Prepared final : public PreparedBlock {
       }
   }
 
-  // Of x what the step, or a share of it, reads and cannot read in place. first_row: of the whole step's outputs.
+  // Lays out what the step, or a share of it, reads of x and cannot read in place. first_row: of the whole step's
+  // outputs.
   void lay_out_input(Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t first_row) const {
     const Schedule& s = call.schedule;
     if (step.conv == 0 && !s.reads_x) {
@@ -314,9 +315,9 @@ class Prepared final : public PreparedBlock {
       for (int64_t n = 0; n < l.images; ++n) {
         const int64_t image = item * l.images + n;
         if (l.kind == Layout::Kind::folded)
-          fold_rows(call, l, image, step.staged_begin, step.staged_end, first_row, buffer(s, buffers, 0));
+          fold_rows(call, l, image, step.x_begin, step.x_end, first_row, buffer(s, buffers, 0));
         else if (l.kind == Layout::Kind::planes)
-          fill_planes(call, l, n, image, step.staged_begin, step.staged_end, buffer(s, buffers, 0));
+          fill_planes(call, l, n, image, step.x_begin, step.x_end, buffer(s, buffers, 0));
         else
           fill_columns(call, l, l, n, image, step.begin, step.end, buffer(s, buffers, 0));
       }
@@ -331,7 +332,7 @@ class Prepared final : public PreparedBlock {
 
   // `count` neighbouring pixels of x, behind the leading norm and activation, and zeros up to the pitch.
   void put(Call& call, const T* from, int64_t count, int64_t channels, int64_t pitch, T* to) const {
-    if (stages_x_) {
+    if (transforms_x_) {
       const NormalizeArgs<T> args{
           from, {pre_center_.data(), pre_scale_.data(), pre_shift_.data()}, nullptr, {}, {pre_act_, pre_slope_.data()},
           to};
@@ -377,8 +378,7 @@ class Prepared final : public PreparedBlock {
   // A row's taps side by side: row y of x with zeros at its ends, from which each output copies its window.
   // The buffer begins with what output row `first_row` reads.
   void fold_rows(
-      Call& call, const Layout& l, int64_t image, int64_t staged_begin, int64_t staged_end, int64_t first_row,
-      T* to) const {
+      Call& call, const Layout& l, int64_t image, int64_t x_begin, int64_t x_end, int64_t first_row, T* to) const {
     const auto& w = l.window;
     const int64_t width = l.input.width, channels = l.channels, taps = w.kernel[1], dilation = w.dilation[1];
     const auto strides = call.x.strides();
@@ -390,7 +390,7 @@ class Prepared final : public PreparedBlock {
         for (int64_t i = 0; i < width; ++i) inside[i * channels + c] = convert(x[c * strides[1] + i * strides[3]]);
     };
     const bool is_row = call.x.scalar_type() == scalar_type(T{}) && strides[1] == 1 && strides[3] == channels;
-    for (int64_t y = staged_begin; y < staged_end; ++y) {
+    for (int64_t y = x_begin; y < x_end; ++y) {
       const int64_t phase = (y + w.padding[0]) % w.stride[0], coordinate = (y + w.padding[0]) / w.stride[0];
       T* row = to + (phase * l.plane + (coordinate - first_row) * l.row) * l.pitch;
       if (y < 0 || y >= l.input.height) {
@@ -515,7 +515,7 @@ class Prepared final : public PreparedBlock {
         e.out -= step.target_row * next.output.width * next.pitch;
       e.pitch = next.pitch;
       e.channels = next.pitch;
-      // channels that only pad are sums of zeros times the input: of infinity they would be NaN
+      // padded channels are sums of zeros times the input: an infinity would make them NaN
       if (watches(step.conv + 1) || next.pitch > conv.shape.out) e.not_finite = &wild;
     }
     products<T>().multiply(task);
@@ -530,7 +530,7 @@ class Prepared final : public PreparedBlock {
   std::vector<bool> processes_, weight_is_last_;  // for the result's memory format
   Activation pre_act_;
   std::vector<float> pre_center_, pre_scale_, pre_shift_, pre_slope_;
-  bool stages_x_ = false;
+  bool transforms_x_ = false;
   bool finite_ = true;
   std::mutex mutex_;
   std::map<std::array<int64_t, 4>, std::shared_ptr<const Schedule>> schedules_;
@@ -554,8 +554,8 @@ std::optional<std::string> reason_against(
 
 // Measured with torch 2.13 on a Sapphire Rapids processor, 2 threads, ResNet-50 at 224 x 224 (oneDNN's time / ours, the
 // range of its blocks): AMX 1.2 to 2.1 at batch 16, 1.3 to 1.8 at batch 1. float32 by AVX-512, batch 16: 1.03 to 1.28
-// where the weights fit the second cache (stages 1 and 2), 0.84 to 0.90 where they do not. bfloat16 by AVX512-BF16 0.87
-// to 1.0.
+// where the weights fit the second cache (layer1 and layer2), 0.84 to 0.90 where they do not. bfloat16 by AVX512-BF16
+// 0.87 to 1.0.
 std::optional<std::string> faster_elsewhere(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
   if (is_forced() || !has_post_ops(dtype)) return std::nullopt;

@@ -30,9 +30,9 @@ class PreparedBlock : public torch::CustomClassHolder {
   // Throws ValueError where `reason_against` has a reason.
   static c10::intrusive_ptr<PreparedBlock> prepare(Ingredients ingredients, BlockSpec spec, at::ScalarType dtype);
 
-  // x: [N, C, H, W] of the block's dtype; the stem also takes float32 for it, in any layout. Returns channels_last; an
-  // undefined tensor where PyTorch has to compute it, since a value between grouped convolutions, or between those of
-  // padded channels, is not finite.
+  // x: [N, C, H, W] of the block's dtype, in any layout; the stem also takes float32 instead. Returns channels_last, or
+  // an undefined tensor where PyTorch has to compute the block, because a value between grouped convolutions, or
+  // between convolutions with padded channels, is not finite.
   virtual at::Tensor run(const at::Tensor& x) = 0;
   // Whether every weight and vector is finite; otherwise the block must not run.
   virtual bool finite() const = 0;

@@ -1,9 +1,9 @@
 // Convolutions as matrix products of our own: positions times channels, by one table of kernels per instruction set.
 // Single-threaded and torch-free.
 //
-// The input is a buffer of positions, each of `pitch` elements, in which a tap of the window is a shift: what makes the
-// positions of an output is said in layout.h. Weights are packed in panels of 32 outputs (pack.h). Every product of an
-// output is summed in float before the epilogue rounds it once.
+// The input is a buffer of positions, each of `pitch` elements, in which a tap of the window is a shift (layout.h).
+// Weights are packed in panels of 32 outputs (pack.h). All products of an output are summed in float before the
+// epilogue rounds the sum once.
 #pragma once
 
 #include "../../block/activations.h"
@@ -17,8 +17,8 @@ constexpr int64_t kTileRows = 16;  // the most positions of a tile of any instru
 template <class T>
 constexpr int64_t kDepthStep = sizeof(T) == 2 ? 32 : 1;
 
-// Neighbouring positions: a tile reads `first` and what follows, as many as it has rows, and gives [begin, end) of
-// them.
+// Neighbouring positions. A tile reads as many as it has rows, beginning with `first`, and gives the results of
+// [begin, end).
 struct Rows {
   int32_t first;
   int16_t begin, end;
@@ -49,9 +49,9 @@ struct Epilogue {
   T* out = nullptr;
   int64_t pitch = 0;
   const int32_t* target = nullptr;  // which position of `out` each position is; -1: none
-  int64_t channels = 0;             // of `out` that are written; beyond the convolution's own they come out of zeros
-  int64_t ahead = 0;                // where the line lies that will be written soon and is not in any cache; 0: it is
-  bool* not_finite = nullptr;       // set where an output is not finite; nullptr: not looked at
+  int64_t channels = 0;             // of `out` that are written; those beyond the convolution's own are made from zeros
+  int64_t ahead = 0;           // distance to the line that will be written soon and is in no cache; 0: it is in a cache
+  bool* not_finite = nullptr;  // set where an output is not finite; nullptr: not looked at
 };
 
 template <class T>

@@ -11,8 +11,8 @@
 
 namespace resnet_fused::cpu::amx {
 
-// In assembly: GCC 12's intrinsics tell the compiler too little of what they read. What a load reads was written before
-// `multiply` was called; only stores write what the same function reads.
+// In assembly, because GCC 12's intrinsics tell the compiler too little of what they read. What a load reads was
+// written before `multiply` was called; only stores write memory that the same function reads.
 struct Tiles {
   static inline void configure() {
     struct alignas(64) {

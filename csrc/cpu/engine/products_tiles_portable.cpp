@@ -1,5 +1,5 @@
-// The products by tiles with the tile operations in plain C++, for machines without AMX: slow, the same in every other
-// respect. Tests run it (RESNET_FUSED_ISA=amx_portable).
+// The products by tiles, with the tile operations in plain C++, for machines without AMX. They are slow and otherwise
+// the same. Tests run them (RESNET_FUSED_ISA=amx_portable).
 
 #include "products.h"
 
@@ -30,7 +30,7 @@ struct Tiles {
   static void load_once(const void* p, int64_t row_bytes) {
     load<t>(p, row_bytes);
   }
-  // In the processor's order: pairs' first and second products are summed apart, then both are added to the sum.
+  // In the processor's order: the first and the second products of the pairs are summed apart, then both are added.
   template <int sum, int a, int b>
   static void multiply() {
     for (int m = 0; m < 16; ++m) {

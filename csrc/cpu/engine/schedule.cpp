@@ -4,6 +4,8 @@
 #include <optional>
 #include <tuple>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cpu::engine {
 namespace {
 
@@ -11,21 +13,19 @@ constexpr int64_t kUnlimited = int64_t{1} << 40;
 // Bytes per cycle from the third cache or memory, for one of several threads; cycles until all threads have met.
 constexpr double kBytesPerCycle = 8, kMeeting = 6000;
 
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 std::pair<int64_t, int64_t> as_pair(std::array<int64_t, 2> range) { return {range[0], range[1]}; }
 
 class Planner {
  public:
   Planner(
       const std::vector<Shape>& chain, const Shape* projection, const Window* pool, int64_t images, Size input,
-      bool stages_x, const Machine& machine)
+      bool transforms_x, const Machine& machine)
       : chain_(chain),
         projection_(projection),
         pool_(pool),
         all_images_(images),
         input_(input),
-        stages_x_(stages_x),
+        transforms_x_(transforms_x),
         m_(machine) {}
 
   Schedule plan(int64_t images, int64_t parts, bool splits_outputs) const {
@@ -38,7 +38,7 @@ class Planner {
     const int64_t height = s.pooled.height;
     const int64_t band = images > 1 || splits_outputs ? height : band_rows(s);
     if (s.layouts[0].kind == Layout::Kind::folded) {
-      // of the first convolution as many rows as a band can ask for, and the rows that two of its windows share
+      // for the first convolution: as many rows as a band can ask for, and the rows that two of its windows share
       int64_t from = 0, to = band;
       if (pool_) std::tie(from, to) = as_pair(pool_->covers(from, to));
       for (int64_t i = last(); i > 0; --i) std::tie(from, to) = as_pair(chain_[i].window.covers(from, to));
@@ -59,7 +59,7 @@ class Planner {
   const Window* pool_;
   int64_t all_images_;
   Size input_;
-  bool stages_x_;
+  bool transforms_x_;
   Machine m_;
 
   void lay_out_all(Schedule& s) const {
@@ -69,7 +69,7 @@ class Planner {
       Layout::Kind kind = shape.kind;
       // a tile that reads whole must not read beyond x
       const bool fits = !m_.whole_tiles || s.images * input_.pixels() >= m_.tile_rows;
-      if (i == 0) s.reads_x = kind == Layout::Kind::pixels && !stages_x_ && shape.in % m_.step == 0 && fits;
+      if (i == 0) s.reads_x = kind == Layout::Kind::pixels && !transforms_x_ && shape.in % m_.step == 0 && fits;
       if (i == 0 && kind == Layout::Kind::pixels && !s.reads_x) kind = Layout::Kind::columns;
       s.layouts.push_back(lay_out(kind, shape.window, size, shape.in, s.images, m_.step));
       size = s.layouts.back().output;
@@ -77,7 +77,7 @@ class Planner {
     if (projection_) {
       const Layout& beside = s.layouts[last()];
       s.projection_reads_x = projection_->kind == Layout::Kind::pixels && beside.kind == Layout::Kind::pixels &&
-                             !stages_x_ && projection_->in % m_.step == 0 &&
+                             !transforms_x_ && projection_->in % m_.step == 0 &&
                              (!m_.whole_tiles || s.images * input_.pixels() >= m_.tile_rows);
       s.layouts.push_back(
           s.projection_reads_x
@@ -98,7 +98,7 @@ class Planner {
     return layout <= last() || !s.projection_reads_x;
   }
 
-  // So many output rows that what one band reads and writes fills half the second cache.
+  // The number of output rows for which a band's reads and writes fill half the second cache.
   int64_t band_rows(const Schedule& s) const {
     double row = 0;  // bytes of one output row in everything that lives as long as the band
     const Layout& end = s.layouts[last()];
@@ -109,13 +109,13 @@ class Planner {
       if (buffered(s, i)) row += static_cast<double>(s.layouts[i].positions * s.layouts[i].pitch) / height;
     const double rows = 0.5 * static_cast<double>(m_.second_cache) / (row * static_cast<double>(m_.element));
     const int64_t bands = std::max<int64_t>(1, static_cast<int64_t>(height / std::max(1.0, rows) + 0.999));
-    return (s.pooled.height + bands - 1) / bands;
+    return ceil_div(s.pooled.height, bands);
   }
 
   Part part(const Schedule& s, int64_t begin, int64_t end, int64_t band) const {
     Part steps;
     std::vector<int64_t> done(chain_.size(), 0);
-    int64_t staged = 0;
+    int64_t laid_out = 0;
     for (int64_t row = begin; row < end; row += band) {
       std::vector<Step> reversed;
       int64_t from = row, to = std::min(end, row + band);
@@ -135,11 +135,10 @@ class Planner {
         Step step{i, from, to, 0, 0, 0, 0, 0, l.tiles(from, to, m_.tile_rows, m_.whole_tiles, readable)};
         const auto [first, beyond] = l.window.reads(from, to, l.input.height);
         if (i == 0) {
-          step.staged_begin = row > begin ? std::max(first, staged) : first;
-          step.staged_end = beyond;
-          staged = beyond;
-          if (l.kind == Layout::Kind::folded)
-            std::tie(step.staged_begin, step.staged_end) = as_pair(l.window.covers(from, to));
+          step.x_begin = row > begin ? std::max(first, laid_out) : first;
+          step.x_end = beyond;
+          laid_out = beyond;
+          if (l.kind == Layout::Kind::folded) std::tie(step.x_begin, step.x_end) = as_pair(l.window.covers(from, to));
         }
         // pixels are kept for the band alone
         if (i < last() && s.layouts[i + 1].kind != Layout::Kind::planes) step.target_row = from;
@@ -195,7 +194,7 @@ class Planner {
         double depth = static_cast<double>(shape.products);
         if (step.conv == last() && projection_) depth += static_cast<double>(projection_->products);
         double panels = static_cast<double>(shape.panels);
-        if (s.splits_outputs) panels = static_cast<double>((shape.panels + threads - 1) / threads);
+        if (s.splits_outputs) panels = static_cast<double>(ceil_div(shape.panels, threads));
         // a pair of tiles takes 64 cycles for 32 channels; a vector kernel one for each row and channel; and an
         // epilogue
         double cycles = 0;
@@ -209,16 +208,16 @@ class Planner {
     for (const Shape& shape : chain_) weights += static_cast<double>(shape.products * shape.panels * kPanel) * element;
     if (projection_) weights += static_cast<double>(projection_->products * projection_->panels * kPanel) * element;
     const auto count = static_cast<double>(s.items * static_cast<int64_t>(s.parts.size()));
-    const double each = std::max(1.0, static_cast<double>((static_cast<int64_t>(count) + threads - 1) / threads));
+    const double each = std::max(1.0, static_cast<double>(ceil_div(static_cast<int64_t>(count), threads)));
     double inside = 0;  // bytes between the convolutions of one item
     for (size_t i = 0; i < s.layouts.size(); ++i)
       if (buffered(s, i)) inside += static_cast<double>(s.layouts[i].bytes(m_.element));
-    // What lies between convolutions and outgrows the cache is fetched again for every panel: tiles whole, of which the
-    // processor has several under way, but vectors one value after the other.
+    // Tensors between convolutions that outgrow the cache are fetched again for every panel. Tiles are fetched whole,
+    // and the processor has several of them in flight; vectors are fetched one value after the other.
     const bool fits = s.images == 1 || inside <= (m_.whole_tiles ? 0.7 : 0.3) * cache;
     const double again = fits ? 0 : inside * (m_.whole_tiles ? 2 : 16);
     if (s.splits_outputs) {
-      // each thread reads its share of the weights once, and out of other cores everything that the others have written
+      // each thread reads its share of the weights once, and from the other cores everything that they have written
       streamed = weights / static_cast<double>(threads) + 3 * inside + (m_.whole_tiles ? 0 : again);
       const double item = products + streamed / kBytesPerCycle + static_cast<double>(chain_.size()) * kMeeting;
       return item * static_cast<double>(s.items);
@@ -233,8 +232,8 @@ class Planner {
 
 Schedule make_schedule(
     const std::vector<Shape>& chain, const Shape* projection, const Window* pool, int64_t images, Size input,
-    bool stages_x, const Machine& machine) {
-  const Planner planner(chain, projection, pool, images, input, stages_x, machine);
+    bool transforms_x, const Machine& machine) {
+  const Planner planner(chain, projection, pool, images, input, transforms_x, machine);
   std::optional<Schedule> best;
   const auto consider = [&](Schedule found) {
     if (!best || found.cost < best->cost) best = std::move(found);

@@ -1,4 +1,5 @@
-// How one block is computed for one input size: the layout of every convolution's input, and who computes what when.
+// How one block is computed for one input size: the layout of every convolution's input, and which thread computes what
+// in which order.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +21,15 @@ struct Shape {
 // One convolution of some output rows, after the input rows it reads have been laid out.
 struct Step {
   int64_t conv;
-  int64_t begin, end;                // output rows
-  int64_t staged_begin, staged_end;  // x's rows to lay out first; of the first convolution
-  int64_t target_row;                // the output buffer begins with this row
-  int64_t pool_begin, pool_end;      // rows of the pooling behind the last convolution
+  int64_t begin, end;            // output rows
+  int64_t x_begin, x_end;        // x's rows to lay out first; of the first convolution
+  int64_t target_row;            // the output buffer begins with this row
+  int64_t pool_begin, pool_end;  // rows of the pooling behind the last convolution
   std::vector<Rows> tiles;
 };
 
 // What one thread computes without waiting for another: rows of some images, band by band through all convolutions, so
-// that what is between them stays in its cache.
+// that the tensors between them stay in its cache.
 using Part = std::vector<Step>;
 
 struct Schedule {
@@ -56,9 +57,9 @@ struct Machine {
 };
 
 // chain: without the projection; projection, pool: nullptr for none. Pooling takes a block without a skip path.
-// stages_x: x has to pass through a norm or an activation before the first convolution.
+// transforms_x: x has to pass through a norm or an activation before the first convolution.
 Schedule make_schedule(
     const std::vector<Shape>& chain, const Shape* projection, const Window* pool, int64_t images, Size input,
-    bool stages_x, const Machine& machine);
+    bool transforms_x, const Machine& machine);
 
 }  // namespace resnet_fused::cpu::engine

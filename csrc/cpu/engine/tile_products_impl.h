@@ -1,8 +1,8 @@
 // Products by tiles (AMX): 32 positions times a panel in four accumulators, one tile loaded for each product.
 // Included once per body of the tile operations, after epilogue_impl.h; Tiles holds these operations.
 //
-// Sums leave the tiles between the first products of the next ones, and their epilogue runs between the products that
-// follow: tiles are multiplied by a unit of their own, which would wait while the vector units finish what it made.
+// A unit of its own multiplies tiles, and it would wait while the vector units finish what it made. So sums leave the
+// tiles between the first products of the next ones, and their epilogue runs between the products that follow.
 
 namespace resnet_fused::cpu::KERNELS_ISA {
 
@@ -56,7 +56,7 @@ static void multiply_tiles(const Task<bf16>& task) {
   alignas(64) unsigned char unused[1024];
   int64_t products = 0;
   for (const auto& f : task.factors) products += f.tap_count * f.depth / 32;
-  // half a tile at a time: each beginning costs as much as a row
+  // half a tile at a time: each start costs as much as a row
   const int rows_at_once = products == 1 ? 32 : 16;
   const int64_t interval = products < 2 ? 1 : products / 2;
   Pending pending{{}, 0, 0, 0, sums[0]};
@@ -108,7 +108,7 @@ static void multiply_tiles(const Task<bf16>& task) {
             until = interval;
           }
           if (prefetch.next < prefetch.end) prefetch.some();
-          // without a store for about 2,000 cycles the next one takes about 900 more
+          // after about 2,000 cycles without a store the next one takes about 900 cycles more
           if (++since_store % 16 == 0) Tiles::template store<4>(unused, 64);
         }
       }

@@ -12,15 +12,15 @@ constexpr int kVectors = 2;                               // of a row of the til
 constexpr int kVectorRows = VECTOR_BYTES == 64 ? 14 : 6;  // with them the accumulators fill the registers
 constexpr int kColumns = kVectors * Vector::lanes;        // of a tile
 
-// Unrolled early, or the accumulators would be kept in memory.
+// Unrolled early: the accumulators would otherwise be kept in memory.
 #define EACH_ROW _Pragma("GCC unroll 16") for (int r = 0; r < rows; ++r)
 
-// The packed layout of bfloat16 (pack.h): for 32 channels and 16 outputs at a time pairs of channels.
+// The packed layout of bfloat16 (pack.h): pairs of channels, for 32 channels and 16 outputs at a time.
 static inline const bf16* packed(const bf16* panel, int64_t depth, int column) {
   return panel + depth * kPanel + column / 16 * 512 + column % 16 * 2;
 }
 
-// Products of float are summed in registers for so many channels and then added up: one long sum rounds more.
+// Float products of this many channels are summed in registers, then the sums are added: one long sum rounds more.
 constexpr int64_t kSummedAtOnce = 256;
 
 // sums[row][column + 0 ..] := the products of `rows` positions with some columns of a panel
@@ -93,7 +93,7 @@ static void multiply_tile(const Task<bf16>& task, int64_t first, int64_t panel, 
 template <class T>
 using MultiplyTile = void (*)(const Task<T>&, int64_t, int64_t, int, float*);
 
-// By the number of rows.
+// Calls the function for the given number of rows.
 template <class T>
 constexpr MultiplyTile<T> kMultiplyTile[] = {
     nullptr,           multiply_tile<1>,  multiply_tile<2>, multiply_tile<3>,  multiply_tile<4>,

@@ -11,8 +11,8 @@ static inline float load(float v) { return v; }
 static inline double load(double v) { return v; }
 static inline float load(bf16 v) { return __builtin_bit_cast(float, static_cast<uint32_t>(v.bits) << 16); }
 
-// A half's exponent and mantissa in a float's place are the value times 2^-112, subnormals included; one exact product
-// mends that, and an all-ones exponent has to become one again.
+// A half's exponent and mantissa in the place of a float's are the value times 2^-112, subnormals included. One exact
+// product corrects that; an all-ones exponent has to be restored.
 static inline float load(f16 v) {
   const uint32_t rest = v.bits & 0x7fffu;
   const uint32_t finite = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest << 13) * 0x1p112f);
@@ -51,7 +51,7 @@ struct Store<f16> {
     const float magic = __builtin_bit_cast(float, in_range + (13u << 23));
     const uint32_t sum =
         __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, rest) + magic) - __builtin_bit_cast(uint32_t, magic);
-    // `sum` counts steps of 2^-10 times the power; below the power's own 2^10 steps stand subnormals
+    // `sum` counts steps of 2^-10 times the power; fewer than the power's own 2^10 steps are subnormals
     const uint32_t steps = sum + (((in_range - 0x38800000u) >> 23) << 10);
     const uint32_t finite = steps < 0x7c00u ? steps : 0x7c00u;
     const uint32_t overflow = rest >= 0x477ff000u ? 0x7c00u : finite;
@@ -65,10 +65,11 @@ struct Store<f16> {
 static inline double exponential(double x) { return __builtin_exp(x); }
 static inline double error_function(double x) { return __builtin_erf(x); }
 
-// e^x = 2^n e^r with |r| <= ln(2) / 2, the latter by Taylor's series; 2^n in two factors, so that its ends are reached.
+// e^x = 2^n e^r with |r| <= ln(2) / 2. e^r is a Taylor series; 2^n is two factors, so that both ends of the range are
+// reached.
 static inline float exponential(float x) {
   const float low = x < -104.0f ? -104.0f : x, within = low > 89.0f ? 89.0f : low;
-  constexpr float magic = 12582912.0f;  // adding it rounds to an integer, which stands in the last bits
+  constexpr float magic = 12582912.0f;  // adding it rounds to an integer, held in the last bits
   const float shifted = within * 1.44269504f + magic, n = shifted - magic;
   const float r = (within - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.0f / 5040;

@@ -17,11 +17,11 @@ struct Affine {
   const A* shift;
 };
 
-// What tells the derivative of an activation: nothing (there is none), its output, or its argument, which is computed
-// again: (y - center) * scale + shift, and the skip path's part of a sum.
+// What gives an activation's derivative: nothing (there is no activation), its output, or its argument. The argument is
+// computed again: (y - center) * scale + shift, plus the skip path's part where it is a sum.
 enum class Reads { nothing, output, argument };
 
-// The activation of a pass. ReLU and the identity behind an addition have loops of their own.
+// The activation of a pass. ReLU and the identity, after an addition, have loops of their own.
 template <class A>
 struct Act {
   Activation act;
@@ -89,7 +89,7 @@ struct RowKernels {
   void (*normalize)(const NormalizeArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_reduce)(const BackwardReduceArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_apply)(const BackwardApplyArgs<T>&, int64_t rows, int64_t channels);
-  // A bit a value: bit c % 8 of byte c / 8 in rows of ceil(C / 8) bytes, zero beyond C.
+  // One bit per value: bit c % 8 of byte c / 8 in rows of ceil(C / 8) bytes, zero beyond C.
   // bits := out is not <= 0, which is where ReLU passes the gradient
   void (*passing_bits)(const T* out, int64_t rows, int64_t channels, uint8_t* bits);
   // dz := dout where the bit is set, else 0

@@ -30,8 +30,8 @@ static inline A apply(const Affine<A>& norm, int64_t c, A y) {
 
 // --- statistics ------------------------------------------------------------------------------------------------------
 
-// Sums of (y - first row) and their squares: one read of y, no cancellation for |mean| >> std. Row after row, in the
-// order of memory: several rows at once would touch the sums less but halve the bandwidth that prefetching gives.
+// Sums of (y - first row) and of its square: one read of y, no cancellation for |mean| >> std. Rows are read one by one
+// in memory order: several rows at once would touch the sums less often but halve the bandwidth that prefetching gives.
 template <class T>
 static void statistics(const T* y, int64_t rows, int64_t channels, sum_t<T>* mean, sum_t<T>* m2) {
   using A = arith_t<T>;
@@ -95,7 +95,7 @@ static void add_skip(
   }
 }
 
-// Any activation, a tile of channels at a time.
+// Any activation, one tile of channels at a time.
 template <class T>
 static void normalize_any(const NormalizeArgs<T>& args, int64_t rows, int64_t all) {
   using A = arith_t<T>;
@@ -178,7 +178,8 @@ static void reduce_rows(const BackwardReduceArgs<T>& args, int64_t rows, int64_t
   }
 }
 
-// Any activation, a tile of channels at a time; dz is kept, since its derivative may cost more than memory.
+// Any activation, one tile of channels at a time; dz is kept, since computing its derivative again may cost more than
+// memory traffic.
 template <class T>
 static void reduce_any(const BackwardReduceArgs<T>& args, int64_t rows, int64_t all) {
   using A = arith_t<T>;
@@ -227,10 +228,10 @@ static void reduce_any(const BackwardReduceArgs<T>& args, int64_t rows, int64_t 
         }
       T* dz = args.dz + at;
       CHANNEL_LOOP {
-        // where the derivative is zero so is the gradient, whatever dout is: PyTorch leaves such values out
+        // where the derivative is zero the gradient is zero, whatever dout is: PyTorch leaves such values out
         const T stored = Store<T>::from(z[c] == 0 ? A(0) : load(dout[c]) * z[c]);
         dz[c] = stored;
-        z[c] = load(stored);  // what later passes read is what is counted
+        z[c] = load(stored);  // the sums count the value that later passes read
       }
       Sum *sum = args.sum_dz + first, *sum_y = args.sum_dz_y + first;
       CHANNEL_LOOP {
@@ -306,10 +307,10 @@ static void backward_apply(const BackwardApplyArgs<T>& args, int64_t rows, int64
                                 : apply_masked<T, Reads::nothing>(args, rows, channels);
 }
 
-// --- one bit a value ---
+// --- one bit per value ---
 // ---------------------------------------------------------------------------------------------------
 
-// Eight bits travel as the eight bytes of a word, each 0 or 1, which loops over values read and write (little-endian).
+// Eight bits are held as the eight bytes of a word, each 0 or 1; loops over values read and write them (little-endian).
 static inline uint64_t spread(uint8_t bits) {
   const uint64_t own = bits * 0x0101010101010101u & 0x8040201008040201u;  // byte j holds bit j, in its place
   return (own + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
@@ -318,7 +319,7 @@ static inline uint8_t gather(uint64_t bytes) { return static_cast<uint8_t>(bytes
 
 constexpr int64_t kBitTile = 512;
 
-// As many bits as `count`, the rest of the last byte zero.
+// `count` bits; the rest of the last byte is zero.
 template <class T>
 static void pack_passing(const T* __restrict out, int64_t count, uint8_t* __restrict bits) {
   uint64_t words[kBitTile / 8];
@@ -331,7 +332,7 @@ static void pack_passing(const T* __restrict out, int64_t count, uint8_t* __rest
   }
 }
 
-// On bit patterns, so that a loop serves every type of one size; GCC 12 fails on selections of 16-bit structs.
+// On bit patterns, so that one loop serves every type of the same size; GCC 12 fails on selections of 16-bit structs.
 template <class Word>
 static void unpack_where(
     const Word* __restrict dout, const uint8_t* __restrict bits, int64_t count, Word* __restrict dz) {
@@ -384,7 +385,7 @@ static void where_bits(const T* dout, const uint8_t* bits, int64_t rows, int64_t
 
 // --- finiteness ------------------------------------------------------------------------------------------------------
 
-// The bits of an infinity without its sign; of what is not finite, none are smaller.
+// The bits of an infinity without its sign: no value that is not finite has smaller ones.
 static inline uint16_t magnitude(bf16 v) { return v.bits & 0x7fffu; }
 static inline uint16_t magnitude(f16 v) { return v.bits & 0x7fffu; }
 static inline uint32_t magnitude(float v) { return __builtin_bit_cast(uint32_t, v) & 0x7fffffffu; }

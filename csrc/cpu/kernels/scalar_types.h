@@ -23,8 +23,8 @@ struct Arithmetic<double> {
 template <class T>
 using arith_t = typename Arithmetic<T>::type;
 
-// Sums over many rows are kept in double, as PyTorch keeps them; bfloat16, whose values carry eight bits, in float,
-// which is twice as fast.
+// Sums over many rows are kept in double, as PyTorch keeps them. Those of bfloat16, whose values carry eight bits, are
+// kept in float, which is twice as fast.
 template <class T>
 struct Summation {
   using type = double;

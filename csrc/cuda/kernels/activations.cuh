@@ -1,7 +1,7 @@
 // Activations and their gradients, one value at a time.
 //
-// Functions of their own, called and not inlined: what they need in registers stays out of the epilogues that hold a
-// pack of results, and out of those of a ReLU, which computes in line.
+// They are called and not inlined: the registers they need are then not taken from epilogues, which hold a pack of
+// results, and least of all from those with a ReLU, which is computed in line.
 #pragma once
 
 #include "../../block/activations.h"

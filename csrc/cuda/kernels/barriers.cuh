@@ -1,12 +1,12 @@
 // Order between workers: the grid barrier of a single launch, and the ticket that finds the last to finish.
-// Both leave their counters at zero, so a workspace is cleared once and not at every launch.
+// Both leave their counters at zero, so a workspace is cleared once and not for every launch.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace resnet_fused::cuda {
 
-// Waits for every worker of a cooperative launch; what they wrote before is seen after.
+// Waits for every worker of a cooperative launch. What they wrote before the barrier is visible after it.
 // Worker 0 adds 2^31 - (workers - 1), every other 1: the sign flips when all have come, and the rest is zero again.
 DEVICE void grid_barrier(int32_t* counter) {
   sync_threads();
@@ -21,7 +21,7 @@ DEVICE void grid_barrier(int32_t* counter) {
   sync_threads();
 }
 
-// Whether this worker is the last of `expected` to come here; then it sees what the others wrote before.
+// Whether this worker is the last of `expected` to arrive here; if so, it sees what the others wrote before.
 // flag: shared memory of the worker, free until its next barrier.
 DEVICE bool arrives_last(int32_t* ticket, int expected, int32_t* flag) {
   sync_threads();

@@ -1,6 +1,5 @@
-// Evaluation in one piece: a worker computes all convolutions of a block for one tile of result pixels. What lies
-// between them stays in shared memory, with the halo that the next kernel reaches into, so nothing waits for another
-// worker.
+// Evaluation in one piece: a worker computes all convolutions of a block for one tile of result pixels. The tensors
+// between them stay in shared memory, with the halo that the next convolution reads, so no worker waits for another.
 //
 // The projection needs no result of its own: its product is added to the last convolution's, before the epilogue.
 #pragma once
@@ -9,7 +8,7 @@
 
 namespace resnet_fused::cuda {
 
-// Rows of a resident tensor [pixels of a region, channels padded to whole steps], laid out in chunks as a stage is.
+// Chunks per row of a resident tensor [pixels of a region, channels padded to whole steps], laid out as a buffer is.
 template <class T>
 DEVICE int resident_chunks(int channels) {
   return ceil_div(channels, kDepth<T>) * 8;
@@ -92,11 +91,11 @@ struct ResidentLoader {
   DEVICE ResidentA<S> a(const char*) const {
     return {resident, rows, shift, chunk, resident_chunks<T>(p.source.channels)};
   }
-  DEVICE StagedB<S, false> b(const char* memory) const { return {memory + S::A_BYTES}; }
+  DEVICE BufferedB<S, false> b(const char* memory) const { return {memory + S::A_BYTES}; }
 };
 
-// Writes a tile of results to a resident tensor, bias and activation applied; outside the picture zero, as padding is,
-// and beyond the last channel, too, where an infinity times a weight that is not there has made NaN.
+// Applies bias and activation to a tile of results and writes it to a resident tensor. Outside the picture it writes
+// zero, as padding is; likewise beyond the last channel, where an infinity times an absent weight has made NaN.
 // inside(row): whether a row of the region is a pixel of the picture.
 template <class S, class Inside>
 DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row, int column, const Inside& inside) {
@@ -133,11 +132,11 @@ DEVICE void keep_results(const ChainStage& stage, char* resident, int first_row,
   sync_threads();  // the results' place is free, and the resident rows can be read
 }
 
-// Shared memory: stages or results; the epilogue's constants; the resident tensors. Sets their places; returns the
-// size.
+// Shared memory: buffers or results; the epilogue's constants; the resident tensors. Sets their places and returns the
+// size in bytes.
 template <class T>
 inline int place_chain(Chain& c) {
-  int end = products_bytes<Small<T>>(c.stages, c.stage[0].product.source.y != nullptr);
+  int end = products_bytes<Small<T>>(c.buffers, c.stage[0].product.source.y != nullptr);
   c.shared_constants = end;
   end += constant_bytes(Small<T>::COLUMNS);
   for (int j = 0; j + 1 < c.count; ++j) {
@@ -192,7 +191,7 @@ NOINLINE_DEVICE void chain() {
               const bool in = locate(first + loader.row(i), h, w);
               loader.set_row(i, in ? 0 : -1, h * p.geometry.stride[0], w * p.geometry.stride[1]);
             }
-            multiply<S>(acc, loader, loader.steps(), c.stages, stage_bytes<S>(with_y), c.tf32);
+            multiply<S>(acc, loader, loader.steps(), c.buffers, buffer_bytes<S>(with_y), c.tf32);
           };
           if (j > 0) {
             const ChainStage& before = c.stage[j - 1];
@@ -202,7 +201,7 @@ NOINLINE_DEVICE void chain() {
               const int at = first + row < rows ? first + row : 0, h = divide(at, stage.per_row);
               return h * g.stride[0] * before.rows[1] + (at - h * stage.rows[1]) * g.stride[1];
             });
-            multiply<S>(acc, loader, loader.steps(), c.stages, stage_bytes<S>(with_y), c.tf32);
+            multiply<S>(acc, loader, loader.steps(), c.buffers, buffer_bytes<S>(with_y), c.tf32);
           }
           // the same code for what comes from memory: the first convolution, and beside the last the projection
           if (j == 0) from_memory(stage.product);

@@ -1,4 +1,5 @@
 // The convolution phase: an implicit matrix product over NHWC activations, forward and transposed (data gradient).
+// `Convolution` (phase.h) has the shapes.
 #pragma once
 
 #include "epilogue.cuh"
@@ -7,8 +8,8 @@ namespace resnet_fused::cuda {
 
 // The taps and blocks of source channels that a product walks, one step after the other.
 //
-// Transposed, only the taps that meet the grid of the class at `position` are walked: every step-th from the first that
-// does. The source then lies (position + padding - tap dilation) / stride away, which divides.
+// The transposed form walks only the taps that meet the grid of the class at `position`: every step-th from the first
+// one that does. The source then lies (position + padding - tap dilation) / stride away, without a remainder.
 template <bool TRANSPOSED>
 struct Taps {
   const Geometry& g;
@@ -46,13 +47,14 @@ struct Taps {
   }
 };
 
-// Operand A of a product: for each row of the tile the source pixel of the current tap; and operand B: weights.
+// Operand A of a product, [ROWS, depth]: for each row of the tile the source pixel at the current tap. Operand B: the
+// weights, [COLUMNS, depth], or [depth, COLUMNS] where TRANSPOSED.
 template <class S, bool TRANSPOSED>
 struct ConvolutionLoader {
   using T = typename S::Value;
-  static constexpr int kEach = S::ROWS / 32;                     // rows of A a thread copies: one chunk of each
+  static constexpr int kEach = S::ROWS / 32;                     // rows of A that a thread copies, one chunk of each
   static constexpr int kWeightChunks = S::COLUMNS / kChunk<T>;   // of a row of a transposed B
-  static constexpr int kWeightEach = S::COLUMNS * 8 / kThreads;  // chunks of B a thread copies
+  static constexpr int kWeightEach = S::COLUMNS * 8 / kThreads;  // chunks of B that a thread copies
   static constexpr int kNowhere = 0x40004000;
 
   const Product& p;
@@ -61,10 +63,10 @@ struct ConvolutionLoader {
   Taps<TRANSPOSED> taps;
   int offset[kEach];    // of a row's own place from the first image
   int place[kEach];     // its row << 16 and column in the source, or kNowhere
-  uint32_t inside = 0;  // which chunks lie inside, four bits a step
+  uint32_t inside = 0;  // which chunks lie inside, four bits per step
   int ahead = 0;        // steps loaded and not yet multiplied
-  int channel = 0;      // where the step begins that is multiplied next
-  int depth = 0;        // and how deep it is
+  int channel = 0;      // first channel of the step that is multiplied next
+  int depth = 0;        // its depth
 
   DEVICE ConvolutionLoader(const Product& p, int column, int64_t first_image, int row_class, int column_class)
       : p(p),
@@ -80,7 +82,7 @@ struct ConvolutionLoader {
   DEVICE static int row(int i) { return thread_index() / 8 + i * 32; }
   DEVICE int steps() const { return taps.count() * ceil_div(p.source.channels, kDepth<T>); }
 
-  DEVICE void load(char* stage) {
+  DEVICE void load(char* buffer) {
     const T* const x = static_cast<const T*>(p.source.x);
     const T* const y = static_cast<const T*>(p.source.y);
     const int channels = p.source.channels, shift_h = taps.shift(0), shift_w = taps.shift(1);
@@ -92,15 +94,15 @@ struct ConvolutionLoader {
       const int h = (place[i] >> 16) + shift_h, w = (place[i] & 0xffff) + shift_w;
       const bool in = static_cast<unsigned>(h) < static_cast<unsigned>(p.source_height) &&
                       static_cast<unsigned>(w) < static_cast<unsigned>(p.source_width) && exists;
-      char* const to = stage + chunk_offset(row(i), chunk, 8);
+      char* const to = buffer + chunk_offset(row(i), chunk, 8);
       const int64_t from = in ? base + (offset[i] + move) : 0;
       cp_async_16(to, x + from, in);
-      if (y != nullptr) cp_async_16(to + S::STAGE, y + from, in);
+      if (y != nullptr) cp_async_16(to + S::STEP_BYTES, y + from, in);
       bits |= (in ? 1u : 0u) << i;
     }
     inside = inside << 4 | bits;
     const T* const weight = static_cast<const T*>(p.weight);
-    char* const b = stage + S::A_BYTES;
+    char* const b = buffer + S::A_BYTES;
     const int all = p.geometry.kernel[0] * p.geometry.kernel[1], tap = taps.index();
     if constexpr (TRANSPOSED) {
       const int weight_chunk = thread_index() % kWeightChunks, result = column + weight_chunk * kChunk<T>;
@@ -122,7 +124,7 @@ struct ConvolutionLoader {
     ++ahead;
   }
 
-  DEVICE void finish(char* stage) {
+  DEVICE void finish(char* buffer) {
     const int channels = p.source.channels;
     --ahead;
     if (computed(p.source)) {
@@ -130,7 +132,7 @@ struct ConvolutionLoader {
       const uint32_t bits = inside >> (4 * ahead);
       if (c < channels)
         compute_chunks<T, kEach>(
-            p.source, c, S::STAGE, [&](int i) { return stage + chunk_offset(row(i), chunk, 8); },
+            p.source, c, S::STEP_BYTES, [&](int i) { return buffer + chunk_offset(row(i), chunk, 8); },
             [&](int i) { return (bits >> i & 1u) != 0; });
     }
     depth = least(kDepth<T>, channels - channel);
@@ -138,25 +140,26 @@ struct ConvolutionLoader {
   }
 
   DEVICE int substeps() const { return ceil_div(depth * static_cast<int>(sizeof(T)), 32); }
-  DEVICE StagedA<S, false> a(const char* stage) const { return {stage}; }
-  DEVICE StagedB<S, TRANSPOSED> b(const char* stage) const { return {stage + S::A_BYTES}; }
+  DEVICE BufferedA<S, false> a(const char* buffer) const { return {buffer}; }
+  DEVICE BufferedB<S, TRANSPOSED> b(const char* buffer) const { return {buffer + S::A_BYTES}; }
 };
 
 template <class S>
-DEVICE constexpr int stage_bytes(bool with_y) {
-  return S::STAGE + (with_y ? S::A_BYTES : 0);
+DEVICE constexpr int buffer_bytes(bool with_y) {
+  return S::STEP_BYTES + (with_y ? S::A_BYTES : 0);
 }
 constexpr int greater(int a, int b) { return a > b ? a : b; }
 
-// Shared memory of a convolution: stages, results or meeting threads; then the constants; then the running sums.
+// Shared memory of a convolution: buffers, results or meeting threads; then the constants; then the running sums.
 template <class S>
-constexpr int products_bytes(int stages, bool with_y) {
+constexpr int products_bytes(int buffers, bool with_y) {
   return greater(
-      greater(stages * (S::STAGE + (with_y ? S::A_BYTES : 0)), S::RESULT_BYTES), kMeetingBytes<typename S::Value>);
+      greater(buffers * (S::STEP_BYTES + (with_y ? S::A_BYTES : 0)), S::RESULT_BYTES),
+      kMeetingBytes<typename S::Value>);
 }
 template <class S>
-constexpr int convolution_bytes(int stages, bool with_y) {
-  return products_bytes<S>(stages, with_y) + constant_bytes(S::COLUMNS) + running_bytes(S::COLUMNS);
+constexpr int convolution_bytes(int buffers, bool with_y) {
+  return products_bytes<S>(buffers, with_y) + constant_bytes(S::COLUMNS) + running_bytes(S::COLUMNS);
 }
 
 template <class S, bool TRANSPOSED>
@@ -164,7 +167,7 @@ NOINLINE_DEVICE void convolution() {
   using T = typename S::Value;
   const Convolution& c = current_phase().convolution;
   const bool with_y = c.product.source.y != nullptr;
-  const int products = products_bytes<S>(c.stages, with_y);
+  const int products = products_bytes<S>(c.buffers, with_y);
   auto* const constants = reinterpret_cast<float*>(work_memory() + products);
   auto* const running = reinterpret_cast<double*>(work_memory() + products + constant_bytes(S::COLUMNS));
   const WorkerSums<T> sums{
@@ -201,7 +204,7 @@ NOINLINE_DEVICE void convolution() {
         }
         Accumulators<S> acc;
         acc.clear();
-        multiply<S>(acc, loader, loader.steps(), c.stages, stage_bytes<S>(with_y), c.tf32);
+        multiply<S>(acc, loader, loader.steps(), c.buffers, buffer_bytes<S>(with_y), c.tf32);
         store_results(acc);
       }
       finish_tile<S>(c.epilogue, constants, column, sums, [&](int row) -> int64_t {

@@ -75,7 +75,7 @@ struct Fetched {
   Pack<T> y, s;
   uint32_t bits = 0;
 
-  // What is not read is zero, for the compiler's sake: it would carry undefined values from one pack to the next.
+  // What is not read is set to zero: the compiler would carry undefined values from one pack to the next.
   DEVICE Fetched() {
     other.clear();
     y.clear();
@@ -103,10 +103,10 @@ DEVICE void constant_row(float (&to)[kPack], const float* at, int columns, Const
   }
 }
 
-// v := act(v), or with a mask v act'(z) and the third sum, which needs both v and z: for any activation.
+// v := act(v) for any activation; with a mask v := v act'(z), and the third sum, which needs both v and z.
 //
-// Values take turns in the first register, so that there is one call of each function: around a call the compiler has
-// to put away what the passes keep in registers.
+// Values take turns in the first register, so that each function is called in one place: around a call the compiler has
+// to save what the passes keep in registers.
 template <class T, bool JOIN, class Sums>
 DEVICE void activate_pack(
     float (&v)[kPack], const Fetched<T>& f, const Epilogue& e, const float* at, int columns, Sums& sums) {
@@ -225,8 +225,8 @@ DEVICE void finish(
   }
 }
 
-// Finishes the tile of results that stands in shared memory (store_results), whose columns begin at channel `first`.
-// pixel_of(row): the pixel of a row, -1 where it has none.
+// Finishes the tile of results in shared memory (store_results), float32 [ROWS, PITCH], whose columns begin at channel
+// `first`; writes [pixels, channels]. pixel_of(row): the pixel of a row, -1 where it has none.
 template <class S, class PixelOf>
 DEVICE void finish_tile(
     const Epilogue& e, float* constants, int first, const WorkerSums<typename S::Value>& worker,

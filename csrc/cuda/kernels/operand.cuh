@@ -21,7 +21,7 @@ DEVICE void load_row(float (&to)[COUNT], const Operand& operand, TableRow row, i
   }
 }
 
-// norm(x) and its activation for COUNT channels. Values of 16 bits take the constant with the center folded in.
+// norm(x) for COUNT channels. 16-bit values take the constant with the center folded in.
 template <class T, int COUNT>
 struct Normalize {
   static constexpr bool NARROW = sizeof(T) == 2;
@@ -60,8 +60,8 @@ struct Gradient {
   }
 };
 
-// Computes chunks of a stage in place, once they have come: for each i < EACH the chunk at(i) where inside(i); y stands
-// `apart` bytes from x. All are of the same channels.
+// Computes chunks of a buffer in place, once they have arrived: for each i < EACH the chunk at(i) where inside(i). y
+// stands `apart` bytes from x. All chunks are of the same channels.
 template <class T, int EACH, class At, class Inside>
 DEVICE void compute_chunks(const Operand& operand, int channel, int apart, const At& at, const Inside& inside) {
   constexpr int count = kChunk<T>;

@@ -8,8 +8,8 @@
 
 namespace resnet_fused::cuda {
 
-// The phase that is being run lies at the start of shared memory: read from there, its fields take a register only
-// while they are used. What a phase works in follows.
+// The current phase lies at the start of shared memory. Read from there, its fields take a register only while they are
+// used. The phase's working memory follows.
 constexpr int kPhaseBytes = (sizeof(Phase) + 127) / 128 * 128;
 DEVICE Phase& current_phase() { return *reinterpret_cast<Phase*>(shared_memory()); }
 DEVICE char* work_memory() { return shared_memory() + kPhaseBytes; }
@@ -89,7 +89,8 @@ struct alignas(16) Values {
   DEVICE void store_global(T* to) const {
     UNROLL for (int i = 0; i < WORDS / 4; ++i) store_128(to + i * (16 / static_cast<int>(sizeof(T))), four(i));
   }
-  // The first `count` values, one by one, zero beyond; and the other way. Rolled up: rare, and the words need no index.
+  // The first `count` values, one by one, and zeros beyond them; and the reverse. The loop is not unrolled: it is rare,
+  // and shifting the words needs no index.
   DEVICE void load_first(const T* from, int count) {
     clear();
     ROLLED for (int i = 0; i < COUNT; ++i) {

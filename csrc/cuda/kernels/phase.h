@@ -1,4 +1,4 @@
-// What each phase of a launch is given: plain structs, filled by residual_block.cpp, read by the kernels.
+// What each phase of a launch is given: plain structs, filled by csrc/cuda/plan, read by the kernels.
 //
 // Activations are NHWC: [pixels, channels]. Weights are [K, R, S, C]. Names are those of docs/architecture.md.
 #pragma once
@@ -19,7 +19,7 @@ struct Divisor {
   }
 };
 
-// One value a channel; stride 0: one for all. Without data: absent.
+// One value per channel; stride 0: one for all. Without data: absent.
 struct Vector {
   const void* data = nullptr;
   Scalar type = Scalar::f32;
@@ -41,15 +41,15 @@ struct Norm {
 // What is made of stored values while they are loaded, by rows of coefficients [rows, channels]:
 //   normalize  (x - center) scale + shift             rows: scale, shift, center, shift - center scale
 //   gradient   k_dz x + (k_y (y - center) + k)        rows: k_dz, k, center, k - k_y center, k_y;  x = dz
-// Values of 16 bits take the last constant, into which the center is folded: what that costs where |mean| is far above
-// the deviation 16 bits would not show.
+// 16-bit values take the row with the center folded in. That loses digits where |mean| is far above the deviation, but
+// none that 16 bits would show.
 enum class Source : int32_t { raw, normalize, gradient };
 enum TableRow { kRowScale, kRowShift, kRowCenter, kRowFolded, kRowYScale, kTableRows };
 
-// Of the activations only relu is computed here: products would hold the others' registers in their loops, so what such
-// an activation gives is written out by a pass before, whose epilogue knows them all.
+// Only relu is computed here. Any other activation would occupy registers through a product's whole loop, so a pass
+// before the product computes it, in its epilogue, and writes the result out.
 //
-// x, y: [pixels, channels]. wide: rows can be read 8 values at a time, aligned to 16 bytes, as products must.
+// x, y: [pixels, channels]. wide: rows can be read 8 values at a time, aligned to 16 bytes; products need that.
 struct Operand {
   const void* x = nullptr;
   const void* y = nullptr;
@@ -62,16 +62,16 @@ struct Operand {
 
 // --- epilogue --------------------------------------------------------------------------------------------------------
 
-// What tells the derivative of the activation that v goes back through.
+// Which value gives the derivative of the activation that the gradient v passes back through.
 enum class Mask : int32_t {
   none,
   by_out,   // its own output, where the derivative takes two values
   by_norm,  // its argument, recomputed from y: factor * y_norm(y)
   by_sum,   // ... from y and s: factor * y_norm(y) + residual_scale * residual_norm(s)
-  by_bits   // one bit a value: [pixels, ceil(channels / 8)] bytes; a relu's
+  by_bits   // one bit per value: [pixels, ceil(channels / 8)] bytes; a relu's
 };
 enum class Reduce : int32_t { none, statistics, sums };
-// What the third of three sums is of. dout: v before the mask, z: the argument of the mask's activation.
+// What the third of the three sums adds up. dout: v before the mask, z: the argument of the mask's activation.
 enum class Third : int32_t {
   skip,        // v (s - mean_s)
   slope,       // dout z where z <= 0: the gradient of prelu's slope
@@ -84,15 +84,15 @@ struct VectorGradients {
   Vector factor;
   float* table = nullptr;  // of dy, see Source::gradient
   OutVector dgamma, dbeta, dbias;
-  double* dfactor = nullptr;  // one a channel
+  double* dfactor = nullptr;  // one per channel
   bool batch = false;         // the norm's statistics are the batch's: gradients flow through them
 };
 
-// partials: [lanes, 3, channels]. tickets: one a block of channels, zero before and after.
+// partials: [lanes, 3, channels]. tickets: one per block of channels, zero before and after.
 struct Reduction {
   double* partials = nullptr;
   int32_t* tickets = nullptr;
-  double rows = 0;                // values a channel
+  double rows = 0;                // values per channel
   Norm norm;                      // statistics: of the norm that reads the values (gamma, beta, eps)
   float* stats = nullptr;         // statistics: [2, channels], mean and biased variance
   float* table = nullptr;         // statistics: the norm's, see Source::normalize
@@ -125,7 +125,7 @@ struct Epilogue {
   Reduce reduce = Reduce::none;
   Third third = Third::skip;
   bool act_first = false;
-  bool wide = false;  // as of an Operand, for every tensor here
+  bool wide = false;  // as in Operand, for every tensor here
   Reduction reduction;
 };
 
@@ -135,7 +135,7 @@ struct Geometry {
   int32_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
 };
 
-// The tile of a product: result rows x result columns of a worker.
+// The tile of a product that one worker computes at a time: result rows x result columns.
 enum class TileShape : int32_t { small, large };  // 64 x 64, 128 x 64
 
 // The operands of a convolution: `source` is read through the taps of `weight`, forward or transposed. Channels are
@@ -149,22 +149,26 @@ struct Product {
 
 // forward      y[pixel, k]  = sum over taps, c of P[tap of pixel, c] W[k, tap, c]
 // transposed   dP[pixel, c] = sum over taps, k of dy[tap of pixel, k] W[k, tap, c]
-// With a stride, the transposed form walks the pixels class by class (their position modulo the stride), because only
-// the taps that meet the stride's grid contribute, the same for every pixel of a class.
+// The transposed form with a stride walks the pixels class by class; a pixel's class is its position modulo the stride.
+// All pixels of a class have the same taps that contribute: those that meet the stride's grid.
+//
+// Reads source [batch, source_height, source_width, C] and weight [K, R, S, C]; writes [batch, height, width,
+// result_channels] through the epilogue.
 struct Convolution {
   Product product;
   int32_t batch = 0, height = 0, width = 0;                                         // of the result
   int32_t class_height = 0, class_width = 0, classes[2] = {1, 1}, class_tiles = 0;  // pixels of a class; its tiles
   Divisor per_image, per_row;                                                       // pixels of a class
   TileShape tile = TileShape::small;
-  int32_t stages = 2;
+  int32_t buffers = 2;  // of one step each, in shared memory: the depth of the pipeline
   bool transposed = false;
   bool tf32 = false;
   Epilogue epilogue;
 };
 
-// dW[k, tap, c] = sum over pixels of dy[pixel, k] P[tap of pixel, c], split over pixels among workers.
-// partials: [splits, K, R, S, C] with more than one split. tickets: one a tile.
+// dW[k, tap, c] = sum over pixels of dy[pixel, k] P[tap of pixel, c]; workers share the pixels in splits.
+// Reads dy [batch, height, width, K] and source [batch, source_height, source_width, C]; writes dweight [K, R, S, C].
+// partials: [splits, K, R, S, C] with more than one split. tickets: one per tile.
 struct WeightGradient {
   Operand dy, source;
   void* dweight = nullptr;
@@ -175,11 +179,11 @@ struct WeightGradient {
   Divisor per_image, per_row;
   Geometry geometry;
   TileShape tile = TileShape::small;
-  int32_t stages = 2;
+  int32_t buffers = 2;  // of one step each, in shared memory: the depth of the pipeline
   bool tf32 = false;
 };
 
-// A pass over [pixels, channels] without a product.
+// A pass over [pixels, channels] without a product: reads and writes tensors of that shape through source and epilogue.
 struct Pointwise {
   Operand source;
   int64_t pixels = 0;
@@ -187,17 +191,19 @@ struct Pointwise {
   Epilogue epilogue;
 };
 
-// The table of a norm whose statistics are known before the launch, or of the gradient that goes through it.
+// Writes the table [kTableRows, channels] of a norm whose statistics are known before the launch, or of the gradient
+// through such a norm.
 struct Table {
   Norm norm;
   float* table = nullptr;
   const double* sums = nullptr;  // [2, channels], where the gradient goes through the statistics, too
-  double rows = 0;               // values a channel behind the sums
+  double rows = 0;               // values per channel behind the sums
   int32_t channels = 0;
   bool gradient = false;
 };
 
-// Evaluation: a whole block for one tile of result pixels, everything between its convolutions on the chip.
+// Evaluation: a whole block for one tile of result pixels; everything between its convolutions stays on the chip.
+// Reads x [batch, H, W, C] through the first stage's source, writes [batch, height, width, result_channels].
 struct ChainStage {
   Product product;  // the first stage's reads memory, the others what the stage before left on the chip
   Vector bias;
@@ -217,7 +223,7 @@ struct Chain {
   int32_t tiles[2] = {0, 0};
   Divisor tiles_per_image, tiles_per_row;
   int32_t shared_constants = 0;  // where the epilogue's constants begin, in bytes
-  int32_t stages = 2;
+  int32_t buffers = 2;           // of one step each, in shared memory: the depth of the pipeline
   bool tf32 = false;
   Epilogue epilogue;
 };

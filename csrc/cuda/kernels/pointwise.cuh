@@ -1,7 +1,7 @@
 // The phase without a product: a pass over pixels and channels that ends in the same epilogue as a convolution.
 //
 // It joins branch and skip path, masks the gradient of the output, gathers statistics, and writes out what a library
-// convolution is to read.
+// convolution reads. Everything it reads and writes is [pixels, channels].
 #pragma once
 
 #include "epilogue.cuh"
@@ -25,10 +25,10 @@ DEVICE auto thread_sums(const WorkerSums<T>& worker) {
 DEVICE bool is_any(const Epilogue& e) { return !is_simple(e.act) || e.mask == Mask::by_sum; }
 DEVICE bool has_third(const Epilogue& e) { return e.s != nullptr || e.third != Third::skip; }
 
-// Walks the tiles of one block of channels after the other, as `convolution` does; a tile is every thread's pack in as
-// many pixels as are kept in flight.
-// WIDE: channels are a multiple of 8 and everything is aligned to 16 bytes. JOIN: s is read or a third sum
-// wanted. ANY: the activation is another than relu, for which float32 leaves the sums in shared memory.
+// Walks the tiles of one block of channels, then those of the next, as `convolution` does. A tile is one pack per
+// thread in as many pixels as are kept in flight. WIDE: channels are a multiple of 8 and everything is aligned to 16
+// bytes. JOIN: s is read or a third sum is wanted. ANY: the activation may be other than relu; float32 then keeps the
+// sums in shared memory.
 template <class T, bool WIDE, bool JOIN, bool ANY>
 NOINLINE_DEVICE void pointwise() {
   const Pointwise& p = current_phase().pointwise;

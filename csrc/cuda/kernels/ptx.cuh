@@ -148,7 +148,7 @@ DEVICE uint32_t pair_of(float low, float high, f16) {
 
 // --- between workers -------------------------------------------------------------------------------------------------
 
-// Adds and returns what stood there. What other workers wrote before their additions is seen after it.
+// Adds, and returns the value before. What other workers wrote before their additions is visible afterwards.
 DEVICE int atomic_add(int* counter, int value) {
   int before;
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
@@ -159,7 +159,7 @@ DEVICE int load_acquire(const int* counter) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-// Orders this thread's writes before what it does next, for the whole GPU.
+// Orders this thread's writes before its later actions, as seen by the whole GPU.
 DEVICE void fence() { __threadfence(); }
 
 }  // namespace resnet_fused::cuda

@@ -1,9 +1,9 @@
 // Per-channel statistics and gradient sums: gathered by each thread, merged by worker and then by launch, in fixed
 // order.
 //
-// A worker writes one partial a channel, (count, mean, M2) or three sums, and takes a ticket; the last to arrive for a
-// block of channels merges all partials in the order of their lanes, whoever it is, so results are the same bits from
-// run to run. It then derives everything a channel that later phases read.
+// A worker writes one partial per channel, (count, mean, M2) or three sums, and takes a ticket. The last worker to
+// arrive for a block of channels merges all partials in the order of their lanes, so results are the same, bit for bit,
+// in every run. It then derives every per-channel value that later phases read.
 #pragma once
 
 #include "barriers.cuh"
@@ -26,9 +26,9 @@ struct Moments {
   DEVICE double m2() const { return count > 0 ? second - first * first / count : 0.0; }
 };
 
-// A thread's sums for a pack of channels. For statistics: of v - near and of its square, near a value like v's, so that
-// nothing cancels where |mean| is far above the deviation. For gradients: of v, v (y - mean) and, in passes
-// that ask for one, a third (`Third` in phase.h).
+// A thread's sums for a pack of channels. For statistics: of v - near and of its square, where near is a value close to
+// v, so that nothing cancels where |mean| is far above the deviation. For gradients: of v, of v (y - mean) and, in
+// passes that ask for one, a third (`Third` in phase.h).
 template <class T, bool JOIN>
 struct ThreadSums {
   sum_t<T> first[kPack], second[kPack], third[JOIN ? kPack : 1];
@@ -37,8 +37,8 @@ struct ThreadSums {
   DEVICE ThreadSums() { UNROLL for (int i = 0; i < kPack; ++i) first[i] = second[i] = third[JOIN ? i : 0] = 0; }
 };
 
-// The same in shared memory, [3, kPack, threads], at first and last where threads meet: for passes that compute more
-// than registers hold beside 24 sums in double. It is in the shadow of what such a pass waits for in memory.
+// The same in shared memory, [3, kPack, threads], in the place where threads meet: for passes that compute more than
+// registers hold beside 24 sums in double. Such a pass waits for global memory longer than for these sums.
 template <class T>
 struct SharedSums {
   struct Row {
@@ -52,7 +52,7 @@ struct SharedSums {
       : first{meeting + thread_index()}, second{first.at + kPack * kThreads}, third{second.at + kPack * kThreads} {
     UNROLL for (int i = 0; i < kPack; ++i) first[i] = second[i] = third[i] = 0;
   }
-  // For the way to the others: the meeting place is free after.
+  // Copies the sums to registers on the way to the other threads; the meeting place is free afterwards.
   DEVICE ThreadSums<T, true> take() const {
     ThreadSums<T, true> mine;
     UNROLL for (int i = 0; i < kPack; ++i) {
@@ -85,7 +85,7 @@ DEVICE void clear_running(const WorkerSums<T>& sums, int columns) {
   sync_threads();
 }
 
-// Lays a thread's values where threads meet.
+// Puts a thread's values where threads meet.
 template <class T, bool JOIN>
 DEVICE void put_thread_sums(const WorkerSums<T>& sums, const ThreadSums<T, JOIN>& mine, Reduce reduce, int columns) {
   const int packs = columns / kPack;
@@ -99,7 +99,7 @@ DEVICE void put_thread_sums(const WorkerSums<T>& sums, const ThreadSums<T, JOIN>
   }
 }
 
-// Adds what all threads have laid down to the running values. The meeting place is free after.
+// Adds what all threads have put down to the running values. The meeting place is free afterwards.
 template <class T>
 NOINLINE_DEVICE void merge_threads(const WorkerSums<T>& sums, Reduce reduce, int columns) {
   const int groups = kThreads * kPack / columns;
@@ -203,7 +203,7 @@ NOINLINE_DEVICE void merge_workers(
     UNROLL for (int i = 0; i < 3; ++i) partial[static_cast<int64_t>(i) * channels] = sums.running[i * columns + column];
   }
   if (!arrives_last(r.tickets + block, lanes, sums.flag)) return;
-  // several threads a channel, each with every slices-th lane
+  // several threads per channel, each with every slices-th lane
   const int slices = kThreads / columns, slice = thread_index() / columns, column = thread_index() % columns;
   auto* const meeting = reinterpret_cast<double*>(sums.meeting);
   if (column < mine && slice < slices) {
@@ -267,7 +267,8 @@ NOINLINE_DEVICE void write_table() {
 // --- which worker does what ------------------------------------------------------------------------------------------
 
 // A worker takes every step-th block of channels from `first` on, and of each block's tiles every lanes-th from `lane`
-// on. Workers that would make an uneven lane get no block. Neighbouring workers have the blocks of the same pixels.
+// on. Workers left over after the last whole lane get no block. Neighbouring workers have the blocks of the same
+// pixels.
 struct Share {
   int first, step, lane, lanes;
   DEVICE explicit Share(int blocks) {

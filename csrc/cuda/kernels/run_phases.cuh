@@ -1,5 +1,5 @@
-// The kernel: a worker walks the phases of a program. Listed together they run in one cooperative launch with a grid
-// barrier where one reads what another wrote; listed alone, the end of the launch is the barrier.
+// The kernel: a worker walks the phases of a program. Phases listed together run in one cooperative launch, with a grid
+// barrier wherever one reads what another wrote. For a phase listed alone the end of the launch is the barrier.
 #pragma once
 
 #include "chain.cuh"
@@ -9,8 +9,8 @@
 
 namespace resnet_fused::cuda {
 
-// Each phase is a function of its own, called and not inlined: together in one body the compiler would keep all their
-// values in registers at once, and spill.
+// Each phase is a function of its own, called and not inlined: in one body the compiler would keep the values of all
+// phases in registers at once, and spill.
 template <class T>
 DEVICE void run_phases(const Program& program) {
   for (int i = 0; i < program.count; ++i) {
@@ -61,13 +61,13 @@ inline int work_bytes(Phase& phase) {
   switch (phase.kind) {
     case Kind::convolution: {
       const Convolution& c = phase.convolution;
-      return c.tile == TileShape::large ? convolution_bytes<Large<T>>(c.stages, c.product.source.y != nullptr)
-                                        : convolution_bytes<Small<T>>(c.stages, c.product.source.y != nullptr);
+      return c.tile == TileShape::large ? convolution_bytes<Large<T>>(c.buffers, c.product.source.y != nullptr)
+                                        : convolution_bytes<Small<T>>(c.buffers, c.product.source.y != nullptr);
     }
     case Kind::weight_gradient: {
       const WeightGradient& w = phase.weight_gradient;
-      return w.tile == TileShape::large ? weight_gradient_bytes<Large<T>>(w.stages, w.dy.y != nullptr)
-                                        : weight_gradient_bytes<Small<T>>(w.stages, w.dy.y != nullptr);
+      return w.tile == TileShape::large ? weight_gradient_bytes<Large<T>>(w.buffers, w.dy.y != nullptr)
+                                        : weight_gradient_bytes<Small<T>>(w.buffers, w.dy.y != nullptr);
     }
     case Kind::pointwise:
       return pointwise_bytes<T>((1 << phase.pointwise.packs_log2) * kPack);

@@ -1,8 +1,9 @@
 // Tiles of operands in shared memory and their product in registers, by a worker of 8 warps.
 //
-// A stage holds one step of both operands, 128 bytes deep: A [ROWS, depth] or [depth, ROWS], then B [COLUMNS, depth] or
-// [depth, COLUMNS], then, for a computed A, what it is computed with, laid out as A. Rows of shared memory are made of
-// 16-byte chunks; chunk c of row r stands at c ^ (r % 8), so that eight rows of one column meet no bank twice.
+// A buffer holds one step of both operands, 128 bytes deep: A [ROWS, depth] or [depth, ROWS], then B [COLUMNS, depth]
+// or [depth, COLUMNS]. For a computed A the values that it is computed with follow, laid out as A. Rows of shared
+// memory are made of 16-byte chunks; chunk c of row r stands at c ^ (r % 8), so that eight rows of one column meet no
+// bank twice.
 #pragma once
 
 #include "packs.cuh"
@@ -21,14 +22,14 @@ struct Tile {
   static constexpr int WARP_ROWS = ROWS / WARPS_DOWN, WARP_COLUMNS = COLUMNS / WARPS_ACROSS;
   static constexpr int M = WARP_ROWS / 16, N = WARP_COLUMNS / 8;  // products of a warp
   static constexpr int A_BYTES = ROWS * 128, B_BYTES = COLUMNS * 128;
-  static constexpr int STAGE = A_BYTES + B_BYTES;  // and A_BYTES more for a computed A
-  static constexpr int PITCH = COLUMNS + 8;        // of a row of results in shared memory: banks differ
+  static constexpr int STEP_BYTES = A_BYTES + B_BYTES;  // and A_BYTES more for a computed A
+  static constexpr int PITCH = COLUMNS + 8;             // of a row of results in shared memory: banks differ
   static constexpr int RESULT_BYTES = ROWS * PITCH * 4;
 };
 
 template <class T>
 using Small = Tile<T, 64, 64, 2>;
-// Twice the columns would double a thread's accumulators: too many for two workers an SM, which hide each other's
+// Twice the columns would double a thread's accumulators: too many for two workers per SM, which hide each other's
 // waits.
 template <class T>
 using Large = Tile<T, 128, 64, 4>;
@@ -58,9 +59,9 @@ struct Place {
   }
 };
 
-// A in a stage: [ROWS, depth], or [depth, ROWS] where DEPTH_FIRST.
+// A in a buffer: [ROWS, depth], or [depth, ROWS] where DEPTH_FIRST.
 template <class S, bool DEPTH_FIRST>
-struct StagedA {
+struct BufferedA {
   const char* base;
 
   // The fragment of the warp's m-th 16 rows at substep `k`.
@@ -79,9 +80,9 @@ struct StagedA {
   }
 };
 
-// B in a stage: [COLUMNS, depth], or [depth, COLUMNS] where DEPTH_FIRST.
+// B in a buffer: [COLUMNS, depth], or [depth, COLUMNS] where DEPTH_FIRST.
 template <class S, bool DEPTH_FIRST>
-struct StagedB {
+struct BufferedB {
   const char* base;
 
   // The fragments of 16 columns from `column` at substep `k`: two of b0, b1.
@@ -105,7 +106,7 @@ DEVICE void split(float v, uint32_t& high, uint32_t& low) {
   low = v == float_of(high) ? 0u : to_tf32(v - float_of(high));  // also of an infinite v
 }
 
-// acc += A B at substep `k` of a stage.
+// acc += A B at substep `k` of a buffer.
 template <class S, class A, class B>
 DEVICE void multiply_substep(Accumulators<S>& acc, const A& a, const B& b, const Place<S>& place, int k, bool tf32) {
   using T = typename S::Value;
@@ -136,9 +137,9 @@ DEVICE void multiply_substep(Accumulators<S>& acc, const A& a, const B& b, const
   }
 }
 
-// acc += A B over the first `substeps` of a stage.
+// acc += A B over the first `substeps` of a buffer.
 template <class S, class A, class B>
-DEVICE void multiply_stage(Accumulators<S>& acc, const A& a, const B& b, int substeps, bool tf32) {
+DEVICE void multiply_step(Accumulators<S>& acc, const A& a, const B& b, int substeps, bool tf32) {
   const Place<S> place;
   if (sizeof(typename S::Value) == 2 && substeps == kSubsteps) {
     UNROLL for (int k = 0; k < kSubsteps; ++k) multiply_substep(acc, a, b, place, k, tf32);
@@ -147,37 +148,37 @@ DEVICE void multiply_stage(Accumulators<S>& acc, const A& a, const B& b, int sub
   }
 }
 
-// The steps of a product through the stages of shared memory: copies run `stages - 1` steps ahead of the
+// The steps of a product through the buffers of shared memory: copies run `buffers - 1` steps ahead of the
 // multiplication.
 //
-// Loader: load(stage) issues the copies of its next step, finish(stage) computes what this thread copied,
-// substeps() tells how deep the step is that is multiplied next; a(stage), b(stage) are the operands.
+// Loader: load(buffer) issues the copies of its next step, finish(buffer) computes what this thread copied,
+// substeps() is the depth of the step that is multiplied next; a(buffer) and b(buffer) are the operands.
 template <class S, class Loader>
-DEVICE void multiply(Accumulators<S>& acc, Loader& loader, int steps, int stages, int stage_bytes, bool tf32) {
+DEVICE void multiply(Accumulators<S>& acc, Loader& loader, int steps, int buffers, int buffer_bytes, bool tf32) {
   char* const memory = work_memory();
-  for (int s = 0; s < stages - 1; ++s) {
-    if (s < steps) loader.load(memory + s * stage_bytes);
+  for (int s = 0; s < buffers - 1; ++s) {
+    if (s < steps) loader.load(memory + s * buffer_bytes);
     cp_async_commit();
   }
-  int reading = 0, writing = stages - 1;
+  int reading = 0, writing = buffers - 1;
   for (int step = 0; step < steps; ++step) {
-    if (stages == 2)
+    if (buffers == 2)
       cp_async_wait<0>();
-    else if (stages == 3)
+    else if (buffers == 3)
       cp_async_wait<1>();
     else
       cp_async_wait<2>();
-    char* const stage = memory + reading * stage_bytes;
-    loader.finish(stage);
-    sync_threads();  // the stage is whole, and nobody reads any more from the one that is loaded next
-    if (step + stages - 1 < steps) loader.load(memory + writing * stage_bytes);
+    char* const buffer = memory + reading * buffer_bytes;
+    loader.finish(buffer);
+    sync_threads();  // the buffer is whole, and nobody reads any more from the one that is loaded next
+    if (step + buffers - 1 < steps) loader.load(memory + writing * buffer_bytes);
     cp_async_commit();
-    multiply_stage(acc, loader.a(stage), loader.b(stage), loader.substeps(), tf32);
-    if (++reading == stages) reading = 0;
-    if (++writing == stages) writing = 0;
+    multiply_step(acc, loader.a(buffer), loader.b(buffer), loader.substeps(), tf32);
+    if (++reading == buffers) reading = 0;
+    if (++writing == buffers) writing = 0;
   }
   cp_async_wait<0>();
-  sync_threads();  // the stages are free
+  sync_threads();  // the buffers are free
 }
 
 // Leaves the tile of results in shared memory, float32 [ROWS, PITCH].

@@ -1,7 +1,7 @@
 // The weight-gradient phase: dW[k, tap, c] = sum over pixels of dy[pixel, k] P[tap of pixel, c].
 //
 // The sum over pixels is split among workers. Each split writes a float32 partial; the worker that finishes a tile last
-// adds the partials in the order of the splits, so the result is the same bits from run to run.
+// adds the partials in the order of the splits, so the result is the same, bit for bit, in every run.
 #pragma once
 
 #include "barriers.cuh"
@@ -22,10 +22,10 @@ struct WeightGradientLoader {
   int64_t pixel;  // of the step that is loaded next
   int64_t end;
   int64_t multiplying;
-  uint32_t inside = 0;  // which chunks of P lie inside, four bits a step
+  uint32_t inside = 0;  // which chunks of P lie inside, four bits per step
   int ahead = 0, depth = 0;
 
-  DEVICE void load(char* stage) {
+  DEVICE void load(char* buffer) {
     const Geometry& g = w.geometry;
     {
       const int chunk = thread_index() % kDyChunks, channel = row + chunk * kChunk<T>;
@@ -33,9 +33,9 @@ struct WeightGradientLoader {
         const int r = thread_index() / kDyChunks + i * (kThreads / kDyChunks);
         const bool in = pixel + r < end && channel < w.dy.channels;
         const int64_t from = in ? (pixel + r) * w.dy.channels + channel : 0;
-        char* to = stage + chunk_offset(r, chunk, kDyChunks);
+        char* to = buffer + chunk_offset(r, chunk, kDyChunks);
         cp_async_16(to, static_cast<const T*>(w.dy.x) + from, in);
-        if (w.dy.y != nullptr) cp_async_16(to + S::STAGE, static_cast<const T*>(w.dy.y) + from, in);
+        if (w.dy.y != nullptr) cp_async_16(to + S::STEP_BYTES, static_cast<const T*>(w.dy.y) + from, in);
       }
     }
     const int chunk = thread_index() % kChunks, channel = column + chunk * kChunk<T>;
@@ -56,7 +56,7 @@ struct WeightGradientLoader {
           from =
               ((static_cast<int64_t>(image) * w.source_height + y) * w.source_width + x) * w.source.channels + channel;
       }
-      cp_async_16(stage + S::A_BYTES + chunk_offset(r, chunk, kChunks), static_cast<const T*>(w.source.x) + from, in);
+      cp_async_16(buffer + S::A_BYTES + chunk_offset(r, chunk, kChunks), static_cast<const T*>(w.source.x) + from, in);
       bits |= (in ? 1u : 0u) << i;
     }
     inside = inside << 4 | bits;
@@ -64,7 +64,7 @@ struct WeightGradientLoader {
     ++ahead;
   }
 
-  DEVICE void finish(char* stage) {
+  DEVICE void finish(char* buffer) {
     depth = end - multiplying < kDepth<T> ? static_cast<int>(end - multiplying) : kDepth<T>;
     --ahead;
     if (computed(w.dy)) {
@@ -72,7 +72,7 @@ struct WeightGradientLoader {
       const auto at = [&](int i) { return thread_index() / kDyChunks + i * (kThreads / kDyChunks); };
       if (channel < w.dy.channels)
         compute_chunks<T, kDyEach>(
-            w.dy, channel, S::STAGE, [&](int i) { return stage + chunk_offset(at(i), chunk, kDyChunks); },
+            w.dy, channel, S::STEP_BYTES, [&](int i) { return buffer + chunk_offset(at(i), chunk, kDyChunks); },
             [&](int i) { return multiplying + at(i) < end; });
     }
     if (computed(w.source)) {
@@ -82,7 +82,7 @@ struct WeightGradientLoader {
         compute_chunks<T, kEach>(
             w.source, channel, 0,
             [&](int i) {
-              return stage + S::A_BYTES +
+              return buffer + S::A_BYTES +
                      chunk_offset(thread_index() / kChunks + i * (kThreads / kChunks), chunk, kChunks);
             },
             [&](int i) { return (bits >> i & 1u) != 0; });
@@ -91,13 +91,13 @@ struct WeightGradientLoader {
   }
 
   DEVICE int substeps() const { return ceil_div(depth * static_cast<int>(sizeof(T)), 32); }
-  DEVICE StagedA<S, true> a(const char* stage) const { return {stage}; }
-  DEVICE StagedB<S, true> b(const char* stage) const { return {stage + S::A_BYTES}; }
+  DEVICE BufferedA<S, true> a(const char* buffer) const { return {buffer}; }
+  DEVICE BufferedB<S, true> b(const char* buffer) const { return {buffer + S::A_BYTES}; }
 };
 
 template <class S>
-constexpr int weight_gradient_bytes(int stages, bool with_y) {
-  const int products = stages * (S::STAGE + (with_y ? S::A_BYTES : 0));
+constexpr int weight_gradient_bytes(int buffers, bool with_y) {
+  const int products = buffers * (S::STEP_BYTES + (with_y ? S::A_BYTES : 0));
   return (products > S::RESULT_BYTES ? products : S::RESULT_BYTES) + 16;
 }
 
@@ -106,7 +106,7 @@ NOINLINE_DEVICE void weight_gradient() {
   const WeightGradient& w = current_phase().weight_gradient;
   using T = typename S::Value;
   const bool with_y = w.dy.y != nullptr;
-  auto* const flag = reinterpret_cast<int32_t*>(work_memory() + weight_gradient_bytes<S>(w.stages, with_y) - 16);
+  auto* const flag = reinterpret_cast<int32_t*>(work_memory() + weight_gradient_bytes<S>(w.buffers, with_y) - 16);
   const int taps = w.geometry.kernel[0] * w.geometry.kernel[1];
   const int row_blocks = ceil_div(w.dy.channels, S::ROWS), column_blocks = ceil_div(w.source.channels, S::COLUMNS);
   const int tiles = row_blocks * taps * column_blocks;
@@ -126,7 +126,7 @@ NOINLINE_DEVICE void weight_gradient() {
     Accumulators<S> acc;
     acc.clear();
     const int steps = end > begin ? static_cast<int>((end - begin + kDepth<T> - 1) / kDepth<T>) : 0;
-    multiply<S>(acc, loader, steps, w.stages, S::STAGE + (with_y ? S::A_BYTES : 0), w.tf32);
+    multiply<S>(acc, loader, steps, w.buffers, S::STEP_BYTES + (with_y ? S::A_BYTES : 0), w.tf32);
     store_results(acc);
     sync_threads();
     // a warp's lanes take neighbouring columns; partials and results have the same layout

@@ -1,4 +1,4 @@
-// The kernel's entry points, one a type of activation, each compiled in a file of its own.
+// The kernel's entry points: one per element type, each compiled in a file of its own.
 #pragma once
 
 #include "launch.h"

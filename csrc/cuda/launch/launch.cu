@@ -9,7 +9,7 @@
 namespace resnet_fused::cuda {
 namespace {
 
-// Text of the thread's last error, which lives until its next.
+// The text of this thread's error; it lives until the thread's next one.
 const char* explain(const std::string& what, cudaError_t status) {
   if (status == cudaSuccess) return nullptr;
   static thread_local std::string text;
@@ -64,7 +64,7 @@ const char* resident_workers(int device, Scalar type, int shared, int* workers) 
   const Kernel k = kernel(type);
   const Current current(device);
   if (current.status != cudaSuccess) return explain(k.name, current.status);
-  // All that a worker may have, for good: another thread's launch may need more than this one.
+  // The most that a worker may have, set once and for all: another thread's launch may need more than this one.
   int most = 0, each = 0, processors = 0;
   cudaError_t status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess) status = cudaFuncSetAttribute(k.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, most);

@@ -21,7 +21,7 @@ struct Launcher {
   // Dynamic shared memory of a phase for activations of `type`, in bytes; a chain gets its places within it.
   int (*shared_bytes)(Scalar type, Phase* phase);
 
-  // How many workers with `shared` bytes run at once on the whole device; 0: none does. Comes before a first launch.
+  // How many workers with `shared` bytes run at once on the whole device; 0: none does. Called before a first launch.
   const char* (*resident_workers)(int device, Scalar type, int shared, int* workers);
 
   // Runs the program on `workers` workers; cooperative: all at once, as grid barriers need.

@@ -23,12 +23,12 @@ class Backward {
       const std::vector<at::Tensor>& batch_stats);
 
  private:
-  Block block;
+  BlockPlan block;
   const BlockTensors& tensors;
   const BlockSpec& spec;
   const Needs& needs;
   Gradients grads;
-  // float64 [C] each, of what becomes grads.branch_scale, grads.skip_scale and grads.slopes
+  // float64 [C] each; they become grads.branch_scale, grads.skip_scale and grads.slopes
   at::Tensor branch_scale_grad, skip_scale_grad;
   std::vector<at::Tensor> slope_grads;
   at::Tensor dz;    // the gradient of the join's sum: the skip path's too, times skip_scale
@@ -81,7 +81,7 @@ bool anything(const VectorGradients& g) {
          g.dfactor != nullptr;
 }
 
-// Makes a pass sum `third` to what becomes a gradient.
+// Makes a pass add up `third`, which becomes a gradient.
 void Backward::sum_third(Epilogue& e, Third third, at::Tensor& grad, int64_t channels) {
   grad = block.filled_later({channels}, at::kDouble);
   e.third = third;
@@ -134,8 +134,8 @@ Input Backward::through_norm(const at::Tensor& dz, const VectorGradients& gradie
 // and dy of the last convolution and the projection.
 std::pair<Input, std::optional<Input>> Backward::join(const at::Tensor& dout, const std::optional<at::Tensor>& out) {
   const int64_t last = block.last(), s = block.projection(), channels = block.width(last);
-  // Before the addition the activation is the branch's alone; branch_scale, which follows it, is left to what is made
-  // of the sums, as behind a norm.
+  // An activation before the addition belongs to the branch alone. branch_scale follows it and enters where the sums
+  // are evaluated, as behind a norm.
   const bool of_branch = spec.join == JoinReads::branch, masks = spec.join != JoinReads::nothing;
   const Act act = spec.order == Order::pre ? Act() : block.act(last);
   const int64_t norm = spec.output_norm(last);
@@ -158,10 +158,10 @@ std::pair<Input, std::optional<Input>> Backward::join(const at::Tensor& dout, co
     skip_scale_grad = at::zeros({channels}, block.x.options().dtype(at::kDouble));
   }
   const bool sums_skip = skip.defined() && (second.norm.mean.data != nullptr || second.dfactor != nullptr);
-  // A pass has three sums, and sums one gradient: what it has no room for is a pass of its own.
+  // A pass has three sums, all of one gradient; what it has no room for is summed by a pass of its own.
   const bool apart = anything(second) && (of_branch || third_is_slope);
 
-  const at::Tensor dz_n = masks ? at::empty(dout.sizes(), dout.options(), kLast) : dout;
+  const at::Tensor dz_n = masks ? at::empty(dout.sizes(), dout.options(), kLayout) : dout;
   dz = of_branch ? dout : dz_n;
   if (third_is_scale) sum_third(e, Third::activation, branch_scale_grad, channels);
   if (third_is_slope) sum_third(e, Third::slope, slope_grads[last], channels);
@@ -174,7 +174,7 @@ std::pair<Input, std::optional<Input>> Backward::join(const at::Tensor& dout, co
       e.out = dz_n.mutable_data_ptr();
     }
     const bool by_argument = e.mask == Mask::by_norm || e.mask == Mask::by_sum;
-    if (e.mask == Mask::by_out) e.mask_by = block.plan.hold(out->contiguous(kLast)).const_data_ptr();
+    if (e.mask == Mask::by_out) e.mask_by = block.plan.hold(out->contiguous(kLayout)).const_data_ptr();
     if (by_argument && !of_branch) e.factor = block.scale(tensors.branch_scale);
     const at::Tensor& y = block.y[last];
     if (y.defined() && (by_argument || norm != kNone || first.dfactor != nullptr)) {
@@ -210,8 +210,8 @@ std::pair<Input, std::optional<Input>> Backward::join(const at::Tensor& dout, co
   return {through_norm(dz_n, first, block.y[last]), dy_s};
 }
 
-// dy as the convolution's two gradients read it: made in their prologues for a single tap, else written out. With R x S
-// taps each element would be made R x S times in both, and two tensors read for it instead of one.
+// dy in the form in which the convolution's two gradients read it. With a single tap their prologues make it. With R x
+// S taps they would make each element R x S times each and read two tensors instead of one, so it is written out.
 Input Backward::settle(int64_t conv, const Input& dy) {
   const auto& w = block.weights[conv];
   if (dy.operand.source == Source::raw || (w.size(2) * w.size(3) == 1 && !block.in_library(conv))) return dy;
@@ -230,7 +230,7 @@ Input Backward::step(int64_t conv, const Input& dy) {
   const int64_t channels = u.size(1);
   const bool normed = norm != kNone, identity = spec.skip == Skip::identity;
   const Act act = block.act(stage);
-  // What prelu's slope gets is a third sum, for which only a pass has room.
+  // The gradient of prelu's slope is a third sum; only a pass has room for it.
   const bool apart = stage != kNone && needs.slopes[stage];
   Epilogue product, own;
   Epilogue& e = apart ? own : product;
@@ -282,7 +282,7 @@ std::vector<at::Tensor> Backward::run(
     const at::Tensor& dout, const std::optional<at::Tensor>& out, const std::vector<at::Tensor>& conv_outputs,
     const std::vector<at::Tensor>& batch_stats) {
   restore(conv_outputs, batch_stats);
-  auto [dy, dy_s] = join(dout.contiguous(kLast), out);
+  auto [dy, dy_s] = join(dout.contiguous(kLayout), out);
   if (spec.skip != Skip::identity) dz.reset();  // else the last step adds it
   if (dy_s) {
     const int64_t s = block.projection();

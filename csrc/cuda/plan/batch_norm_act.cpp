@@ -3,22 +3,15 @@
 
 #include <ATen/ATen.h>
 
+#include "../../block/kernel_layout.h"
 #include "pass.h"
 
 namespace resnet_fused::cuda {
 namespace {
 
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-
 int64_t pixels(const at::Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
-at::Tensor new_like(const at::Tensor& x) { return at::empty(x.sizes(), x.options(), kLast); }
-
-// With exactly the strides of a new tensor in x's memory format.
-at::Tensor in_format_of(const at::Tensor& x, const at::Tensor& result) {
-  const auto format = x.suggest_memory_format();
-  return format == kLast ? result : result.clone(format);
-}
+at::Tensor new_like(const at::Tensor& x) { return at::empty(x.sizes(), x.options(), kLayout); }
 
 Norm norm_of(Plan& plan, const BatchNorm& norm) {
   return {
@@ -39,7 +32,7 @@ struct Kernels {
     Epilogue e;
     e.reduce = Reduce::statistics;
     e.reduction.stats = stats.mutable_data_ptr<float>();
-    add_pass(plan, operand_of(plan.keep(x.contiguous(kLast))), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(x.contiguous(kLayout))), pixels(x), e);
     plan.launch();
     return stats;
   }
@@ -54,11 +47,11 @@ struct Kernels {
         at::MemoryFormat::Contiguous);
     Epilogue e;
     e.norm = norm_of(plan, norm);
-    if (residual) e.residual = plan.keep(residual->contiguous(kLast)).const_data_ptr();
+    if (residual) e.residual = plan.keep(residual->contiguous(kLayout)).const_data_ptr();
     if (relu) e.act.kind = ActivationKind::relu;
     e.out = out.mutable_data_ptr();
     if (save_mask) e.bits = mask.mutable_data_ptr<uint8_t>();
-    add_pass(plan, operand_of(plan.keep(x.contiguous(kLast))), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(x.contiguous(kLayout))), pixels(x), e);
     plan.launch();
     return {in_format_of(x, out), mask};
   }
@@ -69,11 +62,11 @@ struct Kernels {
     const at::Tensor sums = at::empty({2, x.size(1)}, x.options().dtype(at::kDouble), at::MemoryFormat::Contiguous);
     Epilogue e;
     mask_by(plan, e, mask);
-    e.y = plan.keep(x.contiguous(kLast)).const_data_ptr();
+    e.y = plan.keep(x.contiguous(kLayout)).const_data_ptr();
     e.y_norm.mean = vector_of(plan, mean);
     e.reduce = Reduce::sums;
     e.reduction.sums = sums.mutable_data_ptr<double>();
-    add_pass(plan, operand_of(plan.keep(dout.contiguous(kLast))), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(dout.contiguous(kLayout))), pixels(x), e);
     plan.launch();
     return sums;
   }
@@ -95,10 +88,10 @@ struct Kernels {
     e.dx = dx.mutable_data_ptr();
     e.dx_table = table;
     if (sums) {  // else the statistics are constants, and x is not read
-      e.y = plan.keep(x.contiguous(kLast)).const_data_ptr();
+      e.y = plan.keep(x.contiguous(kLayout)).const_data_ptr();
       e.y_norm = n;
     }
-    add_pass(plan, operand_of(plan.keep(dout.contiguous(kLast))), pixels(x), e);
+    add_pass(plan, operand_of(plan.keep(dout.contiguous(kLayout))), pixels(x), e);
     plan.launch();
     return {in_format_of(x, dx), save_dz ? in_format_of(x, dz) : dz};
   }

@@ -2,22 +2,21 @@
 
 #include <algorithm>
 
+#include "../../block/integer_division.h"
 #include "limits.h"
 
 namespace resnet_fused::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// NHWC memory that begins at a multiple of 16 bytes, which a slice may not do.
+// NHWC memory that begins at a multiple of 16 bytes; that of a slice may not.
 at::Tensor in_memory(const at::Tensor& t) {
-  const at::Tensor last = t.contiguous(kLast);
-  return aligned(last.const_data_ptr()) ? last : last.clone(kLast);
+  const at::Tensor last = t.contiguous(kLayout);
+  return aligned(last.const_data_ptr()) ? last : last.clone(kLayout);
 }
 
 }  // namespace
 
-Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
+BlockPlan::BlockPlan(const BlockTensors& tensors, const BlockSpec& spec)
     : tensors(tensors),
       spec(spec),
       x(in_memory(tensors.x)),
@@ -43,30 +42,30 @@ Block::Block(const BlockTensors& tensors, const BlockSpec& spec)
   }
 }
 
-int64_t Block::norm_channels(int64_t norm) const {
+int64_t BlockPlan::norm_channels(int64_t norm) const {
   if (spec.order != Order::pre) return width(norm);
   return norm == 0 ? x.size(1) : width(norm - 1);
 }
 
-at::Tensor Block::activation(int64_t channels, Size size) const {
-  return at::empty({x.size(0), channels, size[0], size[1]}, x.options(), kLast);
+at::Tensor BlockPlan::activation(int64_t channels, Size size) const {
+  return at::empty({x.size(0), channels, size[0], size[1]}, x.options(), kLayout);
 }
-at::Tensor Block::filled_later(at::IntArrayRef shape, at::ScalarType type) const {
+at::Tensor BlockPlan::filled_later(at::IntArrayRef shape, at::ScalarType type) const {
   return at::empty(shape, x.options().dtype(type), at::MemoryFormat::Contiguous);
 }
 
-Vector Block::scale(const std::optional<at::Tensor>& t) {
+Vector BlockPlan::scale(const std::optional<at::Tensor>& t) {
   Vector v = vector(t);
   v.stride = t && t->numel() > 1 ? 1 : 0;
   return v;
 }
 
-Act Block::act(int64_t stage) {
+Act BlockPlan::act(int64_t stage) {
   if (stage == kNone) return {};
   return {spec.convs[stage].act, scale(tensors.slopes[stage])};
 }
 
-Norm Block::norm(int64_t stage) {
+Norm BlockPlan::norm(int64_t stage) {
   if (stage == kNone || !spec.convs[stage].normalizes()) return {};
   Norm n;
   if (spec.uses_batch(stage)) {
@@ -85,12 +84,12 @@ Norm Block::norm(int64_t stage) {
   return n;
 }
 
-float* Block::table(int64_t norm) {
+float* BlockPlan::table(int64_t norm) {
   if (!tables_[norm].defined()) tables_[norm] = filled_later({kTableRows, norm_channels(norm)}, at::kFloat);
   return tables_[norm].mutable_data_ptr<float>();
 }
 
-Input Block::source(int64_t conv) {
+Input BlockPlan::source(int64_t conv) {
   Input in{operand_of(input(conv)), input(conv), input_size(conv)};
   const int64_t n = spec.convs[conv].input_stage;
   if (n == kNone) return in;
@@ -105,18 +104,18 @@ Input Block::source(int64_t conv) {
 
 // --- phases ----------------------------------------------------------------------------------------------------------
 
-void Block::hold(const Input& input) {
+void BlockPlan::hold(const Input& input) {
   plan.hold(input.tensor);
   plan.hold(input.y);
 }
 
-void Block::write_tables(const std::vector<int64_t>& norms) {
+void BlockPlan::write_tables(const std::vector<int64_t>& norms) {
   for (const int64_t n : norms) write_table(n, norm(n));
 }
 
-void Block::write_table(int64_t norm, const Norm& of) { add_table(plan, of, table(norm), norm_channels(norm)); }
+void BlockPlan::write_table(int64_t norm, const Norm& of) { add_table(plan, of, table(norm), norm_channels(norm)); }
 
-Geometry Block::geometry(int64_t conv) const {
+Geometry BlockPlan::geometry(int64_t conv) const {
   const Stage& stage = spec.convs[conv];
   Geometry g;
   for (int d = 0; d < 2; ++d) {
@@ -130,14 +129,14 @@ Geometry Block::geometry(int64_t conv) const {
 
 namespace {
 
-// As many stages as leave room for two workers an SM, which hide each other's waits; else as many as one may have.
-void choose_stages(const Plan& plan, Phase& phase, int32_t& stages) {
+// As many buffers as leave room for two workers per SM, which hide each other's waits; else as many as one may have.
+void choose_buffers(const Plan& plan, Phase& phase, int32_t& buffers) {
   for (const int room : {plan.shared_budget(), plan.device().shared_worker})
-    for (stages = 4; stages >= 2; --stages)
+    for (buffers = 4; buffers >= 2; --buffers)
       if (plan.shared(phase) <= room) return;
 }
 
-// The larger tile where that leaves work for every worker, and room for two an SM.
+// The larger tile where it leaves work for every worker, and room for two workers per SM.
 void choose_tile(const Plan& plan, Phase& phase, TileShape& tile, bool enough) {
   tile = enough ? TileShape::large : TileShape::small;
   if (plan.shared(phase) > plan.shared_budget()) tile = TileShape::small;
@@ -145,7 +144,7 @@ void choose_tile(const Plan& plan, Phase& phase, TileShape& tile, bool enough) {
 
 }  // namespace
 
-Product Block::product(int64_t conv, const Input& source, bool transposed) {
+Product BlockPlan::product(int64_t conv, const Input& source, bool transposed) {
   const at::Tensor& w = weights[conv];
   Product p;
   p.source = source.operand;
@@ -157,7 +156,7 @@ Product Block::product(int64_t conv, const Input& source, bool transposed) {
   return p;
 }
 
-void Block::convolution_phase(
+void BlockPlan::convolution_phase(
     const Input& source, int64_t conv, bool transposed, at::Tensor& result, Size size, Epilogue epilogue) {
   Phase phase;
   phase.kind = Kind::convolution;
@@ -185,11 +184,11 @@ void Block::convolution_phase(
   epilogue.out = plan.hold(result).mutable_data_ptr();
   complete(plan, epilogue, channels, pixels(size), blocks);
   c.epilogue = epilogue;
-  choose_stages(plan, phase, c.stages);
+  choose_buffers(plan, phase, c.buffers);
   plan.add(phase, blocks * c.class_tiles * c.classes[0] * c.classes[1]);
 }
 
-at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
+at::Tensor BlockPlan::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
   const Stage& stage = spec.convs[conv];
   if (norm != kNone) {
     const int64_t channels = norm_channels(norm);
@@ -211,7 +210,7 @@ at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
   const at::Tensor computed = at::convolution(
                                   p.tensor, weights[conv], tensors.biases[conv], stage.stride, stage.padding,
                                   stage.dilation, false, {0, 0}, stage.groups)
-                                  .contiguous(kLast);
+                                  .contiguous(kLayout);
   if (only_stores(epilogue)) return computed;
   const bool changes = epilogue.act.kind != ActivationKind::identity || epilogue.residual != nullptr;
   result = changes ? activation(width(conv), sizes[conv]) : computed;
@@ -222,7 +221,7 @@ at::Tensor Block::convolve(int64_t conv, Epilogue epilogue, int64_t norm) {
   return result;
 }
 
-at::Tensor Block::data_gradient(int64_t conv, const Input& dy, Epilogue epilogue) {
+at::Tensor BlockPlan::data_gradient(int64_t conv, const Input& dy, Epilogue epilogue) {
   at::Tensor result;
   if (!in_library(conv)) {
     convolution_phase(dy, conv, true, result, input_size(conv), epilogue);
@@ -234,7 +233,7 @@ at::Tensor Block::data_gradient(int64_t conv, const Input& dy, Epilogue epilogue
       std::get<0>(at::convolution_backward(
                       dy.tensor, input(conv), weights[conv], std::nullopt, stage.stride, stage.padding, stage.dilation,
                       false, {0, 0}, stage.groups, {true, false, false}))
-          .contiguous(kLast);
+          .contiguous(kLayout);
   if (only_stores(epilogue)) return dp;
   const bool changes = epilogue.mask != Mask::none || epilogue.residual != nullptr;
   result = changes ? at::empty_like(dp) : dp;
@@ -244,7 +243,7 @@ at::Tensor Block::data_gradient(int64_t conv, const Input& dy, Epilogue epilogue
   return result;
 }
 
-at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
+at::Tensor BlockPlan::weight_gradient(int64_t conv, const Input& dy) {
   const Stage& stage = spec.convs[conv];
   const at::Tensor& w = weights[conv];
   if (in_library(conv)) {
@@ -255,7 +254,7 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
         {false, true, false}));
   }
   const Input p = product_source(conv);
-  const at::Tensor dw = plan.hold(at::empty(w.sizes(), w.options(), kLast));
+  const at::Tensor dw = plan.hold(at::empty(w.sizes(), w.options(), kLayout));
   hold(p);
   hold(dy);
   Phase phase;
@@ -284,17 +283,17 @@ at::Tensor Block::weight_gradient(int64_t conv, const Input& dy) {
     g.partials = plan.scratch<float>(g.splits * w.numel());
     g.tickets = plan.tickets(tiles);
   }
-  choose_stages(plan, phase, g.stages);
+  choose_buffers(plan, phase, g.buffers);
   plan.add(phase, tiles * g.splits);
   return dw;
 }
 
-void Block::pass(const Input& input, const Epilogue& epilogue) {
+void BlockPlan::pass(const Input& input, const Epilogue& epilogue) {
   hold(input);
   add_pass(plan, input.operand, pixels(input.size), epilogue);
 }
 
-Input Block::materialize(const Input& input) {
+Input BlockPlan::materialize(const Input& input) {
   if (!input.computed()) return input;
   const at::Tensor out = activation(input.operand.channels, input.size);
   Epilogue e;
@@ -306,7 +305,7 @@ Input Block::materialize(const Input& input) {
   return {operand_of(out), out, input.size};
 }
 
-Input Block::product_source(int64_t conv) {
+Input BlockPlan::product_source(int64_t conv) {
   const Input p = source(conv);
   return p.act.is_identity() ? p : materialize(p);
 }

@@ -5,14 +5,13 @@
 
 #include <array>
 
+#include "../../block/kernel_layout.h"
 #include "../../block/spec.h"
 #include "../../block/tensors.h"
 #include "pass.h"
 #include "plan.h"
 
 namespace resnet_fused::cuda {
-
-constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
 using Size = std::array<int64_t, 2>;  // height, width
 
@@ -30,7 +29,7 @@ struct Input {
   at::Tensor tensor;
   Size size;
   at::Tensor y = {};  // of a gradient
-  Act act = {};       // on top of the operand: what products do not compute
+  Act act = {};       // to be applied to the operand by a pass: products do not compute it
 
   bool computed() const { return operand.source != Source::raw || operand.relu || !act.is_identity(); }
 };
@@ -42,10 +41,10 @@ inline void set_act(Epilogue& e, const Act& act) {
 
 inline bool is_relu(const Activation& act) { return act.is(ActivationKind::relu); }
 
-// Activations are [N, C, H, W] in channels_last. Norms are named by the stage that owns them, kNone is none.
-class Block {
+// Activations are [N, C, H, W] in channels_last. A norm is named by the stage that owns it; kNone: there is no norm.
+class BlockPlan {
  public:
-  Block(const BlockTensors& tensors, const BlockSpec& spec);
+  BlockPlan(const BlockTensors& tensors, const BlockSpec& spec);
 
   const BlockTensors& tensors;
   const BlockSpec& spec;
@@ -78,7 +77,7 @@ class Block {
 
   Input input_of(const at::Tensor& u) const { return {operand_of(u), u, {u.size(2), u.size(3)}}; }
   Product product(int64_t conv, const Input& source, bool transposed);
-  // P of a convolution, as a pass makes it from what is stored, and a product's prologue where it has no `act`.
+  // P of a convolution: a pass can make it from what is stored, and so can a product's prologue where `act` is empty.
   Input source(int64_t conv);
 
   // --- phases: each is added to the plan ---------------------------------------------------------------------------

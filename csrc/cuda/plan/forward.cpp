@@ -9,7 +9,7 @@ namespace resnet_fused::cuda {
 namespace {
 
 // out = act(branch_scale norm_n(y_n) + skip_scale S), or branch_scale act(norm_n(y_n)) + skip_scale S
-at::Tensor join(Block& block) {
+at::Tensor join(BlockPlan& block) {
   const BlockSpec& spec = block.spec;
   const int64_t last = block.last(), s = block.projection();
   const at::Tensor& y = block.y[last];
@@ -35,7 +35,7 @@ at::Tensor join(Block& block) {
 }  // namespace
 
 BlockForward Kernels::residual_block_forward(const BlockTensors& tensors, const BlockSpec& spec) {
-  Block block(tensors, spec);
+  BlockPlan block(tensors, spec);
   std::vector<int64_t> known;
   for (size_t i = 0; i < spec.convs.size(); ++i)
     if (spec.convs[i].statistics == Statistics::running) known.push_back(static_cast<int64_t>(i));

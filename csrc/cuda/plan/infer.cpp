@@ -3,16 +3,15 @@
 
 #include <algorithm>
 
+#include "../../block/integer_division.h"
 #include "../../block/result_format.h"
 #include "block.h"
 
 namespace resnet_fused::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Whether the whole block runs tile by tile on the chip; then adds the phase and returns its result.
-std::optional<at::Tensor> chain(Block& block, const Epilogue& epilogue, const std::vector<Act>& acts) {
+// Adds the phase that runs the whole block tile by tile on the chip and returns its result; nullopt where it cannot.
+std::optional<at::Tensor> chain(BlockPlan& block, const Epilogue& epilogue, const std::vector<Act>& acts) {
   const BlockSpec& spec = block.spec;
   const int64_t last = block.last(), s = block.projection();
   if (spec.stages < 2 || spec.stages > Chain::kMost) return std::nullopt;
@@ -60,7 +59,7 @@ std::optional<at::Tensor> chain(Block& block, const Epilogue& epilogue, const st
   const int64_t items = int64_t{c.batch} * c.tiles[0] * c.tiles[1];
   // with fewer tiles than SMs the phases, which also share channels among workers, keep more of them busy
   if (items < block.plan.device().processors) return std::nullopt;
-  for (c.stages = 4; c.stages > 2; --c.stages)
+  for (c.buffers = 4; c.buffers > 2; --c.buffers)
     if (block.plan.shared(phase) <= block.plan.shared_budget()) break;
   if (block.plan.shared(phase) > block.plan.device().shared_worker) return std::nullopt;
   const Input first = block.product_source(0);
@@ -99,7 +98,7 @@ at::Tensor Kernels::residual_block_infer(const FoldedBlock& given, const BlockSp
   const auto& [x, pre_scale, pre_shift, weights, biases, branch_scale, skip_scale, slopes] = given;
   const OptionalTensors none(weights.size());
   const BlockTensors tensors{x, branch_scale, skip_scale, weights, biases, none, none, none, none, slopes};
-  Block block(tensors, spec);
+  BlockPlan block(tensors, spec);
   if (pre_scale) {
     // as a norm of mean 0 and variance 1
     block.write_table(

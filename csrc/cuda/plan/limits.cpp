@@ -2,12 +2,13 @@
 
 #include <algorithm>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cuda {
 
 std::optional<std::string> too_large(
     int64_t batch, int64_t channels, const std::vector<int64_t>& in, const std::vector<int64_t>& out,
     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto text = [](int64_t n) { return std::to_string(n); };
   for (size_t d = 0; d < 2; ++d)
     if (in[d] + 2 * padding[d] >= 1 << 14)
@@ -18,7 +19,7 @@ std::optional<std::string> too_large(
   if (pixels * channels <= 1 << 29 && (128 / fewest + 2) * pixels * channels < int64_t{1} << 31 &&
       batch * pixels <= 1 << 30)
     return std::nullopt;
-  return "count tiles in 32 bits: up to 2^30 pixels a batch and about 2^29 values an image, got " + text(batch) +
+  return "count tiles in 32 bits: up to 2^30 pixels per batch and about 2^29 values per image, got " + text(batch) +
          " images of " + text(channels) + "x" + text(in[0]) + "x" + text(in[1]);
 }
 

@@ -4,13 +4,9 @@
 
 #include <algorithm>
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cuda {
-namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
-
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 Vector vector_of(Plan& plan, const std::optional<at::Tensor>& t) {

@@ -108,10 +108,10 @@ Plan::Plan(const at::Tensor& x, Launch mode)
 }
 
 int Plan::shared_budget() const {
-  return std::min(device_.shared_worker, device_.shared_processor / 2 - 1024);  // 1 KiB a worker is the system's
+  return std::min(device_.shared_worker, device_.shared_processor / 2 - 1024);  // 1 KiB per worker is the system's
 }
 
-// One a stream, cleared once. A graph under capture gets its own: it may run beside the stream it was captured on.
+// One per stream, cleared once. A graph under capture gets its own: it may run beside the stream it was captured on.
 at::Tensor Plan::workspace() {
   const auto fresh = [&] { return at::zeros({kHeader * 2 + kCounters}, like_.options().dtype(at::kInt)); };
   bool capturing = false;

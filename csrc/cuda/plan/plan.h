@@ -24,7 +24,7 @@ class Plan {
   const Device& device() const { return device_; }
   // The most workers that a launch may have: what partials are made for.
   int most_workers() const { return 2 * device_.processors; }
-  // Shared memory that leaves room for two workers an SM, with the phase's own.
+  // Shared memory that leaves room for two workers per SM, with the phase's own.
   int shared_budget() const;
   // Of a phase; a chain gets its places there.
   int shared(Phase& phase) const { return launcher_->shared_bytes(type_, &phase); }

@@ -78,7 +78,7 @@ def measure_blocks(task: Task, rounds: int, progress: Progress = lambda _: None)
 
 
 def blocks_table(title: str, rows: list[BlockRow]) -> str:
-    """A block a row, and the one that gains least over eager last."""
+    """A block per row, and the one that gains least over eager last."""
     cells = [
         [
             row.name,

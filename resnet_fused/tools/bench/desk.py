@@ -15,7 +15,7 @@ from resnet_fused.tools.bench.contenders import CONTENDERS, Contender
 from resnet_fused.tools.bench.reference import Errors, Reference
 from resnet_fused.tools.bench.task import Task
 
-TURN = 0.1  # seconds: what is faster runs several times a turn, the first of them untimed
+TURN = 0.1  # seconds: a faster contender runs several times per turn, the first time untimed
 
 
 class Desk:

@@ -57,7 +57,7 @@ class Run:
     limits: Errors = field(default=Errors(0.0))
 
     def table(self) -> str:
-        """Every contender a row, those that are absent with the reason."""
+        """One row per contender; absent contenders with the reason."""
         columns = {
             "": lambda e: e.name,
             "images/s": lambda e: f"{self.task.batch / e.median:.1f}",

@@ -45,7 +45,7 @@ def page(record: Record) -> str:
     if record["ceilings"]:
         parts += ["<h2>Ceilings of this machine</h2>", _ceilings(record)]
     parts.append(
-        "<p>Contenders take turns, one step each a round. Ratios are a contender's time over ours in the same round: "
+        "<p>Contenders take turns, one step each per round. Ratios are a contender's time over ours in the same round: "
         "above 1, ours is faster; the median, and the 20th to 80th percentile. Peak memory is a process's largest "
         "resident size while it is timed, above what it was before the model was made ready; on a GPU what is "
         "allocated. Relative errors are against eager float32.</p>"

@@ -84,7 +84,7 @@ class Worker:
 
 
 def serve(pipe: Connection) -> None:
-    """The child's side: makes the object, then a method a message until None comes."""
+    """The child's side: makes the object, then calls one method per message until None comes."""
     what, given = pipe.recv()
     held: Any = None
 

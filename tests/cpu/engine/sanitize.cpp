@@ -175,7 +175,7 @@ std::unique_ptr<T[]> lay_out_input(const Convolution<T>& c, const Layout& l, int
         put(buffer.get() + place * l.pitch, c.pixel(first + n, p / l.input.width, p % l.input.width), c.in);
       }
     } else if (l.kind == Layout::Kind::folded) {
-      for (int64_t y = step.staged_begin; y < step.staged_end; ++y) {
+      for (int64_t y = step.x_begin; y < step.x_end; ++y) {
         const int64_t phase = (y + w.padding[0]) % w.stride[0], row = (y + w.padding[0]) / w.stride[0] - step.begin;
         for (int64_t o = 0; o < l.output.width; ++o) {
           T* to = buffer.get() + (phase * l.plane + row * l.row + o) * l.pitch;
