@@ -1,6 +1,7 @@
 // Training, forward: conv, batch statistics, normalise + activate + add; each is one pass.
 #include "../block/result_format.h"
 #include "block.h"
+#include "heap.h"
 #include "residual_block.h"
 
 namespace resnet_fused::cpu {
@@ -44,6 +45,7 @@ BlockForward forward(const BlockTensors& tensors, const BlockSpec& spec) {
 }  // namespace
 
 BlockForward residual_block_forward(const BlockTensors& block, const BlockSpec& spec) {
+  keep_freed_memory();
   return DISPATCH(block.x, [&] { return forward<scalar_t>(block, spec); });
 }
 

@@ -28,6 +28,7 @@ class Kind:
     modules, functions: what adapters recognise as this activation.
     accepts:   whether a module of `modules` is this one. parameter: its value where none is given; read: a module's.
     learned:   has a slope that is trained, `StageParams.slope`.
+    kinks:     where the derivative jumps, so that rounding of the input decides on which side a gradient is.
     """
 
     formula: Formula
@@ -38,12 +39,15 @@ class Kind:
     parameter: float = 0.0
     read: Callable[[Any], float] | None = None
     learned: bool = False
+    kinks: tuple[float, ...] = ()
 
 
 KINDS: dict[str, Kind] = {
     "identity": Kind(lambda z, *_: z, "nothing", (nn.Identity,)),
-    "relu": Kind(lambda z, *_: torch.relu(z), "output", (nn.ReLU,), (F.relu, F.relu_, torch.relu, torch.relu_)),
-    "relu6": Kind(lambda z, *_: F.relu6(z), "output", (nn.ReLU6,), (F.relu6,)),
+    "relu": Kind(
+        lambda z, *_: torch.relu(z), "output", (nn.ReLU,), (F.relu, F.relu_, torch.relu, torch.relu_), kinks=(0.0,)
+    ),
+    "relu6": Kind(lambda z, *_: F.relu6(z), "output", (nn.ReLU6,), (F.relu6,), kinks=(0.0, 6.0)),
     "leaky_relu": Kind(
         lambda z, slope, _: F.leaky_relu(z, slope),
         "output",
@@ -51,11 +55,20 @@ KINDS: dict[str, Kind] = {
         (F.leaky_relu, F.leaky_relu_),
         parameter=0.01,
         read=lambda module: module.negative_slope,
+        kinks=(0.0,),
     ),
-    "prelu": Kind(lambda z, _, slope: F.prelu(z, slope), "input", (nn.PReLU,), learned=True),  # type: ignore[arg-type]
+    "prelu": Kind(
+        lambda z, _, slope: F.prelu(z, slope),  # type: ignore[arg-type]
+        "input",
+        (nn.PReLU,),
+        learned=True,
+        kinks=(0.0,),
+    ),
     "silu": Kind(lambda z, *_: F.silu(z), "input", (nn.SiLU,), (F.silu,)),
-    "hardswish": Kind(lambda z, *_: F.hardswish(z), "input", (nn.Hardswish,), (F.hardswish,)),
-    "hardsigmoid": Kind(lambda z, *_: F.hardsigmoid(z), "input", (nn.Hardsigmoid,), (F.hardsigmoid,)),
+    "hardswish": Kind(lambda z, *_: F.hardswish(z), "input", (nn.Hardswish,), (F.hardswish,), kinks=(-3.0, 3.0)),
+    "hardsigmoid": Kind(
+        lambda z, *_: F.hardsigmoid(z), "input", (nn.Hardsigmoid,), (F.hardsigmoid,), kinks=(-3.0, 3.0)
+    ),
     "gelu": Kind(
         lambda z, *_: F.gelu(z), "input", (nn.GELU,), (F.gelu,), accepts=lambda module: module.approximate == "none"
     ),

@@ -2,7 +2,7 @@
 
 `exact` is an fp64 run, `eager` PyTorch's own run in the dtype under test. The error is the largest absolute
 difference relative to the largest exact value. The floor of a few ulp is for the cases in which eager happens to be
-exact, or nearly so. `assert_runs_as_accurate` holds whole runs against each other, with what ReLU's kinks may do.
+exact, or nearly so. `assert_runs_as_accurate` holds whole runs against each other, with what kinks may do.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def assert_as_accurate(
     assert error <= allowed, f"{name}: error {error:.3g} against fp64, eager's is {eager_error:.3g}"  # false for NaN
 
 
-def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, relu: bool) -> None:
+def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, kinked: bool) -> None:
     """`assert_as_accurate` for every result of "got", with the largest error of three as eager's.
 
     results: `pooled` runs in `dtype`: "got", "exact" (fp64) and PyTorch's own: "eager" in the given memory format,
-             "other" in the other one, and "flipped", which counts for gradients if there is a `relu`: what masks that
-             rounding may flip do to the exact run (`kinks`).
+             "other" in the other one, and "flipped", which counts for gradients if an activation is `kinked`: what
+             masks that rounding may flip do to the exact run (`kinks`).
     """
     got, eager, exact = results["got"], results["eager"], results["exact"]
     assert got.keys() == eager.keys() == exact.keys()
@@ -57,7 +57,7 @@ def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, rel
         if value is None or not value.is_floating_point():
             assert_as_accurate(name, got[name], eager[name], value)
             continue
-        by_flips = relu and name.startswith("grad")
+        by_flips = kinked and name.startswith("grad")
         # in 16 bits masks flip in either run and the largest error is chance, their mean square is not
         error = root_mean_square_error if by_flips and dtype.itemsize == 2 else relative_error
         peers = [results[kind][name] for kind in ("eager", "other", "flipped")[: 2 + by_flips]]

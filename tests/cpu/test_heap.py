@@ -1,0 +1,46 @@
+"""Memory that training frees stays in the process, as far as glibc ever leaves it there."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+from resnet_fused.ops import operators
+
+if operators.load_error() is not None:
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+# Whether a block of 31 MiB is mapped on its own, to be given back when it is freed: before and after a training step.
+SCRIPT = """
+import ctypes
+import torch
+from resnet_fused import models
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.mallinfo.restype = type("Mallinfo", (ctypes.Structure,), {"_fields_": [(f"_{i}", ctypes.c_int) for i in range(10)]})
+
+def is_mapped():
+    mapped = libc.mallinfo()._3
+    block = libc.malloc(31 << 20)
+    more = libc.mallinfo()._3 - mapped
+    if more == 0:
+        libc.free(block)  # a mapped one would raise the threshold itself
+    return more == 1
+
+before = is_mapped()
+models.resnet18().train()(torch.randn(1, 3, 32, 32))
+print(before, is_mapped())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
+@pytest.mark.parametrize(("setting", "expected"), [({}, "True False"), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, "True True")])
+def test_training_raises_the_threshold_unless_it_is_set(setting: dict[str, str], expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | setting
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == expected, done.stderr
