@@ -121,8 +121,8 @@ class Branch(nn.Module):
         """
         self.require_fixed_norms("a derivative of F")
         t = t.detach() if isinstance(t, Tensor) else t
-        f, jv = torch.func.jvp(lambda point: self._call(point, t, False, 1.0, 1.0, "eager"), (x,), (v,))
-        return f, jv
+        found = torch.func.jvp(lambda point: self._call(point, t, False, 1.0, 1.0, "eager"), (x,), (v,))
+        return found[0], found[1]
 
     def require_fixed_norms(self, what: str) -> None:
         """Raises ValueError where a norm takes the batch's statistics: F is then no function of one sample alone."""
@@ -133,6 +133,14 @@ class Branch(nn.Module):
                     "which ties the samples to each other and updates the running ones each time; accepted: "
                     "branch.eval() (its parameters still receive gradients), or a branch without norms"
                 )
+
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of F(x) for x [N, C, H, W], from sizes alone."""
+        known = self._known.of(self, x)
+        size = (x.shape[2], x.shape[3])
+        for stage, params in zip(known.spec.stages, known.params.stages, strict=True):
+            size = stage.output_size(size, (params.weight.shape[2], params.weight.shape[3]))
+        return x.shape[0], known.params.stages[-1].weight.shape[0], *size
 
     def describe(self) -> tuple[BlockParams, BlockSpec]:
         """Tensors and spec of F in its present state, at t = 0; raises NotFusable."""
