@@ -40,8 +40,10 @@ from resnet_fused.spec import Activation, BlockSpec, Memory, Order, StageSpec
 from resnet_fused.spec.activations import KINDS, recognise
 
 Time = float | Tensor
-# Variants of a branch (a step size, a time) whose packed weights are kept for evaluation: each holds a copy of them.
-MOST_KEPT = 8
+# Variants of a branch (a step size, a time) are kept for evaluation, each with a packed copy of the weights: as many as
+# fit these bytes, within these counts.
+KEPT_BYTES = 32 << 20
+FEWEST_KEPT, MOST_KEPT = 8, 1024
 
 
 class Branch(nn.Module):
@@ -214,6 +216,8 @@ class _Variants:
     def __init__(self, params: BlockParams, spec: BlockSpec) -> None:
         self.params, self.spec = params, spec
         self._step_spec = replace(spec, skip="identity")
+        size = sum(p.weight.numel() * p.weight.element_size() for p in params.stages)
+        self._most_kept = min(max(KEPT_BYTES // max(size, 1), FEWEST_KEPT), MOST_KEPT)
         self._kept: OrderedDict[Any, BlockParams] = OrderedDict()
         self._checked: dict[bool, Any] = {}
 
@@ -251,7 +255,7 @@ class _Variants:
         params = replace(params, branch_scale=scale, skip_scale=skip_scale)
         if key is not None:
             self._kept[key] = params
-            if len(self._kept) > MOST_KEPT:
+            if len(self._kept) > self._most_kept:
                 self._kept.popitem(last=False)
         return params
 

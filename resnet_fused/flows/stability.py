@@ -39,7 +39,7 @@ class StabilityWarning(UserWarning):
 
 class Stability(NamedTuple):
     """radius:     the spectral radius of dt J.
-    eigenvalue: of dt J, the one that is amplified most among those with a real part of at most 0; 0 where there is none.
+    eigenvalue: of dt J, the one that is amplified most among those with a real part of at most 0; 0 without any.
     growth:     |R(eigenvalue)|, at most 1 in a stable step.
     largest_dt: up to which that eigenvalue's mode is stable; not looked for beyond dt itself.
     """
