@@ -112,7 +112,7 @@ class Decay(NamedTuple):
 
 @torch.no_grad()
 def decay(dt: float = 0.01, diffusivity: float = 100.0, steps: int = 10, size: int = 16) -> Decay:
-    """The heat equation from noise, whose solution decays; explicit steps amplify what is rough, implicit ones don't."""
+    """The heat equation from noise: its solution decays, explicit steps amplify what is rough, implicit ones don't."""
     x0 = torch.randn(1, 1, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     branch = heat_branch(diffusivity)
     sizes = {}
@@ -150,7 +150,9 @@ def stiff(pictures: Path | None) -> None:
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         styles = {"euler": "o-", "rk4": "^-", "crank_nicolson": "s-", "backward_euler": "D-", "exact": "k--"}
         for name, sizes in found.sizes.items():
-            axes.semilogy(sizes, styles[name], label=name.replace("_", " "), markersize=4)
+            axes.semilogy(
+                sizes, styles[name], label=name.replace("_", " ").replace("crank nic", "Crank-Nic"), markersize=4
+            )
         axes.set(
             xlabel="step",
             ylabel="|x| / |x at the start|",
