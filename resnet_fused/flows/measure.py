@@ -280,7 +280,7 @@ def block_calls(fn: Callable[[], Any]) -> int:
     return count
 
 
-def calls(pictures: Path | None) -> None:
+def calls(_: Path | None) -> None:
     """What a step costs beside the bare block call: new step sizes and times, which evaluation packs anew."""
     x = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
@@ -345,11 +345,11 @@ def _save(figure: Any, path: Path) -> None:
 PARTS = {"orders": orders, "stiff": stiff, "memory": memory, "calls": calls}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all without any")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the figures into this folder")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; accepted: {', '.join(PARTS)}")
