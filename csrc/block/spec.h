@@ -16,6 +16,8 @@ enum class Skip : int64_t { none = 0, identity = 1, projection = 2 };
 enum class Order : int64_t { post = 0, pre = 1, branch = 2 };
 // What tells the derivative of the block's last activation: `out`, or its argument, computed again.
 enum class JoinReads : int64_t { nothing = 0, output = 1, sum = 2, branch = 3 };
+// What a convolution reads outside its input, which is padded after its norm and activation; nn.Conv2d's padding_mode.
+enum class PaddingMode : int64_t { zeros = 0, circular = 1, reflect = 2, replicate = 3 };
 enum class Launch : int64_t { single = 0, phased = 1 };
 
 constexpr int64_t kNone = -1;  // no stage
@@ -34,8 +36,11 @@ struct Stage {
   bool wants_dy;         // backward needs the gradient of the output
   bool wants_dp;         // ... of the input
   bool library;          // on a GPU the vendor's convolution runs
+  PaddingMode padding_mode;
 
   bool normalizes() const { return statistics != Statistics::none; }
+  // Whether what surrounds the input are values of it, which have to be written out.
+  bool pads_values() const { return padding_mode != PaddingMode::zeros && (padding[0] > 0 || padding[1] > 0); }
   bool processes() const { return normalizes() || !act.is(ActivationKind::identity); }
 };
 
