@@ -107,7 +107,7 @@ def _stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
         batch_stats,
         eps,
         act,
-        conv.padding_mode,  # type: ignore[arg-type]  # typed str
+        conv.padding_mode,
     )
     return params, spec
 

@@ -183,8 +183,8 @@ def _check_padding(name: str, size: IntPair, stage: StageSpec) -> None:
     _, (height, width), _ = stage.geometry
     if most is not None and (height > most[0] or width > most[1]):
         raise ValueError(
-            f"{name}: padding_mode={stage.padding_mode!r} takes at most {most} from an input of {size[0]}x{size[1]}, got "
-            f"padding {stage.padding}"
+            f"{name}: padding_mode={stage.padding_mode!r} takes at most {most} from an input of {size[0]}x{size[1]}, "
+            f"got padding {stage.padding}"
         )
 
 
