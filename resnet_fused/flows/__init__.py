@@ -3,5 +3,27 @@
 from __future__ import annotations
 
 from resnet_fused.flows.branch import Branch
+from resnet_fused.flows.implicit import DeepEquilibrium, ImplicitStep, theta_step
+from resnet_fused.flows.solvers import (
+    Anderson,
+    ConvergenceError,
+    ConvergenceWarning,
+    FixedPoint,
+    Gmres,
+    NewtonKrylov,
+    Solution,
+)
 
-__all__ = ["Branch"]
+__all__ = [
+    "Anderson",
+    "Branch",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "DeepEquilibrium",
+    "FixedPoint",
+    "Gmres",
+    "ImplicitStep",
+    "NewtonKrylov",
+    "Solution",
+    "theta_step",
+]

@@ -1,7 +1,7 @@
 """A block's branch as a vector field F, computed by the fused block operator.
 
-    F(x)                = the chain alone                               skip="none"
-    step(x, dt)         = skip_scale * x + dt * F(x)                    skip="identity", branch_scale=dt
+    F(x)         = the chain alone                        skip="none"
+    step(x, dt)  = skip_scale * x + dt * F(x)             skip="identity", branch_scale=dt
 
 With skip_scale 1 a step is a residual block, read as one step of forward Euler on x' = F(x) (E 2017,
 doi:10.1007/s40304-017-0103-z; Haber & Ruthotto 2017, arXiv:1705.03341; Chen et al. 2018, arXiv:1806.07366).
@@ -93,9 +93,13 @@ class Branch(nn.Module):
     def time_dependent(self) -> bool:
         return self.time_biases is not None
 
-    def forward(self, x: Tensor, t: Time = 0.0) -> Tensor:
-        """F(x, t). x: [N, C, H, W], dtypes as `functional.residual_block`. t: a number, or a 0-d tensor."""
-        return self._call(x, t, None, 1.0)
+    def forward(self, x: Tensor, t: Time = 0.0, scale: Scale = 1.0) -> Tensor:
+        """scale * F(x, t).
+
+        x: [N, C, H, W], dtypes as `functional.residual_block`. t: a number, or a 0-d tensor. scale: as a step's dt.
+        """
+        require_finite("scale", scale)
+        return self._call(x, t, False, scale, 1.0)
 
     def step(self, x: Tensor, dt: Scale, t: Time = 0.0, skip_scale: Scale = 1.0) -> Tensor:
         """skip_scale * x + dt * F(x, t), as one fused call.
@@ -105,7 +109,30 @@ class Branch(nn.Module):
         Raises ValueError where dt is not finite (looked at on the CPU only) or F changes the shape of x.
         """
         require_finite("dt", dt)
-        return self._call(x, t, dt, skip_scale)
+        return self._call(x, t, True, dt, skip_scale)
+
+    def jvp(self, x: Tensor, v: Tensor, t: Time = 0.0) -> tuple[Tensor, Tensor]:
+        """(F(x, t), J v), J the derivative of F at x; for use without autograd.
+
+        The fused operators have no forward-mode derivative, so PyTorch's own operations compute both: exact to
+        rounding, where a finite difference of fused calls would lose half of the digits.
+
+        Raises ValueError where a norm takes the batch's statistics, which every evaluation would update.
+        """
+        self.require_fixed_norms("a derivative of F")
+        t = t.detach() if isinstance(t, Tensor) else t
+        f, jv = torch.func.jvp(lambda point: self._call(point, t, False, 1.0, 1.0, "eager"), (x,), (v,))
+        return f, jv
+
+    def require_fixed_norms(self, what: str) -> None:
+        """Raises ValueError where a norm takes the batch's statistics: F is then no function of one sample alone."""
+        for i, stage in enumerate(self._known.of(self, None).spec.stages):
+            if stage.norm and stage.batch_stats:
+                raise ValueError(
+                    f"{what} evaluates F again and again, and the norm of stage {i} takes the batch's statistics, "
+                    "which ties the samples to each other and updates the running ones each time; accepted: "
+                    "branch.eval() (its parameters still receive gradients), or a branch without norms"
+                )
 
     def describe(self) -> tuple[BlockParams, BlockSpec]:
         """Tensors and spec of F in its present state, at t = 0; raises NotFusable."""
@@ -118,7 +145,9 @@ class Branch(nn.Module):
         """Whether a norm takes the batch's statistics: F then depends on the whole batch, and calls change buffers."""
         return self._known.of(self, None).spec.batch_stats
 
-    def _call(self, x: Tensor, t: Time, dt: Scale | None, skip_scale: Scale) -> Tensor:
+    def _call(
+        self, x: Tensor, t: Time, steps: bool, scale: Scale, skip_scale: Scale, backend: str | None = None
+    ) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         variants = self._known.of(self, x)
@@ -126,7 +155,7 @@ class Branch(nn.Module):
         if self.time_biases is not None:
             _require_one_time(t)
             time = list(self.time_biases), t
-        return variants.call(x, time, dt, skip_scale, self.backend)
+        return variants.call(x, time, steps, scale, skip_scale, backend or self.backend)
 
 
 def require_finite(name: str, value: Scale) -> None:
@@ -181,12 +210,17 @@ class _Variants:
         self._checked: dict[bool, Any] = {}
 
     def call(
-        self, x: Tensor, time: tuple[list[Tensor], Time] | None, dt: Scale | None, skip_scale: Scale, backend: str
+        self,
+        x: Tensor,
+        time: tuple[list[Tensor], Time] | None,
+        steps: bool,
+        scale: Scale,
+        skip_scale: Scale,
+        backend: str,
     ) -> Tensor:
-        """time: the branch's time biases and t; dt: None for F itself."""
-        steps = dt is not None
+        """time: the branch's time biases and t; steps: skip_scale * x is added."""
         spec = self._step_spec if steps else self.spec
-        params = self._variant(time, steps, 1.0 if dt is None else dt, skip_scale)
+        params = self._variant(time, steps, scale, skip_scale)
         if _is_traced():
             return functional.residual_block(x, params, spec, backend=backend)
         params.kept.checked = self._checked.get(steps)
@@ -195,36 +229,36 @@ class _Variants:
         return out
 
     def _variant(
-        self, time: tuple[list[Tensor], Time] | None, steps: bool, dt: Scale, skip_scale: Scale
+        self, time: tuple[list[Tensor], Time] | None, steps: bool, scale: Scale, skip_scale: Scale
     ) -> BlockParams:
-        dt, skip_scale = _number_if_constant(dt), _number_if_constant(skip_scale)
+        scale, skip_scale = _number_if_constant(scale), _number_if_constant(skip_scale)
         if time is not None:
             time = time[0], _number_if_constant(time[1])
-        key = self._key(time, steps, dt, skip_scale)
+        key = self._key(time, steps, scale, skip_scale)
         known = None if key is None else self._kept.get(key)
         if key is not None and known is not None:
             self._kept.move_to_end(key)
             return known
         params = self.params if time is None else _at_time(self.params, self.spec, *time)
-        params = replace(params, branch_scale=dt, skip_scale=skip_scale)
+        params = replace(params, branch_scale=scale, skip_scale=skip_scale)
         if key is not None:
             self._kept[key] = params
             if len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
         return params
 
-    def _key(self, time: tuple[list[Tensor], Time] | None, steps: bool, dt: Scale, skip_scale: Scale) -> Any:
+    def _key(self, time: tuple[list[Tensor], Time] | None, steps: bool, scale: Scale, skip_scale: Scale) -> Any:
         """What a variant depends on beside the tensors it shares; None where it is for one call only."""
-        if isinstance(dt, Tensor) or isinstance(skip_scale, Tensor) or _is_traced():
+        if isinstance(scale, Tensor) or isinstance(skip_scale, Tensor) or _is_traced():
             return None
         if time is None:
-            return steps, dt, skip_scale
+            return steps, scale, skip_scale
         biases, t = time
         if isinstance(t, Tensor) or torch.is_grad_enabled():  # b + t c belongs to a graph
             return None
         made_of = [*biases, *(b for p in self.params.stages for b in (p.bias, p.norm_bias) if b is not None)]
         values = operators.fingerprint(made_of, "everything")  # which may change in place
-        return None if values is None else (steps, dt, skip_scale, t, values)
+        return None if values is None else (steps, scale, skip_scale, t, values)
 
 
 def stages_of(net: nn.Module) -> tuple[tuple[StageModules, ...], Order]:
