@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.flows import Branch, theta_step
+from resnet_fused.flows import Branch, Gmres, theta_step
+from resnet_fused.flows.branch import Time
 from resnet_fused.physics.stencils import symbol
 from resnet_fused.spec import PaddingMode
 
@@ -32,10 +33,17 @@ class UnstableStepError(ValueError):
     """A time step by which some wave grows without bound."""
 
 
+class LinearBranch(Branch):
+    """A branch that is linear in x: its derivative is itself, so the products of an implicit step are fused calls."""
+
+    def jvp(self, x: Tensor, v: Tensor, t: Time = 0.0) -> tuple[Tensor, Tensor]:
+        return self(x, t), self(v, t)
+
+
 class LinearPDE(nn.Module):
     """u_t = L u on a grid, u: [N, C, 1, W] in one dimension and [N, C, H, W] in two; the channels do not mix.
 
-    weights:   L's stencil [R, S], odd sizes; see `stencils`. It becomes ``self.conv.weight`` [C, 1, R, S].
+    weights:   L's stencil [R, S], odd sizes; see `stencils`. It becomes ``conv.weight`` [C, 1, R, S].
     boundary:  "periodic", "dirichlet" (0 in the cell beyond the edge) or "neumann" (no flux through the edge).
     learnable: the stencil is trained; every channel then has its own.
     dtype:     float64 or float32. Narrower ones are refused: dt L u is a small part of u, and 8 bits lose it.
@@ -65,7 +73,7 @@ class LinearPDE(nn.Module):
             raise ValueError(f"a stencil has a centre: odd sizes, got {rows}x{columns}")
         self.dims = 1 if rows == 1 else 2
         self.check_stability = check_stability
-        self.conv = nn.Conv2d(
+        conv = nn.Conv2d(
             channels,
             channels,
             (rows, columns),
@@ -75,9 +83,14 @@ class LinearPDE(nn.Module):
             padding_mode=PADDING[boundary],
             dtype=dtype,
         )
-        self.conv.weight = nn.Parameter(weights.to(dtype).repeat(channels, 1, 1, 1), requires_grad=learnable)
-        self.branch = Branch(self.conv)
+        conv.weight = nn.Parameter(weights.to(dtype).repeat(channels, 1, 1, 1), requires_grad=learnable)
+        self.branch = LinearBranch(conv)
         self._checked: tuple[float, float, int] | None = None
+
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The convolution that holds the stencil."""
+        return self.branch.net[0]  # type: ignore[return-value]
 
     def forward(self, u: Tensor) -> Tensor:
         """L u, one fused call."""
@@ -103,14 +116,15 @@ class LinearPDE(nn.Module):
     def implicit_step(self, u: Tensor, dt: float, theta: float = 1.0, tol: float | None = None) -> Tensor:
         """u' of (1 - theta dt L) u' = (1 + (1 - theta) dt L) u; theta 1: backward Euler, 1/2: Crank-Nicolson.
 
-        Solved by Newton-GMRES (`flows.theta_step`), whose products with L are fused calls, to a relative residual of
-        tol: None takes 1e-10 in float64, 1e-5 in float32. No dt is unstable from theta = 1/2 on. Raises UnstableStepError
-        below, TypeError, flows.ConvergenceError.
+        Solved by GMRES (`flows.theta_step`), whose products with L are fused calls, to a relative residual of tol: None
+        takes 1e-10 in float64, 1e-5 in float32. From theta = 1/2 on no dt is unstable.
+
+        Raises UnstableStepError below, TypeError, flows.ConvergenceError.
         """
         self._check_input(u)
         if self.check_stability and theta < 0.5:
             self._require_stable(dt, theta)
-        return theta_step(self.branch, u, dt, theta=theta, tol=tol)[0]
+        return theta_step(self.branch, u, dt, theta=theta, solver=Gmres(), tol=tol)[0]
 
     def symbols(self) -> Tensor:
         """L's eigenvalue for waves over half a turn of phases per cell in x and a whole one in y: complex [..]; 1/s."""

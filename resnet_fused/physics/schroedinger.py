@@ -19,10 +19,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.flows import Branch, theta_step
+from resnet_fused.flows import Gmres, theta_step
 from resnet_fused.flows.branch import Time
 from resnet_fused.params import Scale
-from resnet_fused.physics.linear import DTYPES, PADDING, Boundary, UnstableStepError
+from resnet_fused.physics.linear import DTYPES, PADDING, Boundary, LinearBranch, UnstableStepError
 from resnet_fused.physics.stencils import second_difference
 from resnet_fused.spec import PaddingMode
 
@@ -80,7 +80,7 @@ class Schroedinger(nn.Module):
         """
         self._check_input(psi)
         tol = {torch.float64: 1e-13, torch.float32: 1e-6}[psi.dtype] if tol is None else tol
-        return theta_step(self.rotation, psi, dt, theta=0.5, tol=tol)[0]
+        return theta_step(self.rotation, psi, dt, theta=0.5, solver=Gmres(), tol=tol)[0]
 
     def run(self, psi: Tensor, dt: float, steps: int) -> Tensor:
         """The staggered psi after so many leapfrog steps."""
@@ -141,7 +141,7 @@ class Schroedinger(nn.Module):
         return torch.cat([-psi[:, 1:], psi[:, :1]], 1)
 
     def _check_input(self, psi: Tensor) -> None:
-        weight = self.rotation.conv.weight
+        weight = self.rotation.net[0].weight
         if psi.dtype != weight.dtype:
             raise TypeError(f"psi is {psi.dtype}, the equation is in {weight.dtype}: convert one of them")
         width = psi.shape[-1] if self.potential is None else self.potential.shape[-1]
@@ -149,7 +149,7 @@ class Schroedinger(nn.Module):
             raise ValueError(f"psi must be [N, 2, 1, {width}], its real and imaginary part, got {tuple(psi.shape)}")
 
 
-class _Field(Branch):
+class _Field(LinearBranch):
     """(K I, K' R) by a convolution, and the potential's part point by point.
 
     kinetic: the stencils K, K' [1, 3]. signs: of what V adds to R from I, and to I from R.
@@ -168,7 +168,6 @@ class _Field(Branch):
         weight[0, 1], weight[1, 0] = kinetic
         conv.weight = nn.Parameter(weight, requires_grad=False)
         super().__init__(conv)
-        self.conv = conv
         forces = None if potential is None else potential * torch.tensor(signs, dtype=dtype).reshape(1, 2, 1, 1)
         self.forces: Tensor | None
         self.register_buffer("forces", forces, persistent=False)

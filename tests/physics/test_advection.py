@@ -45,8 +45,11 @@ def test_the_symbol(velocity: float, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["central", "upwind"])
 @pytest.mark.parametrize("diffusivity", [0.01, 0.05, 0.5])
 def test_the_limit_from_both_sides(scheme: str, diffusivity: float) -> None:
-    """The closed form of the largest step is von Neumann's: 1 % below it every wave decays, 1 % above some grows. The wave
-    that grows fastest, or decays slowest, is followed for 500 steps; its size is its factor's power, to a relative 1e-9."""
+    """The closed form of the largest step is von Neumann's: 1 % below it every wave decays, 1 % above some grows.
+
+    The wave that grows fastest, or decays slowest, is followed for 500 steps; its size is its factor's power, to a
+    relative 1e-9.
+    """
     dx, width = 0.05, 64
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a cell Peclet number above 2

@@ -196,3 +196,48 @@ def test_a_learned_stencil_finds_the_diffusion_coefficient() -> None:
     assert float(diffusion) == pytest.approx(alpha, rel=0.01)
     assert abs(float(drift)) < 0.01 * alpha / dx
     assert abs(float(reaction)) < 0.01 * float(equation.conv.weight.detach().abs().max())
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+@pytest.mark.parametrize("boundary", ["periodic", "dirichlet"])
+def test_implicit_steps_decay_by_the_schemes_own_factor(boundary: str, theta: float) -> None:
+    """(1 + (1 - theta) dt l) / (1 - theta dt l) for every wave, 20 times beyond the explicit limit; to 1e-9, the
+    solver's relative residual of 1e-12 times the condition of 1 - dt L, which is 81."""
+    width = 16
+    cells = torch.arange(width, dtype=torch.float64)
+    if boundary == "periodic":
+        angle, u = phases(width), modes_1d(width)
+    else:
+        angle = math.pi / (width + 1) * torch.arange(1, width + 1, dtype=torch.float64)
+        u = torch.sin(angle[:, None] * (cells + 1)).reshape(width, 1, 1, width)
+    equation = Heat(ALPHA, 0.1, boundary=boundary)
+    dt = 20 * equation.largest_step
+    grown = -4 * ALPHA * dt / 0.01 * torch.sin(angle / 2) ** 2
+    exact = (1 + (1 - theta) * grown) / (1 - theta * grown)
+    after = equation.implicit_step(u, dt, theta, tol=1e-12)
+    torch.testing.assert_close(after, exact.reshape(-1, 1, 1, 1) * u, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("theta", "order"), [(1.0, 1), (0.5, 2)])
+def test_the_order_of_implicit_steps(theta: float, order: int) -> None:
+    """In dt, against exp(lambda t) on one grid; to 0.1 of an order."""
+    width, time = 12, 0.2
+    equation, u = Heat(ALPHA, LENGTH / width), modes_1d(width)[2:3]
+    rate = float(symbol(equation.conv.weight[0, 0], phases(width)[2:3]).real)
+    errors = []
+    for steps in (32, 64, 128):
+        after = u
+        for _ in range(steps):
+            after = equation.implicit_step(after, time / steps, theta, tol=1e-13)
+        errors.append(abs(float(factor(u, after)) - math.exp(rate * time)))
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert orders == pytest.approx([order, order], abs=0.1), orders
+
+
+def test_a_theta_below_a_half_has_a_limit() -> None:
+    """theta = 0.25: stable while dt |l| (1 - 2 theta) <= 2, so up to twice the explicit limit."""
+    equation = Heat(ALPHA, 0.1)
+    u = modes_1d(8)
+    equation.implicit_step(u, 1.99 * equation.largest_step, 0.25)
+    with pytest.raises(UnstableStepError, match="multiplies some wave by"):
+        equation.implicit_step(u, 2.01 * equation.largest_step, 0.25)
