@@ -9,6 +9,7 @@ about a minute. Units of hbar = m = 1.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     numbers, frames = tunnelling(args.points, args.frames)
-    numbers |= conservation(args.steps) | dispersion() | limit()
+    numbers |= conservation(args.steps) | orders() | dispersion() | limit()
     numbers["film: bytes"] = film(args.points, frames, args.out / "schroedinger.gif")
     still(args.points, frames, args.out / "schroedinger.png")
     print(f"\nschroedinger.gif ({numbers['film: bytes'] / 1000:.0f} kB) and schroedinger.png are in {args.out}")
@@ -119,6 +120,43 @@ def conservation(steps: int) -> dict[str, float]:
         f"the energy by {drift[1]:.1e}"
     )
     return {"Crank-Nicolson: change of the norm": drift[0], "Crank-Nicolson: change of the energy": drift[1]}
+
+
+def orders() -> dict[str, float]:
+    """In dt, of a packet in an oscillator against exp(-i H t); in dx, of the energy of a wave."""
+    width, dx, time = 64, 0.25, 0.5
+    x = (torch.arange(width, dtype=torch.float64) - width / 2) * dx
+    equation = Schroedinger(dx, 0.5 * x**2)
+    points = torch.zeros(width, 2, 1, width, dtype=torch.float64)
+    points[:, 0, 0] = torch.eye(width)
+    start = wave_packet(x, -1.5, 0.5, 0.8)
+    hamiltonian = equation.hamiltonian(points)[:, 0, 0].T
+    exact = torch.matrix_exp(-1j * time * hamiltonian) @ torch.complex(start[0, 0, 0], start[0, 1, 0])
+
+    def leapfrog(steps: int) -> float:
+        dt = time / steps
+        return float((equation.run(equation.staggered(start, dt), dt, steps)[0, 0, 0] - exact.real).abs().max())
+
+    def crank_nicolson(steps: int) -> float:
+        psi = start
+        for _ in range(steps):
+            psi = equation.crank_nicolson_step(psi, time / steps)
+        return float((psi[0, 0, 0] - exact.real).abs().max())
+
+    k = torch.tensor(WAVENUMBER, dtype=torch.float64)
+    errors = {
+        "dt, leapfrog": [leapfrog(n) for n in (32, 64, 128)],
+        "dt, Crank-Nicolson": [crank_nicolson(n) for n in (16, 32, 64)],
+        "dx": [abs(float(Schroedinger(d).kinetic_energy(k)) - WAVENUMBER**2 / 2) for d in (0.2, 0.1, 0.05)],
+    }
+    rows, numbers = [], {}
+    for name, each in errors.items():
+        slopes = [math.log2(a / b) for a, b in itertools.pairwise(each)]
+        rows.append([name, *(f"{e:.3e}" for e in each), *(f"{s:.3f}" for s in slopes)])
+        numbers[f"orders: {name}"] = slopes[-1]
+    header = ("halved", "error", "halved once", "twice", "order", "order")
+    print(table("\nOrders of accuracy", header, rows))
+    return numbers
 
 
 def phase_velocity(number: int, width: int, dt: float, steps: int) -> tuple[float, float, float]:

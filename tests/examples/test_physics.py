@@ -37,6 +37,14 @@ def test_heat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, order in {"dx, explicit": 2, "dt, explicit": 1, "dt, backward Euler": 1, "dt, Crank-Nicolson": 2}.items():
         assert numbers[f"orders: {name}"] == pytest.approx(order, abs=0.05), name  # errors are not yet infinitely small
     assert numbers["learned: relative error of alpha"] < 0.01  # the bound
+    for scheme, peclet in (("central", 1.9), ("central", 8.0), ("upwind", 8.0)):
+        name = f"flow: {scheme}, Peclet {peclet:g}"
+        for side in (0.99, 1.01):
+            # the 500th root of a power that rounding changes by 1e-13
+            assert numbers[f"{name}, {side} of the limit, off by"] < 1e-12
+            assert (numbers[f"{name}, {side} of the limit, growth"] < 1) == (side < 1)
+        overshoots = numbers[f"{name}, overshoot"]
+        assert overshoots > 0.05 if (scheme, peclet) == ("central", 8.0) else overshoots < 1e-12
     assert frames(tmp_path / "heat.gif") == 3 and (tmp_path / "heat.png").stat().st_size > 0
     assert "BLOWS UP" in capsys.readouterr().out
 
@@ -48,6 +56,8 @@ def test_schroedinger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for name in ("leapfrog: change of the norm", "Crank-Nicolson: change of the norm"):
         assert numbers[name] < 1e-10, name  # the bound
     assert numbers["Crank-Nicolson: change of the energy"] < 1e-9  # the same error times energies of about 10
+    for name in ("dt, leapfrog", "dt, Crank-Nicolson", "dx"):
+        assert numbers[f"orders: {name}"] == pytest.approx(2, abs=0.05), name
     assert numbers["phase velocity: largest relative error"] < 1e-12  # rounding of 100 steps
     assert numbers["group velocity: relative error"] < 1e-4  # |R|^2 + |I|^2 of times dt/2 apart is no exact density
     assert numbers["tunnelling: relative error"] < 0.02  # of dx^2: plane waves of the equation, not of the grid
