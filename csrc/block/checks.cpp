@@ -65,8 +65,8 @@ std::vector<Shape> check_convolutions(
       TORCH_CHECK_VALUE(
           stage.padding_mode == PaddingMode::zeros || stage.padding_mode == PaddingMode::replicate ||
               stage.padding[d] <= most,
-          "convolution ", i, " pads an input ", at::IntArrayRef(in), " by ", stage.padding[d], " of its own values; at most ",
-          most);
+          "convolution ", i, " pads an input ", at::IntArrayRef(in), " by ", stage.padding[d],
+          " of its own values; at most ", most);
       shape.push_back((padded - extent) / stage.stride[d] + 1);
     }
     shapes.push_back(shape);

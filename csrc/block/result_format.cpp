@@ -6,7 +6,8 @@ namespace resnet_fused {
 
 bool is_channels_last(
     bool pre_activation, bool x_is_last, int64_t channels, const std::vector<bool>& processes,
-    const std::vector<bool>& circular, const std::vector<bool>& weight_is_last, const std::vector<int64_t>& widths, const std::vector<bool>& one_pixel) {
+    const std::vector<bool>& circular, const std::vector<bool>& weight_is_last, const std::vector<int64_t>& widths,
+    const std::vector<bool>& one_pixel) {
   bool is_last = x_is_last;
   for (size_t i = 0; i < processes.size(); ++i) {
     if (pre_activation && processes[i] && channels == 1) is_last = false;
@@ -34,7 +35,8 @@ at::MemoryFormat result_format(const at::Tensor& x, const std::vector<at::Tensor
     one_pixel.push_back(size[0] * size[1] == 1);
   }
   const bool x_is_last = x.suggest_memory_format() == last;
-  return is_channels_last(spec.order == Order::pre, x_is_last, x.size(1), processes, circular, weight_is_last, widths, one_pixel)
+  return is_channels_last(
+             spec.order == Order::pre, x_is_last, x.size(1), processes, circular, weight_is_last, widths, one_pixel)
              ? last
              : at::MemoryFormat::Contiguous;
 }

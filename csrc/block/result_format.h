@@ -14,10 +14,12 @@ namespace resnet_fused {
 // gives, whether those are one pixel.
 //
 // A convolution's result is channels_last where its input or its weight is, but for a single pixel; a norm or an
-// activation of a single channel and circular padding forget it. PyTorch itself departs from this where x has one channel and is a slice.
+// activation of a single channel and circular padding forget it. PyTorch itself departs from this where x has one
+// channel and is a slice.
 bool is_channels_last(
     bool pre_activation, bool x_is_last, int64_t channels, const std::vector<bool>& processes,
-    const std::vector<bool>& circular, const std::vector<bool>& weight_is_last, const std::vector<int64_t>& widths, const std::vector<bool>& one_pixel);
+    const std::vector<bool>& circular, const std::vector<bool>& weight_is_last, const std::vector<int64_t>& widths,
+    const std::vector<bool>& one_pixel);
 
 // The same of tensors. Weights in oneDNN's layout have no format and count as contiguous.
 at::MemoryFormat result_format(const at::Tensor& x, const std::vector<at::Tensor>& weights, const BlockSpec& spec);
