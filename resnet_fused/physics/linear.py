@@ -33,6 +33,28 @@ class UnstableStepError(ValueError):
     """A time step by which some wave grows without bound."""
 
 
+def padding_mode(boundary: Boundary) -> PaddingMode:
+    """The convolution's padding mode for a boundary; raises ValueError for another name."""
+    if boundary not in PADDING:
+        raise ValueError(f"boundary must be one of {', '.join(map(repr, PADDING))}, got {boundary!r}")
+    return PADDING[boundary]
+
+
+def require_wide(dtype: torch.dtype) -> None:
+    """Raises TypeError for 16 bits, of which a time step is too small a part."""
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"dtype is {dtype}; accepted: {', '.join(map(str, DTYPES))}: narrower ones lose a small step in u"
+        )
+
+
+def check_input(u: Tensor, weight: Tensor, name: str) -> None:
+    """Raises TypeError where u is not of the equation's dtype, or that has become one of 16 bits."""
+    require_wide(weight.dtype)
+    if u.dtype != weight.dtype:
+        raise TypeError(f"{name} is {u.dtype}, the equation is in {weight.dtype}: convert one of them")
+
+
 class LinearBranch(Branch):
     """A branch that is linear in x: its derivative is itself, so the products of an implicit step are fused calls."""
 
@@ -62,12 +84,8 @@ class LinearPDE(nn.Module):
         check_stability: bool = True,
     ) -> None:
         super().__init__()
-        if boundary not in PADDING:
-            raise ValueError(f"boundary must be one of {', '.join(map(repr, PADDING))}, got {boundary!r}")
-        if dtype not in DTYPES:
-            raise TypeError(
-                f"dtype is {dtype}; accepted: {', '.join(map(str, DTYPES))}: narrower ones lose dt L u in u"
-            )
+        mode = padding_mode(boundary)
+        require_wide(dtype)
         rows, columns = weights.shape
         if not (rows % 2 and columns % 2):
             raise ValueError(f"a stencil has a centre: odd sizes, got {rows}x{columns}")
@@ -80,7 +98,7 @@ class LinearPDE(nn.Module):
             padding=(rows // 2, columns // 2),
             groups=channels,
             bias=False,
-            padding_mode=PADDING[boundary],
+            padding_mode=mode,
             dtype=dtype,
         )
         conv.weight = nn.Parameter(weights.to(dtype).repeat(channels, 1, 1, 1), requires_grad=learnable)
@@ -130,7 +148,7 @@ class LinearPDE(nn.Module):
         """L's eigenvalue for waves over half a turn of phases per cell in x and a whole one in y: complex [..]; 1/s."""
         count = PHASES[self.dims]
         theta = torch.linspace(0, torch.pi, count + 1, dtype=torch.float64)
-        stencils = self.conv.weight.detach().double().flatten(0, 1)
+        stencils = self.conv.weight.detach().double().cpu().flatten(0, 1)
         if self.dims == 1:
             return torch.stack([symbol(w, theta) for w in stencils])
         theta_x, theta_y = torch.meshgrid(theta, torch.cat([-theta[1:].flip(0), theta]), indexing="ij")
@@ -146,8 +164,7 @@ class LinearPDE(nn.Module):
         return f"dt max|L| = {dt * float(self.symbols().abs().max()):.6g}"
 
     def _check_input(self, u: Tensor) -> None:
-        if u.dtype != self.conv.weight.dtype:
-            raise TypeError(f"u is {u.dtype}, the equation is in {self.conv.weight.dtype}: convert one of them")
+        check_input(u, self.conv.weight, "u")
         if u.dim() == 4 and self.dims == 1 and u.shape[2] != 1:
             raise ValueError(f"in one dimension u is [N, C, 1, W], got {tuple(u.shape)}")
 

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from resnet_fused.flows import Gmres, theta_step
 from resnet_fused.flows.branch import Time
 from resnet_fused.params import Scale
-from resnet_fused.physics.linear import DTYPES, PADDING, Boundary, LinearBranch, UnstableStepError
+from resnet_fused.physics.linear import (
+    Boundary,
+    LinearBranch,
+    UnstableStepError,
+    check_input,
+    padding_mode,
+    require_wide,
+)
 from resnet_fused.physics.stencils import second_difference
 from resnet_fused.spec import PaddingMode
 
@@ -44,12 +51,8 @@ class Schroedinger(nn.Module):
         check_stability: bool = True,
     ) -> None:
         super().__init__()
-        if boundary not in PADDING:
-            raise ValueError(f"boundary must be one of {', '.join(map(repr, PADDING))}, got {boundary!r}")
-        if dtype not in DTYPES:
-            raise TypeError(
-                f"dtype is {dtype}; accepted: {', '.join(map(str, DTYPES))}: narrower ones lose dt H psi in psi"
-            )
+        mode = padding_mode(boundary)
+        require_wide(dtype)
         if not dx > 0:
             raise ValueError(f"dx must be > 0, got {dx!r}")
         self.dx, self.boundary, self.check_stability = dx, boundary, check_stability
@@ -57,7 +60,6 @@ class Schroedinger(nn.Module):
         v = None if potential is None else potential.detach().to(dtype).reshape(1, 1, 1, -1)
         self.potential: Tensor | None
         self.register_buffer("potential", v)
-        mode = PADDING[boundary]
         self.real_from_imag = _Field((kinetic, 0 * kinetic), v, (1, 0), mode, dtype)  # (H I, 0)
         self.imag_from_real = _Field((0 * kinetic, -kinetic), v, (0, -1), mode, dtype)  # (0, -H R)
         self.rotation = _Field((kinetic, -kinetic), v, (1, -1), mode, dtype)  # (H I, -H R) = -i H psi
@@ -142,8 +144,7 @@ class Schroedinger(nn.Module):
 
     def _check_input(self, psi: Tensor) -> None:
         weight = self.rotation.net[0].weight
-        if psi.dtype != weight.dtype:
-            raise TypeError(f"psi is {psi.dtype}, the equation is in {weight.dtype}: convert one of them")
+        check_input(psi, weight, "psi")
         width = psi.shape[-1] if self.potential is None else self.potential.shape[-1]
         if psi.dim() != 4 or psi.shape[1:] != (2, 1, width):
             raise ValueError(f"psi must be [N, 2, 1, {width}], its real and imaginary part, got {tuple(psi.shape)}")

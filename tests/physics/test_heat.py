@@ -154,6 +154,8 @@ def test_sixteen_bits_are_refused(dtype: torch.dtype) -> None:
         Heat(ALPHA, 0.1, dtype=dtype)
     with pytest.raises(TypeError, match=re.escape(f"u is {dtype}, the equation is in torch.float64")):
         Heat(ALPHA, 0.1).step(torch.zeros(1, 1, 1, 4, dtype=dtype), 1e-4)
+    with pytest.raises(TypeError, match=re.escape(f"dtype is {dtype}; accepted: torch.float64, torch.float32")):
+        Heat(ALPHA, 0.1).to(dtype).step(torch.zeros(1, 1, 1, 4, dtype=dtype), 1e-4)
 
 
 def test_bad_arguments() -> None:

@@ -185,6 +185,9 @@ def test_float32_and_narrower() -> None:
     psi = equation.staggered(wave_packet(grid(width, dx), 12, 1.5, 1.0).float(), dt)
     start = equation.staggered_norm(psi, dt)
     assert float((equation.staggered_norm(equation.run(psi, dt, 1000), dt) - start).abs()) < 1e-4
+    norm = equation.norm(psi)
+    psi = equation.crank_nicolson_step(psi, 2 * dt)
+    assert psi.dtype == torch.float32 and float((equation.norm(psi) - norm).abs()) < 1e-5  # 1e-6, and its rounding
     with pytest.raises(TypeError, match=re.escape("dtype is torch.bfloat16; accepted: torch.float64, torch.float32")):
         Schroedinger(dx, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match=re.escape("psi is torch.float32, the equation is in torch.float64")):
