@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from resnet_fused.flows.branch import Branch
+from resnet_fused.flows.flow import Flow
 from resnet_fused.flows.implicit import DeepEquilibrium, ImplicitStep, theta_step
 from resnet_fused.flows.solvers import (
     Anderson,
@@ -13,6 +14,7 @@ from resnet_fused.flows.solvers import (
     NewtonKrylov,
     Solution,
 )
+from resnet_fused.flows.stability import Stability, StabilityError, StabilityWarning, stability
 
 __all__ = [
     "Anderson",
@@ -21,9 +23,14 @@ __all__ = [
     "ConvergenceWarning",
     "DeepEquilibrium",
     "FixedPoint",
+    "Flow",
     "Gmres",
     "ImplicitStep",
     "NewtonKrylov",
     "Solution",
+    "Stability",
+    "StabilityError",
+    "StabilityWarning",
+    "stability",
     "theta_step",
 ]

@@ -40,8 +40,10 @@ from resnet_fused.spec import Activation, BlockSpec, Memory, Order, StageSpec
 from resnet_fused.spec.activations import KINDS, recognise
 
 Time = float | Tensor
-# Variants of a branch (a step size, a time) whose packed weights are kept for evaluation: each holds a copy of them.
-MOST_KEPT = 8
+# Variants of a branch (a step size, a time) are kept for evaluation, each with a packed copy of the weights: as many as
+# fit these bytes, within these counts.
+KEPT_BYTES = 32 << 20
+FEWEST_KEPT, MOST_KEPT = 8, 1024
 
 
 class Branch(nn.Module):
@@ -121,8 +123,8 @@ class Branch(nn.Module):
         """
         self.require_fixed_norms("a derivative of F")
         t = t.detach() if isinstance(t, Tensor) else t
-        f, jv = torch.func.jvp(lambda point: self._call(point, t, False, 1.0, 1.0, "eager"), (x,), (v,))
-        return f, jv
+        found = torch.func.jvp(lambda point: self._call(point, t, False, 1.0, 1.0, "eager"), (x,), (v,))
+        return found[0], found[1]
 
     def require_fixed_norms(self, what: str) -> None:
         """Raises ValueError where a norm takes the batch's statistics: F is then no function of one sample alone."""
@@ -133,6 +135,14 @@ class Branch(nn.Module):
                     "which ties the samples to each other and updates the running ones each time; accepted: "
                     "branch.eval() (its parameters still receive gradients), or a branch without norms"
                 )
+
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of F(x) for x [N, C, H, W], from sizes alone."""
+        known = self._known.of(self, x)
+        size = (x.shape[2], x.shape[3])
+        for stage, params in zip(known.spec.stages, known.params.stages, strict=True):
+            size = stage.output_size(size, (params.weight.shape[2], params.weight.shape[3]))
+        return x.shape[0], known.params.stages[-1].weight.shape[0], *size
 
     def describe(self) -> tuple[BlockParams, BlockSpec]:
         """Tensors and spec of F in its present state, at t = 0; raises NotFusable."""
@@ -206,6 +216,8 @@ class _Variants:
     def __init__(self, params: BlockParams, spec: BlockSpec) -> None:
         self.params, self.spec = params, spec
         self._step_spec = replace(spec, skip="identity")
+        size = sum(p.weight.numel() * p.weight.element_size() for p in params.stages)
+        self._most_kept = min(max(KEPT_BYTES // max(size, 1), FEWEST_KEPT), MOST_KEPT)
         self._kept: OrderedDict[Any, BlockParams] = OrderedDict()
         self._checked: dict[bool, Any] = {}
 
@@ -243,7 +255,7 @@ class _Variants:
         params = replace(params, branch_scale=scale, skip_scale=skip_scale)
         if key is not None:
             self._kept[key] = params
-            if len(self._kept) > MOST_KEPT:
+            if len(self._kept) > self._most_kept:
                 self._kept.popitem(last=False)
         return params
 

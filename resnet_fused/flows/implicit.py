@@ -77,7 +77,7 @@ def solve(
     with torch.no_grad():
         solution = _forward(branch, u.detach(), h, t, solver, tol, initial)
     solvers.report_failure(what, solver, solution, on_failure)
-    z = _to_picture(solution.z, u)
+    z = to_picture(solution.z, u)
     report = solution._replace(z=solution.z[:, :0])
     differentiable = (v for v in (u, h, t, *branch.parameters()) if isinstance(v, Tensor))
     if not torch.is_grad_enabled() or not any(v.requires_grad for v in differentiable):
@@ -91,18 +91,18 @@ def solve(
 def _forward(
     branch: Branch, u: Tensor, h: Scale, t: Time, solver: Solver, tol: float, initial: Tensor | None
 ) -> Solution:
-    fixed = _to_rows(u)
+    fixed = to_rows(u)
 
     def residual(rows: Tensor) -> Tensor:
-        z = _to_picture(rows, u)
+        z = to_picture(rows, u)
         r = branch.step(z, h, t, skip_scale=-1.0)  # h F(z) - z in one call
-        return _to_rows(r) + fixed
+        return to_rows(r) + fixed
 
     def derivative(rows: Tensor) -> solvers.Map:
-        z = _to_picture(rows, u)
-        return lambda v: _to_rows(branch.jvp(z, _to_picture(v, u), t)[1]) * h - v
+        z = to_picture(rows, u)
+        return lambda v: to_rows(branch.jvp(z, to_picture(v, u), t)[1]) * h - v
 
-    return solver.solve(residual, fixed if initial is None else _to_rows(initial.detach()), tol, derivative)
+    return solver.solve(residual, fixed if initial is None else to_rows(initial.detach()), tol, derivative)
 
 
 class _Adjoint:
@@ -116,16 +116,16 @@ class _Adjoint:
         self._what = f"the adjoint of {what}"
 
     def __call__(self, g: Tensor) -> Tensor:
-        fixed, f, z = _to_rows(g), self._f, self._z
+        fixed, f, z = to_rows(g), self._f, self._z
 
         def transposed(v: Tensor) -> Tensor:
             with torch.enable_grad():
-                (jtv,) = torch.autograd.grad(f, z, _to_picture(v, z), retain_graph=True)
-            return _to_rows(jtv) - v
+                (jtv,) = torch.autograd.grad(f, z, to_picture(v, z), retain_graph=True)
+            return to_rows(jtv) - v
 
         solution = self._solver.solve(lambda w: fixed + transposed(w), fixed, self._tol, lambda _: transposed)
         solvers.report_failure(self._what, self._solver, solution, self._on_failure)
-        return _to_picture(solution.z, g)
+        return to_picture(solution.z, g)
 
 
 class _Implicit(torch.autograd.Function):
@@ -142,13 +142,13 @@ class _Implicit(torch.autograd.Function):
         return ctx.adjoint(g), None, None
 
 
-def _to_rows(picture: Tensor) -> Tensor:
+def to_rows(picture: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, H W C] in at least float32; of channels_last a view."""
     wide = picture.float() if picture.dtype in NARROW else picture
     return wide.permute(0, 2, 3, 1).reshape(len(picture), -1)
 
 
-def _to_picture(rows: Tensor, like: Tensor) -> Tensor:
+def to_picture(rows: Tensor, like: Tensor) -> Tensor:
     """The opposite, in like's dtype and memory format."""
     n, c, h, w = like.shape
     picture = rows.reshape(n, h, w, c).permute(0, 3, 1, 2).to(like.dtype)

@@ -71,6 +71,9 @@ class FixedPoint:
 
     max_iterations: int = 200
 
+    def __post_init__(self) -> None:
+        _at_least_one(max_iterations=self.max_iterations)
+
     @property
     def name(self) -> str:
         return "fixed point iteration"
@@ -81,7 +84,7 @@ class FixedPoint:
             r = residual(z)
             if watch.stops(z, r):
                 return watch.solution(z)
-            z = z + r * watch.active
+            z = torch.where(watch.active, z + r, z)
         watch.stops(z, residual(z))
         return watch.solution(z)
 
@@ -100,10 +103,9 @@ class Anderson:
     max_iterations: int = 100
 
     def __post_init__(self) -> None:
-        if self.memory < 1 or not 0 < self.damping <= 1:
-            raise ValueError(
-                f"got memory={self.memory}, damping={self.damping}; accepted: memory of at least 1, damping in (0, 1]"
-            )
+        _at_least_one(memory=self.memory, max_iterations=self.max_iterations)
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"got damping={self.damping}; accepted: in (0, 1]")
 
     @property
     def name(self) -> str:
@@ -142,6 +144,9 @@ class Gmres:
     krylov: int = 30
     restarts: int = 10
 
+    def __post_init__(self) -> None:
+        _at_least_one(krylov=self.krylov, restarts=self.restarts)
+
     @property
     def name(self) -> str:
         return f"GMRES({self.krylov})"
@@ -152,8 +157,8 @@ class Gmres:
             r = residual(z)
             if watch.stops(z, r):
                 return watch.solution(z)
-            s = gmres(product, r * watch.active, tol * watch.scale, self.krylov)
-            z = z + s * watch.active
+            s = gmres(product, torch.where(watch.active, r, 0), tol * watch.scale, self.krylov)
+            z = torch.where(watch.active, z + s, z)
         watch.stops(z, residual(z))
         return watch.solution(z)
 
@@ -171,6 +176,13 @@ class NewtonKrylov:
     halvings: int = 6
     max_iterations: int = 30
 
+    def __post_init__(self) -> None:
+        _at_least_one(krylov=self.krylov, max_iterations=self.max_iterations)
+        if not 0 < self.forcing < 1 or self.halvings < 0:
+            raise ValueError(
+                f"got forcing={self.forcing}, halvings={self.halvings}; accepted: forcing in (0, 1), halvings from 0 on"
+            )
+
     @property
     def name(self) -> str:
         return f"Newton-GMRES({self.krylov})"
@@ -184,8 +196,8 @@ class NewtonKrylov:
             product = _negative(derivative(z))
             # no more exactly than what is asked of r in the end
             wanted = torch.maximum(self.forcing * _norm(r), 0.5 * tol * watch.scale)
-            s = gmres(product, r * watch.active, wanted, self.krylov)
-            z, r = self._move(residual, z, r, s * watch.active, watch.active)
+            s = gmres(product, torch.where(watch.active, r, 0), wanted, self.krylov)
+            z, r = self._move(residual, z, r, torch.where(watch.active, s, 0), watch.active)
         watch.stops(z, r)
         return watch.solution(z)
 
@@ -243,15 +255,20 @@ def gmres(product: Map, b: Tensor, wanted: Tensor, krylov: int) -> Tensor:
     space = Krylov(b, krylov)
     right = torch.zeros(len(b), space.most + 1, 1, dtype=b.dtype, device=b.device)
     right[:, 0] = beta
-    y = right[:, :0]
+    y = torch.zeros_like(right[:, 1:])
+    active = (beta > 0) & ~(beta <= wanted)  # [N, 1]
     for k in range(1, space.most + 1):
+        if not bool(active.any()):
+            break
         space.extend(product)
         h = space.h[:, : k + 1, :k]
-        y = torch.linalg.pinv(h) @ right[:, : k + 1]  # a row whose space is exhausted has columns of zeros
-        left = _norm((h @ y - right[:, : k + 1])[:, :, 0])
-        if bool((left <= wanted).all()):
-            break
-    return torch.einsum("nkd,nko->nd", space.v[:, : y.shape[1]], y)
+        active = active & h.isfinite().flatten(1).all(1, keepdim=True)
+        # a row whose space is exhausted has columns of zeros, and one that has stopped may have anything
+        best = torch.linalg.pinv(torch.where(active[:, :, None], h, 0)) @ right[:, : k + 1]
+        y[:, :k] = torch.where(active[:, :, None], best, y[:, :k])
+        left = _norm((h @ best - right[:, : k + 1])[:, :, 0])
+        active = active & ~(left <= wanted)
+    return torch.einsum("nkd,nko->nd", space.v[:, : space.size], y[:, : space.size])
 
 
 class Krylov:
@@ -319,6 +336,12 @@ def report_failure(what: str, solver: Solver, solution: Solution, on_failure: On
 def check_on_failure(on_failure: str) -> None:
     if on_failure not in ("raise", "warn"):
         raise ValueError(f"on_failure is {on_failure!r}; accepted: 'raise', 'warn'")
+
+
+def _at_least_one(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"got {name}={count}; accepted: at least 1")
 
 
 def _negative(product: Map) -> Map:
