@@ -144,6 +144,7 @@ class Schroedinger(nn.Module):
 
     def _check_input(self, psi: Tensor) -> None:
         weight = self.rotation.net[0].weight
+        assert isinstance(weight, Tensor)
         check_input(psi, weight, "psi")
         width = psi.shape[-1] if self.potential is None else self.potential.shape[-1]
         if psi.dim() != 4 or psi.shape[1:] != (2, 1, width):
