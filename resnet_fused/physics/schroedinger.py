@@ -59,7 +59,7 @@ class Schroedinger(nn.Module):
         kinetic = -0.5 * second_difference(dx)
         v = None if potential is None else potential.detach().to(dtype).reshape(1, 1, 1, -1)
         self.potential: Tensor | None
-        self.register_buffer("potential", v)
+        self.register_buffer("potential", v, persistent=False)
         self.real_from_imag = _Field((kinetic, 0 * kinetic), v, (1, 0), mode, dtype)  # (H I, 0)
         self.imag_from_real = _Field((0 * kinetic, -kinetic), v, (0, -1), mode, dtype)  # (0, -H R)
         self.rotation = _Field((kinetic, -kinetic), v, (1, -1), mode, dtype)  # (H I, -H R) = -i H psi
@@ -92,11 +92,10 @@ class Schroedinger(nn.Module):
 
     def staggered(self, psi: Tensor, dt: float) -> Tensor:
         """(R, I) of one time as the leapfrog keeps them: I half a step later, to second order in dt."""
-        half = psi - (dt / 2) * self._turned(
-            self.hamiltonian(psi)
-        )  # psi(t + dt/2) = psi - i dt/2 H psi - dt^2/8 H^2 psi
-        second = self.hamiltonian(self.hamiltonian(psi))
-        return torch.cat([psi[:, :1], (half - dt**2 / 8 * second)[:, 1:]], 1)
+        once = self.hamiltonian(psi)
+        twice = self.hamiltonian(once)
+        imag = psi[:, 1:] - dt / 2 * once[:, :1] - dt**2 / 8 * twice[:, 1:]  # of psi - i dt/2 H psi - dt^2/8 H^2 psi
+        return torch.cat([psi[:, :1], imag], 1)
 
     def hamiltonian(self, psi: Tensor) -> Tensor:
         """H psi, one fused call."""
@@ -136,11 +135,6 @@ class Schroedinger(nn.Module):
         """
         angle = {"leapfrog": torch.asin, "crank_nicolson": torch.atan}[scheme](energy * dt / 2)
         return 2 / dt * angle
-
-    @staticmethod
-    def _turned(psi: Tensor) -> Tensor:
-        """i psi."""
-        return torch.cat([-psi[:, 1:], psi[:, :1]], 1)
 
     def _check_input(self, psi: Tensor) -> None:
         weight = self.rotation.net[0].weight

@@ -148,10 +148,12 @@ def test_finite_differences(order: str, mode: PaddingMode) -> None:
 
 @modes
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize("order", ["post", "pre"])
 @pytest.mark.parametrize("skip", ["identity", "projection"])
-def test_narrow_types(skip: str, dtype: torch.dtype, mode: PaddingMode) -> None:
+def test_narrow_types(skip: str, order: str, dtype: torch.dtype, mode: PaddingMode) -> None:
     """No further from fp64 than twice PyTorch's own error."""
-    case = padded(block(2, skip, channels=6, width=8, size=(7, 6), stride=1 if skip == "identity" else 2), mode)  # type: ignore[arg-type]
+    stride = 1 if skip == "identity" else 2
+    case = padded(block(2, skip, order=order, channels=6, width=8, size=(7, 6), stride=stride), mode)  # type: ignore[arg-type]
     blocks = [case.build(dtype, torch.channels_last, seed) for seed in range(4)]
     assert_equivalent(blocks, [case.upstream(dtype, seed) for seed in range(4)], "native")
 
