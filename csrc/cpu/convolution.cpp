@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/strides.h>
 
 namespace resnet_fused::cpu {
 namespace {
@@ -117,6 +118,15 @@ Given without_stride(const Given& given, const at::Tensor& weight) {
       unit};
 }
 
+// Without oneDNN, which has no float64, PyTorch convolves few channels 2 to 3 times faster in NCHW (1 x 258 x 258
+// pixels, 1 and 2 channels, torch 2.13). Of one channel that is the same memory, and only its strides have to say so.
+at::Tensor in_faster_layout(const at::Tensor& p) {
+  constexpr int64_t few = 4;
+  if (p.scalar_type() != at::kDouble || p.size(1) > few) return p;
+  const auto planes = p.contiguous();
+  return planes.as_strided(planes.sizes(), c10::contiguous_strides(planes.sizes()));
+}
+
 bool is_small_product(const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
   return !weight.is_mkldnn() && is_matrix_product(weight, stage) && p.numel() <= kFewPixels * p.size(1);
 }
@@ -145,7 +155,9 @@ at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, cons
   const auto [p, stage] = sound(given_p, weight, given);
   // wider types gain nothing: PyTorch does not take a few pixels of theirs to oneDNN
   if (p.element_size() == 2 && is_small_product(p, weight, stage)) return product(p, weight, bias);
-  return at::convolution(p, weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups)
+  return at::convolution(
+             in_faster_layout(p), weight, bias, stage.stride, stage.padding, stage.dilation, false, {0, 0},
+             stage.groups)
       .contiguous(kLayout);
 }
 
