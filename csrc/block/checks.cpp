@@ -61,6 +61,12 @@ std::vector<Shape> check_convolutions(
       const int64_t extent = stage.dilation[d] * (w.size(2 + d) - 1) + 1, padded = in[2 + d] + 2 * stage.padding[d];
       TORCH_CHECK_VALUE(
           padded >= extent, "the kernel of convolution ", i, " does not fit its input ", at::IntArrayRef(in));
+      const int64_t most = in[2 + d] - (stage.padding_mode == PaddingMode::reflect);
+      TORCH_CHECK_VALUE(
+          stage.padding_mode == PaddingMode::zeros || stage.padding_mode == PaddingMode::replicate ||
+              stage.padding[d] <= most,
+          "convolution ", i, " pads an input ", at::IntArrayRef(in), " by ", stage.padding[d],
+          " of its own values; at most ", most);
       shape.push_back((padded - extent) / stage.stride[d] + 1);
     }
     shapes.push_back(shape);

@@ -5,9 +5,9 @@
 namespace resnet_fused {
 
 BlockSpec BlockSpec::decode(at::IntArrayRef ints, at::ArrayRef<double> floats) {
-  constexpr int64_t header = 5, per_conv = 12;
+  constexpr int64_t header = 5, per_conv = 13;
   const int64_t size = static_cast<int64_t>(ints.size());
-  TORCH_CHECK_VALUE(size > header && (size - header) % per_conv == 0, "a block spec has 5 + 12 k ints, got ", size);
+  TORCH_CHECK_VALUE(size > header && (size - header) % per_conv == 0, "a block spec has 5 + 13 k ints, got ", size);
   const int64_t count = (size - header) / per_conv;
   const int64_t stages = ints[0], skip = ints[1], order = ints[2], join = ints[3], how = ints[4];
   TORCH_CHECK_VALUE(
@@ -32,9 +32,10 @@ BlockSpec BlockSpec::decode(at::IntArrayRef ints, at::ArrayRef<double> floats) {
       const int64_t least = k == 2 || k == 3 ? 0 : 1;  // padding may be 0
       TORCH_CHECK_VALUE(s[k] >= least, "convolution ", i, " of a block spec has ", s[k], " at position ", k);
     }
-    const int64_t statistics = s[7], act = s[8], input_stage = s[9], output_stage = s[10], flags = s[11];
+    const int64_t statistics = s[7], act = s[8], input_stage = s[9], output_stage = s[10], flags = s[11], mode = s[12];
     TORCH_CHECK_VALUE(
-        statistics >= 0 && statistics <= 2 && act >= 0 && act < kActivations, "unknown norm or activation code");
+        statistics >= 0 && statistics <= 2 && act >= 0 && act < kActivations && mode >= 0 && mode <= 3,
+        "unknown norm, activation or padding mode code");
     // Whether a norm has as many channels as it reads is checked with the tensors.
     TORCH_CHECK_VALUE(
         input_stage >= kNone && input_stage < count && output_stage >= kNone && output_stage < count && flags >= 0 &&
@@ -54,7 +55,8 @@ BlockSpec BlockSpec::decode(at::IntArrayRef ints, at::ArrayRef<double> floats) {
          (flags & 2) != 0,
          (flags & 4) != 0,
          (flags & 8) != 0,
-         (flags & 16) != 0});
+         (flags & 16) != 0,
+         static_cast<PaddingMode>(mode)});
   }
   return spec;
 }

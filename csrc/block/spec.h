@@ -17,6 +17,8 @@ enum class Order : int64_t { post = 0, pre = 1, branch = 2 };
 // From what backward takes the derivative of the block's last activation: `out`, or the activation's argument, computed
 // again.
 enum class JoinReads : int64_t { nothing = 0, output = 1, sum = 2, branch = 3 };
+// What a convolution reads outside its input, which is padded after its norm and activation; nn.Conv2d's padding_mode.
+enum class PaddingMode : int64_t { zeros = 0, circular = 1, reflect = 2, replicate = 3 };
 enum class Launch : int64_t { single = 0, phased = 1 };
 
 constexpr int64_t kNone = -1;  // no stage
@@ -35,8 +37,11 @@ struct Stage {
   bool wants_dy;         // backward needs the gradient of the output
   bool wants_dp;         // ... of the input
   bool library;          // on a GPU the vendor's convolution runs
+  PaddingMode padding_mode;
 
   bool normalizes() const { return statistics != Statistics::none; }
+  // Whether what surrounds the input are values of it, which have to be written out.
+  bool pads_values() const { return padding_mode != PaddingMode::zeros && (padding[0] > 0 || padding[1] > 0); }
   bool processes() const { return normalizes() || !act.is(ActivationKind::identity); }
 };
 

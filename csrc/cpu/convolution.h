@@ -10,6 +10,8 @@
 
 namespace resnet_fused::cpu {
 
+// Every function pads p itself, as the stage's padding mode says.
+
 // y = conv(p, weight) + bias in channels_last.
 at::Tensor convolution(
     const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage);

@@ -68,14 +68,14 @@ std::vector<std::string> activations() {
 }
 
 bool is_channels_last(
-    const std::vector<int64_t>& block, const std::vector<bool>& processes, const std::vector<bool>& weight_is_last,
-    const std::vector<int64_t>& widths, const std::vector<bool>& one_pixel) {
+    const std::vector<int64_t>& block, const std::vector<bool>& processes, const std::vector<bool>& circular,
+    const std::vector<bool>& weight_is_last, const std::vector<int64_t>& widths, const std::vector<bool>& one_pixel) {
   TORCH_CHECK_VALUE(
-      block.size() == 3 && weight_is_last.size() >= processes.size() && widths.size() == processes.size() &&
-          one_pixel.size() == processes.size(),
+      block.size() == 3 && circular.size() == processes.size() && weight_is_last.size() >= processes.size() &&
+          widths.size() == processes.size() && one_pixel.size() == processes.size(),
       "give one value for each stage of the chain");
   return resnet_fused::is_channels_last(
-      block[0] != 0, block[1] != 0, block[2], processes, weight_is_last, widths, one_pixel);
+      block[0] != 0, block[1] != 0, block[2], processes, circular, weight_is_last, widths, one_pixel);
 }
 
 }  // namespace

@@ -187,9 +187,13 @@ def _pack(weights: list[Tensor], x: Tensor, spec: BlockSpec) -> list[Tensor]:
     for i, (stage, weight) in enumerate(zip(spec.convs, weights, strict=True)):
         source = list(x.shape) if i == len(spec.stages) else shape
         stride, padding, dilation = stage.geometry
+        convolved = source
+        if stage.pads_values:  # written out before the convolution
+            convolved = [*source[:2], source[2] + 2 * padding[0], source[3] + 2 * padding[1]]
+            padding = (0, 0)
         if not (few and weight.shape[2:] == (1, 1) and weight.numel() <= SMALL_WEIGHT):
             packed.append(
-                torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, stage.groups, source)
+                torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, stage.groups, convolved)
             )
         else:
             packed.append(weight)

@@ -126,6 +126,12 @@ def choose(wish: Wish, spec: BlockSpec, x: Tensor, weights: Sequence[Tensor]) ->
     return How(mode, library, precision() == "tf32")
 
 
+def refuses_padding(kernels: str, spec: BlockSpec) -> str | None:
+    """Why these kernels of a GPU do not run the block, or None: they read nothing outside a picture."""
+    modes = [stage.padding_mode for stage in spec.convs if stage.pads_values]
+    return f"{kernels} pad with zeros only, the block has padding_mode={modes[0]!r}" if modes else None
+
+
 def spatial(weights: Sequence[Tensor]) -> frozenset[int]:
     """The convolutions with more than one tap."""
     return frozenset(i for i, w in enumerate(weights) if w.shape[2] * w.shape[3] > 1)

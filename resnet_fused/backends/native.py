@@ -30,7 +30,8 @@ class NativeBackend:
     def unsupported(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if x.device.type == "cpu":
             return None
-        return refuses(x) or _too_large(x, params, spec)
+        padding = how.refuses_padding("the native backend's CUDA kernels", spec)
+        return refuses(x) or padding or _too_large(x, params, spec)
 
     def declines(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
         if x.device.type == "cpu":

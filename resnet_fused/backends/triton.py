@@ -38,6 +38,9 @@ class TritonBackend:
             return reason
         if x.dtype not in DTYPES:
             return f"Triton kernels compute in float32 and narrower, x is {x.dtype}"
+        refusal = how.refuses_padding("Triton kernels", spec)
+        if refusal is not None:
+            return refusal
         pixels, channels = x.shape[2] * x.shape[3], max(x.shape[1], *(p.weight.shape[0] for p in params.convs))
         if pixels * channels > LARGEST_IMAGE or x.shape[0] * pixels > LARGEST_BATCH:
             return f"Triton kernels count pixels and an image's values in 32 bits, x is {tuple(x.shape)}"
@@ -99,6 +102,9 @@ def _interpreted() -> bool:
 
 def _check(spec: BlockSpec, tensors: Tensors) -> list[tuple[int, int, int]]:
     """`validation.check` for callers of the operator itself: a kernel given wrong shapes would read out of bounds."""
+    refusal = how.refuses_padding("Triton kernels", spec)
+    if refusal is not None:
+        raise ValueError(refusal)
     lists: Any = tensors.arguments[len(SINGLE) :]
     if any(len(each) != len(spec.convs) for each in lists):
         raise ValueError(f"the spec has {len(spec.convs)} convolutions, got {[len(each) for each in lists]} tensors")

@@ -59,7 +59,7 @@ def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockS
     """The tensors and the spec that compute what `modules` would compute, its gate apart, in their present state.
 
     Raises NotFusable, naming the part, where the fused block would compute something else: modules of other types,
-    hooks (they would not run), asymmetric or non-zero padding.
+    hooks (they would not run), asymmetric padding.
     """
     if any(GLOBAL_HOOKS):
         raise NotFusable("global module hooks are registered and would not run for the block's children")
@@ -110,6 +110,7 @@ def _stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
         batch_stats,
         eps,
         act,
+        conv.padding_mode,
     )
     return params, spec
 
@@ -123,8 +124,6 @@ def _conv(name: str, conv: nn.Module) -> nn.Conv2d:
 
 def _padding(name: str, conv: nn.Conv2d) -> IntPair:
     padding = conv.padding
-    if conv.padding_mode != "zeros":
-        raise NotFusable(f"{name} has padding_mode={conv.padding_mode!r}; accepted: 'zeros'")
     if padding == "valid":
         return 0, 0
     if padding == "same":  # nn.Conv2d makes sure that the stride is 1

@@ -1,6 +1,6 @@
 """A spec and what follows from it as two flat lists: the form in which they pass the operators' schemas.
 
-csrc/block/spec.h decodes the same: 5 ints for the block, then 12 ints and 2 floats for each convolution.
+csrc/block/spec.h decodes the same: 5 ints for the block, then 13 ints and 2 floats for each convolution.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from resnet_fused.backends.how import CHOSEN, MODES, How
 from resnet_fused.spec import BlockSpec, StageSpec
 from resnet_fused.spec.activations import KINDS, Activation
-from resnet_fused.spec.block import ORDERS, SKIPS
+from resnet_fused.spec.block import ORDERS, PADDING_MODES, SKIPS
 from resnet_fused.spec.facts import JOIN_READS, ConvFacts, Facts, Needs, facts
 
-HEADER, PER_CONVOLUTION = 5, 12
+HEADER, PER_CONVOLUTION = 5, 13
 NAMES = tuple(KINDS)
 
 
@@ -63,6 +63,7 @@ def _encode(spec: BlockSpec, needs: Needs | None, how: How) -> Encoded:
         flags = conv.saved | conv.read << 1 | conv.wants_dy << 2 | conv.wants_dp << 3 | (i in how.library) << 4
         ints += [sh, sw, ph, pw, dh, dw, stage.groups, statistics]
         ints += [NAMES.index(stage.activation.name), conv.input_stage, conv.output_stage, flags]
+        ints += [PADDING_MODES.index(stage.padding_mode)]
         floats += [stage.eps, stage.activation.parameter]
     return Encoded(ints, floats)
 
@@ -77,12 +78,12 @@ def _decode(ints: tuple[int, ...], floats: tuple[float, ...]) -> Decoded:
     count, skip, order, join, _ = ints[:HEADER]
     stages, convs = [], []
     for i, at in enumerate(range(HEADER, len(ints), PER_CONVOLUTION)):
-        sh, sw, ph, pw, dh, dw, groups, statistics, act, input_stage, output_stage, flags = ints[
+        sh, sw, ph, pw, dh, dw, groups, statistics, act, input_stage, output_stage, flags, mode = ints[
             at : at + PER_CONVOLUTION
         ]
         eps, parameter = floats[2 * i : 2 * i + 2]
-        activation = Activation(NAMES[act], parameter)
-        stages.append(StageSpec((sh, sw), (ph, pw), (dh, dw), groups, statistics > 0, statistics == 2, eps, activation))
+        norm, activation = (statistics > 0, statistics == 2, eps), Activation(NAMES[act], parameter)
+        stages.append(StageSpec((sh, sw), (ph, pw), (dh, dw), groups, *norm, activation, PADDING_MODES[mode]))
         saved, read, wants_dy, wants_dp = (bool(flags >> bit & 1) for bit in range(4))
         convs.append(ConvFacts(input_stage, output_stage, saved, read, wants_dy, wants_dp))
     projection = stages[count] if SKIPS[skip] == "projection" else None

@@ -246,6 +246,7 @@ def result_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torc
     last = _C.is_channels_last(
         [spec.order == "pre", suggest_memory_format(x) == torch.channels_last, int(x.shape[1])],
         [stage.processes for stage in spec.stages],
+        [stage.padding_mode == "circular" for stage in spec.stages],
         [suggest_memory_format(weight) == torch.channels_last for weight in weights],
         [int(width) for _, width, _, _ in sizes],
         [bool(h * w == 1) for _, _, h, w in sizes],

@@ -55,6 +55,9 @@ def batch_norm_act(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activ
 
 def _conv(stage: StageSpec, tensors: StageParams, x: Tensor) -> Tensor:
     stride, padding, dilation = stage.geometry
+    if stage.padding_mode != "zeros":  # as nn.Conv2d does it, in memory format, too
+        x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), mode=stage.padding_mode)
+        padding = (0, 0)
     return F.conv2d(x, tensors.weight, tensors.bias, stride, padding, dilation, stage.groups)
 
 

@@ -167,6 +167,7 @@ def _check_stage(
         if part is not None and part.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {part.device}; move one of them")
     kernel: IntPair = (weight.shape[2], weight.shape[3])
+    _check_padding(name, (height, width), stage)
     h, w = stage.output_size((height, width), kernel)
     if h < 1 or w < 1:
         raise ValueError(
@@ -174,6 +175,17 @@ def _check_stage(
             f"of {height}x{width}"
         )
     return weight.shape[0], h, w
+
+
+def _check_padding(name: str, size: IntPair, stage: StageSpec) -> None:
+    """PyTorch's own limits: a border has no more rows than there are to be copied; a reflection leaves out the edge."""
+    most = {"circular": size, "reflect": (size[0] - 1, size[1] - 1)}.get(stage.padding_mode)
+    _, (height, width), _ = stage.geometry
+    if most is not None and (height > most[0] or width > most[1]):
+        raise ValueError(
+            f"{name}: padding_mode={stage.padding_mode!r} takes at most {most} from an input of {size[0]}x{size[1]}, "
+            f"got padding {stage.padding}"
+        )
 
 
 def _check_norm(name: str, x: Tensor, shape: Shape, stage: StageSpec, tensors: StageParams) -> None:

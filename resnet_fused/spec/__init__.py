@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from resnet_fused.spec.activations import Activation
-from resnet_fused.spec.block import BlockSpec, IntPair, Memory, Order, Skip, StageSpec
+from resnet_fused.spec.block import BlockSpec, IntPair, Memory, Order, PaddingMode, Skip, StageSpec
 
-__all__ = ["Activation", "BlockSpec", "IntPair", "Memory", "Order", "Skip", "StageSpec"]
+__all__ = ["Activation", "BlockSpec", "IntPair", "Memory", "Order", "PaddingMode", "Skip", "StageSpec"]

@@ -29,10 +29,12 @@ from resnet_fused.spec.activations import IDENTITY, Activation, activation
 Order = Literal["post", "pre", "branch"]
 Skip = Literal["none", "identity", "projection"]
 Memory = Literal["default", "low"]
+PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
 IntPair = tuple[int, int]
 
 ORDERS: tuple[Order, ...] = ("post", "pre", "branch")
 SKIPS: tuple[Skip, ...] = ("none", "identity", "projection")
+PADDING_MODES: tuple[PaddingMode, ...] = ("zeros", "circular", "reflect", "replicate")
 
 
 def _pair(name: str, value: int | tuple[int, int] | list[int], minimum: int) -> IntPair:
@@ -57,6 +59,8 @@ class StageSpec:
     eps:         added to the variance, as in ``nn.BatchNorm2d``.
     act:         applied after the normalisation; in post order the last stage's applies after the residual addition.
                  An `Activation` or its name, see `spec.activations.KINDS`.
+    padding_mode: what the padding holds, as in ``nn.Conv2d``; it surrounds what the convolution reads, so behind the
+                 norm and activation before it, and never the skip path.
 
     Raises ValueError for a value out of range.
     """
@@ -69,6 +73,7 @@ class StageSpec:
     batch_stats: bool = True
     eps: float = 1e-5
     act: Activation | str = "relu"
+    padding_mode: PaddingMode = "zeros"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", _pair("stride", self.stride, 1))
@@ -79,6 +84,7 @@ class StageSpec:
         if not 0 <= self.eps < float("inf"):  # false for NaN
             raise ValueError(f"eps must be a finite number >= 0, got {self.eps!r}")
         object.__setattr__(self, "act", activation(self.act))
+        _one_of("padding_mode", self.padding_mode, PADDING_MODES)
 
     @property
     def activation(self) -> Activation:
@@ -88,6 +94,11 @@ class StageSpec:
     def processes(self) -> bool:
         """Whether its norm or its activation changes anything."""
         return self.norm or self.activation.name != "identity"
+
+    @property
+    def pads_values(self) -> bool:
+        """Whether the padding holds values of the input."""
+        return self.padding_mode != "zeros" and self.padding != (0, 0)
 
     def output_size(self, size: IntPair, kernel: IntPair) -> IntPair:
         """(H, W) of the convolution's output for an input of `size` and a kernel of `kernel`."""
@@ -144,6 +155,11 @@ class BlockSpec:
         convs = self.stages if self.projection is None else (*self.stages, self.projection)
         object.__setattr__(self, "convs", convs)
         object.__setattr__(self, "batch_stats", any(stage.norm and stage.batch_stats for stage in convs))
+
+    @property
+    def pads_values(self) -> bool:
+        """Whether any convolution's padding holds values of its input."""
+        return any(stage.pads_values for stage in self.convs)
 
     def with_memory(self, memory: Memory) -> BlockSpec:
         return replace(self, memory=memory)

@@ -61,7 +61,7 @@ def test_how_reaches_the_operators(precision: str) -> None:
     x, weights, spec = on()
     encoded = encode(spec, how=how.choose(Wish("phased", "spatial"), spec, x, weights))
     assert encoded.ints[4] == 1 | (precision == "tf32") << 1
-    assert [flags >> 4 & 1 for flags in encoded.ints[16::12]] == [1, 1, 1, 0]
+    assert [flags >> 4 & 1 for flags in encoded.ints[16::13]] == [1, 1, 1, 0]
     assert decode(*encoded).spec == spec
 
 

@@ -10,13 +10,14 @@ from support.emulated_blocks import block
 from support.emulated_checks import Checks, modes
 from support.named_tensors import is_buffer, leaves, named_tensors
 from support.operator_arguments import CASES
+from support.padding import MODES, padded
 from support.runs import run
 from support.same_bits import assert_same_bits
 from torch import Tensor
 
 from resnet_fused import _C, functional  # type: ignore[attr-defined]
 from resnet_fused.params import BlockParams
-from resnet_fused.spec import BlockSpec
+from resnet_fused.spec import BlockSpec, PaddingMode
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from resnet_fused.spec import BlockSpec
         ("forward", 5, [torch.ones(2)] * 4, "must be"),
         ("forward", 8, [None], "one entry for each convolution"),
         ("forward", 9, [torch.ones(3)] * 4, "exactly where its activation is prelu"),
-        ("forward", 10, [3, 2, 0, 0, 0], "5 \\+ 12 k ints"),
+        ("forward", 10, [3, 2, 0, 0, 0], "5 \\+ 13 k ints"),
         ("forward", 11, [0.1], "needs 8 floats"),
         ("backward", 0, torch.randn(2, 6, 4, 4), "dout must be"),
         ("backward", 0, torch.randn(2, 6, 4, 3).double(), "dout is Double"),
@@ -43,7 +44,7 @@ from resnet_fused.spec import BlockSpec
         ("infer", 0, torch.randn(2, 5, 7, 6), "receives 5 channels"),
         ("infer", 4, [torch.ones(2)] * 4, "bias of convolution 0"),
         ("infer", 7, [None], "got 1 slopes"),
-        ("infer", 8, [3, 2], "5 \\+ 12 k ints"),
+        ("infer", 8, [3, 2], "5 \\+ 13 k ints"),
     ],
 )
 def test_bad_arguments_are_refused(name: str, index: int, value: object, message: str, check: Checks) -> None:
@@ -53,6 +54,16 @@ def test_bad_arguments_are_refused(name: str, index: int, value: object, message
     given[index] = value
     with pytest.raises((ValueError, TypeError), match=message):
         operator(name)(*given)
+    assert check.emulator.launched() == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_padding_by_values_is_refused(mode: PaddingMode, check: Checks) -> None:
+    """By the operators, too: the kernels read zeros outside a picture."""
+    check.set()
+    for name in OPERATORS:
+        with pytest.raises(ValueError, match="pad with zeros only"):
+            operator(name)(*arguments(name, padded(CASES["bottleneck"], mode), check))
     assert check.emulator.launched() == []
 
 

@@ -395,7 +395,6 @@ CONV = nn.Conv2d(4, 4, 3)
 REFUSED = {
     r"stages\[0\].conv is Linear; accepted: nn.Conv2d": lambda: stage(nn.Linear(4, 4)),
     r"conv is LazyConv2d": lambda: stage(nn.LazyConv2d(4, 3)),
-    r"padding_mode='reflect'; accepted: 'zeros'": lambda: stage(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
     r"padding='same' with an even kernel": lambda: stage(nn.Conv2d(4, 4, (3, 2), padding="same")),
     r"stages\[0\].norm is GroupNorm; accepted: nn.BatchNorm2d": lambda: stage(CONV, nn.GroupNorm(2, 4)),
     r"norm is SyncBatchNorm": lambda: stage(CONV, nn.SyncBatchNorm(4)),

@@ -27,5 +27,5 @@ def arguments(
     told = encode(spec, how=check.backend.how(spec, x, [p.weight for p in params.convs])).ints
     ints: list[int] = given[-2]  # type: ignore[assignment]
     ints[4] = told[4]
-    ints[16::12] = [flags & 15 | way & 16 for flags, way in zip(ints[16::12], told[16::12], strict=True)]
+    ints[16::13] = [flags & 15 | way & 16 for flags, way in zip(ints[16::13], told[16::13], strict=True)]
     return given

@@ -81,6 +81,7 @@ class Prepared final : public PreparedBlock {
     const int64_t last = spec_.last();
     for (int64_t i = 0; i <= last; ++i) {
       processes_.push_back(spec_.convs[i].processes());
+      circular_.push_back(spec_.convs[i].padding_mode == PaddingMode::circular);
       weight_is_last_.push_back(given.weights[i].suggest_memory_format() == kLayout);
     }
     for (size_t i = 0; i < spec_.convs.size(); ++i) {
@@ -198,7 +199,7 @@ class Prepared final : public PreparedBlock {
     }
     const bool x_is_last = x.suggest_memory_format() == kLayout;
     return is_channels_last(
-        spec_.order == Order::pre, x_is_last, x.size(1), processes_, weight_is_last_, widths, one_pixel);
+        spec_.order == Order::pre, x_is_last, x.size(1), processes_, circular_, weight_is_last_, widths, one_pixel);
   }
 
   static const T* data(const at::Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
@@ -527,7 +528,7 @@ class Prepared final : public PreparedBlock {
   std::vector<Shape> chain_;
   std::optional<Window> pool_;
   std::vector<float> branch_scale_, skip_scale_;
-  std::vector<bool> processes_, weight_is_last_;  // for the result's memory format
+  std::vector<bool> processes_, circular_, weight_is_last_;  // for the result's memory format
   Activation pre_act_;
   std::vector<float> pre_center_, pre_scale_, pre_shift_, pre_slope_;
   bool transforms_x_ = false;
@@ -546,6 +547,7 @@ std::optional<std::string> reason_against(
     return "the CPU engine has no activation before the addition of a projection";
   for (size_t i = 0; i < spec.convs.size(); ++i) {
     const bool projects = spec.has_projection() && static_cast<int64_t>(i) == spec.projection();
+    if (spec.convs[i].pads_values()) return "the CPU engine pads with zeros only";
     if (projects && spec.convs[i].groups > 1 && weights[i][2] * weights[i][3] > 1)
       return "the CPU engine has no projection of groups with a window";
   }

@@ -29,6 +29,7 @@ BlockPlan::BlockPlan(const BlockTensors& tensors, const BlockSpec& spec)
     const Stage& stage = spec.convs[i];
     weights.push_back(in_memory(w));
     library_.push_back(stage.library || !has_kernel(w.size(0), w.size(1), stage.groups));
+    TORCH_CHECK_VALUE(!stage.pads_values(), "resnet_fused's CUDA kernels pad with zeros only; use another backend");
     const Size in = spec.from_x(static_cast<int64_t>(i)) ? Size{x.size(2), x.size(3)} : sizes.back();
     Size out;
     for (int d = 0; d < 2; ++d)
