@@ -1,11 +1,14 @@
-"""torchvision's ResNet parts and this package's own, which have the same children."""
+"""torchvision's ResNet parts and this package's own, which have the same children and, beside them, scales and orders."""
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import replace
+
+from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import BlockModules, StageModules, require_no_hooks
+from resnet_fused.params import Scale
 
 
 def basic_block(block: nn.Module) -> BlockModules:
@@ -14,6 +17,22 @@ def basic_block(block: nn.Module) -> BlockModules:
 
 def bottleneck(block: nn.Module) -> BlockModules:
     return chain(block, acts=("relu", "relu", "relu"))
+
+
+def own_basic_block(block: nn.Module) -> BlockModules:
+    return _scaled(block, basic_block(block))
+
+
+def own_bottleneck(block: nn.Module) -> BlockModules:
+    return _scaled(block, bottleneck(block))
+
+
+def pre_basic_block(block: nn.Module) -> BlockModules:
+    return _pre_activation(block, convs=2)
+
+
+def pre_bottleneck(block: nn.Module) -> BlockModules:
+    return _pre_activation(block, convs=3)
 
 
 def stem(model: nn.Module) -> BlockModules:
@@ -30,17 +49,48 @@ def chain(block: nn.Module, acts: tuple[str, ...]) -> BlockModules:
     return BlockModules(stages, skip="projection", projection=projection, in_place_add=True)
 
 
+def _pre_activation(block: nn.Module, convs: int) -> BlockModules:
+    """bn1, relu, conv1, bn2, ...; without `bn1` the input is activated already."""
+    stages = [_stage(block, i, "relu") for i in range(1, convs + 1)]
+    if block.bn1 is None:
+        stages[0] = replace(stages[0], act=None)
+    projection = None
+    if block.downsample is not None:
+        (conv,) = _parts("nn.Sequential(conv)", block.downsample, 1)  # type: ignore[arg-type]
+        projection = StageModules(conv, norm=None, act=None)
+    skip = "identity" if projection is None else "projection"
+    return _scaled(block, BlockModules(tuple(stages), skip, projection, order="pre", in_place_add=True))  # type: ignore[arg-type]
+
+
+def _scaled(block: nn.Module, modules: BlockModules) -> BlockModules:
+    """With the scales of this package's blocks, or without their skip path."""
+    scales = {"branch_scale": _scale(block.branch_scale), "skip_scale": _scale(block.skip_scale)}  # type: ignore[arg-type]
+    if not block.skip:
+        scales |= {"skip_scale": 1.0}  # of nothing
+        return replace(modules, skip="none", projection=None, **scales)
+    return replace(modules, **scales)
+
+
+def _scale(value: Scale) -> Scale:
+    return value if isinstance(value, Tensor) else float(value)
+
+
 def _stage(module: nn.Module, i: int, act: str) -> StageModules:
     return StageModules(getattr(module, f"conv{i}"), getattr(module, f"bn{i}"), getattr(module, act))
 
 
 def _projection(downsample: nn.Module) -> StageModules:
+    conv, norm = _parts("nn.Sequential(conv, norm)", downsample, 2)
+    return StageModules(conv, norm, act=None)
+
+
+def _parts(accepted: str, downsample: nn.Module, count: int) -> list[nn.Module]:
     require_no_hooks("downsample", downsample)
     parts = list(downsample.children())
     for part in parts:
         require_no_hooks("a part of downsample", part)
     parts = [part for part in parts if type(part) is not nn.Identity]
-    if type(downsample) is not nn.Sequential or len(parts) != 2:
+    if type(downsample) is not nn.Sequential or len(parts) != count:
         names = ", ".join(type(part).__name__ for part in parts)
-        raise NotFusable(f"downsample is {type(downsample).__name__}({names}); accepted: nn.Sequential(conv, norm)")
-    return StageModules(conv=parts[0], norm=parts[1], act=None)
+        raise NotFusable(f"downsample is {type(downsample).__name__}({names}); accepted: {accepted}")
+    return parts
