@@ -147,7 +147,7 @@ class Bottleneck(Block):
 
 
 class PreBasicBlock(Block):
-    """`BasicBlock` with each norm and ReLU before its convolution, and nothing behind the sum (arXiv:1603.05027, fig. 4e).
+    """`BasicBlock` with norm and ReLU before each convolution, nothing behind the sum (arXiv:1603.05027, fig. 4e).
 
     downsample: a convolution without a norm, which reads the activated input.
     activated:  x has been normalised and activated before the paths part, as behind the stem: the block has no `bn1`.
@@ -253,7 +253,8 @@ class ResNet(nn.Module):
             64 pixels.
     width:  channels of the stem and the first layer, doubled by each layer that follows.
     branch_scale, skip_scale: of every block (`Block`): a number, a `scaling.Learnable`, or a function that is called
-            with the number of blocks L and returns one of them, as ``branch_scale=scaling.depth_scale`` for 1 / sqrt(L).
+            with the number of blocks L and returns one of them, as ``branch_scale=scaling.depth_scale`` for 1 /
+            sqrt(L).
 
     State names are torchvision's, with `norm` where order is "pre", and `branch_scale` and `skip_scale` in each block
     where these are learnable.
@@ -416,7 +417,7 @@ plain50 = _factory("plain50", Bottleneck, (3, 4, 6, 3), skip=False)
 def small_resnet(
     depth: int, *, fused: bool = True, backend: str = "auto", memory: Memory = "default", **kwargs: Any
 ) -> ResNet:
-    """The ResNet for small pictures (arXiv:1512.03385, section 4.2): three layers of 16, 32 and 64 channels, 10 classes.
+    """The ResNet for small pictures (arXiv:1512.03385, 4.2): three layers of 16, 32 and 64 channels, 10 classes.
 
     depth: 6 n + 2 convolutional and linear layers, as in 20, 32, 44, 50, 56. kwargs as `ResNet`: ``skip=False`` for the
     plain network. Where the shape changes the skip path is a projection; the paper's has zeros for the new channels.

@@ -28,6 +28,7 @@ class Kind:
     modules, functions: what adapters recognise as this activation.
     accepts:   whether a module of `modules` is this one. parameter: its value where none is given; read: a module's.
     learned:   has a slope that is trained, `StageParams.slope`.
+    steepest:  the largest |derivative|, rounded up; a slope may be steeper (`Activation.lipschitz`).
     """
 
     formula: Formula
@@ -38,6 +39,7 @@ class Kind:
     parameter: float = 0.0
     read: Callable[[Any], float] | None = None
     learned: bool = False
+    steepest: float = 1.0
 
 
 KINDS: dict[str, Kind] = {
@@ -53,17 +55,25 @@ KINDS: dict[str, Kind] = {
         read=lambda module: module.negative_slope,
     ),
     "prelu": Kind(lambda z, _, slope: F.prelu(z, slope), "input", (nn.PReLU,), learned=True),  # type: ignore[arg-type]
-    "silu": Kind(lambda z, *_: F.silu(z), "input", (nn.SiLU,), (F.silu,)),
-    "hardswish": Kind(lambda z, *_: F.hardswish(z), "input", (nn.Hardswish,), (F.hardswish,)),
-    "hardsigmoid": Kind(lambda z, *_: F.hardsigmoid(z), "input", (nn.Hardsigmoid,), (F.hardsigmoid,)),
+    "silu": Kind(lambda z, *_: F.silu(z), "input", (nn.SiLU,), (F.silu,), steepest=1.0998394),
+    "hardswish": Kind(lambda z, *_: F.hardswish(z), "input", (nn.Hardswish,), (F.hardswish,), steepest=1.5),
+    "hardsigmoid": Kind(
+        lambda z, *_: F.hardsigmoid(z), "input", (nn.Hardsigmoid,), (F.hardsigmoid,), steepest=0.1666667
+    ),
     "gelu": Kind(
-        lambda z, *_: F.gelu(z), "input", (nn.GELU,), (F.gelu,), accepts=lambda module: module.approximate == "none"
+        lambda z, *_: F.gelu(z),
+        "input",
+        (nn.GELU,),
+        (F.gelu,),
+        accepts=lambda module: module.approximate == "none",
+        steepest=1.1289042,
     ),
     "gelu_tanh": Kind(
         lambda z, *_: F.gelu(z, approximate="tanh"),
         "input",
         (nn.GELU,),
         accepts=lambda module: module.approximate == "tanh",
+        steepest=1.1289931,
     ),
 }
 
@@ -100,6 +110,11 @@ class Activation:
     def code(self) -> int:
         """Its place in `KINDS`, and in the enumeration of csrc/block/activations.h."""
         return list(KINDS).index(self.name)
+
+    def lipschitz(self, slope: Tensor | None = None) -> float:
+        """The largest |derivative|; slope: of prelu."""
+        slopes = [self.parameter] if slope is None else slope.detach().flatten().tolist()
+        return max(self.kind.steepest, *map(abs, slopes))
 
     def __call__(self, z: Tensor, slope: Tensor | None = None) -> Tensor:
         """act(z) in plain PyTorch; z: [N, C, H, W]; slope: of prelu, one value or [C]."""

@@ -126,7 +126,7 @@ def test_a_scale_may_be_written_later() -> None:
     torch.testing.assert_close(again, before)
 
 
-def test_scaled_models_export_and_copy() -> None:
+def test_scaled_models_copy_and_trace() -> None:
     model = models.small_resnet(8, **SCALES["both learned"]).eval()
     x = pictures(2, 8)
     with torch.no_grad():
@@ -134,7 +134,6 @@ def test_scaled_models_export_and_copy() -> None:
         assert torch.equal(copy.deepcopy(model)(x), expected)
         plain = unfuse(copy.deepcopy(model))
         torch.testing.assert_close(torch.fx.symbolic_trace(plain)(x), expected)
-        torch.testing.assert_close(torch.jit.trace(plain, x)(x), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

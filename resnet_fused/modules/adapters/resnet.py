@@ -1,4 +1,4 @@
-"""torchvision's ResNet parts and this package's own, which have the same children and, beside them, scales and orders."""
+"""torchvision's ResNet parts, and this package's own, which have scales and orders beside the same children."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def _pre_activation(block: nn.Module, convs: int) -> BlockModules:
         stages[0] = replace(stages[0], act=None)
     projection = None
     if block.downsample is not None:
-        (conv,) = _parts("nn.Sequential(conv)", block.downsample, 1)  # type: ignore[arg-type]
-        projection = StageModules(conv, norm=None, act=None)
+        projection = _projection(block.downsample)  # type: ignore[arg-type]
+        if projection.norm is not None:
+            raise NotFusable("downsample has a norm; accepted in pre-activation order: nn.Sequential(conv)")
     skip = "identity" if projection is None else "projection"
     return _scaled(block, BlockModules(tuple(stages), skip, projection, order="pre", in_place_add=True))  # type: ignore[arg-type]
 
 
 def _scaled(block: nn.Module, modules: BlockModules) -> BlockModules:
     """With the scales of this package's blocks, or without their skip path."""
-    scales = {"branch_scale": _scale(block.branch_scale), "skip_scale": _scale(block.skip_scale)}  # type: ignore[arg-type]
+    modules = replace(modules, branch_scale=_scale(block.branch_scale))  # type: ignore[arg-type]
     if not block.skip:
-        scales |= {"skip_scale": 1.0}  # of nothing
-        return replace(modules, skip="none", projection=None, **scales)
-    return replace(modules, **scales)
+        return replace(modules, skip="none", projection=None)
+    return replace(modules, skip_scale=_scale(block.skip_scale))  # type: ignore[arg-type]
 
 
 def _scale(value: Scale) -> Scale:
@@ -80,17 +80,12 @@ def _stage(module: nn.Module, i: int, act: str) -> StageModules:
 
 
 def _projection(downsample: nn.Module) -> StageModules:
-    conv, norm = _parts("nn.Sequential(conv, norm)", downsample, 2)
-    return StageModules(conv, norm, act=None)
-
-
-def _parts(accepted: str, downsample: nn.Module, count: int) -> list[nn.Module]:
     require_no_hooks("downsample", downsample)
     parts = list(downsample.children())
     for part in parts:
         require_no_hooks("a part of downsample", part)
     parts = [part for part in parts if type(part) is not nn.Identity]
-    if type(downsample) is not nn.Sequential or len(parts) != count:
+    if type(downsample) is not nn.Sequential or len(parts) not in (1, 2):
         names = ", ".join(type(part).__name__ for part in parts)
-        raise NotFusable(f"downsample is {type(downsample).__name__}({names}); accepted: {accepted}")
-    return parts
+        raise NotFusable(f"downsample is {type(downsample).__name__}({names}); accepted: nn.Sequential(conv, norm)")
+    return StageModules(parts[0], parts[1] if len(parts) == 2 else None, act=None)
