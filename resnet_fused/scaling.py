@@ -324,7 +324,7 @@ def _lanczos_condition(branch: spectral.Map, skip: spectral.Map, x: Tensor) -> C
         def sum_of_paths(x: Tensor) -> Tensor:
             return skip(x) + alpha * branch(x)
 
-        out, backward = torch.func.vjp(sum_of_paths, x)
+        out, backward = torch.func.vjp(sum_of_paths, x)[:2]  # typed with a third
 
         def forward(t: Tensor) -> Tensor:
             return torch.func.jvp(sum_of_paths, (x,), (t,))[1]

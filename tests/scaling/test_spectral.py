@@ -192,6 +192,21 @@ def test_activations_within_a_branch_count() -> None:
     assert spectral.lipschitz(made, (2, 2)) == pytest.approx((4 * gelu, 1.0, gelu * (1 + 4 * gelu)), rel=1e-12)
 
 
+def test_the_first_norm_counts_for_both_paths() -> None:
+    """One channel of 3 / sqrt(4) = 1.5, then GELU, then convolutions of 2: the norm behind the first is 1 / sqrt(4)."""
+    made: Any = models.PreBasicBlock(1, 1, downsample=nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))).double().eval()
+    made.conv1 = made.conv2 = made.downsample[0]
+    made.relu = nn.GELU()
+    nn.init.constant_(made.conv1.weight, 2.0)
+    nn.init.constant_(made.bn1.weight, 3.0)
+    for module in (made.bn1, made.bn2):
+        module.eps = 0.0
+        nn.init.constant_(module.running_var, 4.0)
+    gelu = KINDS["gelu"].steepest
+    branch, skip = 1.5 * gelu * 2 / 2 * gelu * 2, 1.5 * gelu * 2
+    assert spectral.lipschitz(made, (2, 2)) == pytest.approx((branch, skip, branch + skip), rel=1e-12)
+
+
 def test_what_has_no_constant() -> None:
     with pytest.raises(
         ValueError, match=r"BasicBlock normalises with the statistics of its batch.*call eval\(\) first"
