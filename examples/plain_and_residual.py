@@ -41,15 +41,21 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--images", type=int, default=1797, help="of scikit-learn's digits (default: all, 1797)")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=2, help="networks at once, of one thread each; 0: in this process")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="networks at once, of one thread each; 0: in this process"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/plain_and_residual.png"))
     args = parser.parse_args(argv)
 
     settings = [
-        Setting(args.depth, args.epochs, args.images, seed, skip) for seed in range(args.seeds) for skip in (True, False)
+        Setting(args.depth, args.epochs, args.images, seed, skip)
+        for seed in range(args.seeds)
+        for skip in (True, False)
     ]
     if args.processes:
-        with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        with ProcessPoolExecutor(
+            args.processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+        ) as pool:
             results = list(pool.map(train, settings))
     else:
         results = [train(setting) for setting in settings]
@@ -118,7 +124,9 @@ def draw(results: list[Result], out: Path) -> None:
         label = _name(result.setting.depth, result.setting.skip) if result.setting.seed == 0 else None
         axes.plot(range(width - 1, len(losses)), smooth, color=colour, alpha=0.8, label=label)
     axes.axhline(torch.tensor(10.0).log().item(), color="grey", linestyle=":", label="guessing, ln 10")
-    axes.set(xlabel="step", ylabel="training loss, mean of 10 steps", title="The same layers with and without skip paths")
+    axes.set(
+        xlabel="step", ylabel="training loss, mean of 10 steps", title="The same layers with and without skip paths"
+    )
     axes.set_ylim(0, max(3.0, axes.get_ylim()[1]))
     axes.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
