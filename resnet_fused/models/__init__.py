@@ -1,9 +1,17 @@
-"""The ResNet family with fused blocks; torchvision's `state_dict`s load with ``strict=True``."""
+"""The ResNet family with fused blocks, v1 and v2, and plain networks of the same shapes.
+
+torchvision's `state_dict`s load with ``strict=True`` where the arguments are torchvision's.
+"""
 
 from resnet_fused.models.resnet import (
     BasicBlock,
     Bottleneck,
+    PreBasicBlock,
+    PreBottleneck,
     ResNet,
+    plain18,
+    plain34,
+    plain50,
     resnet18,
     resnet34,
     resnet50,
@@ -12,6 +20,7 @@ from resnet_fused.models.resnet import (
     resnext50_32x4d,
     resnext101_32x8d,
     resnext101_64x4d,
+    small_resnet,
     wide_resnet50_2,
     wide_resnet101_2,
 )
@@ -19,7 +28,12 @@ from resnet_fused.models.resnet import (
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "PreBasicBlock",
+    "PreBottleneck",
     "ResNet",
+    "plain18",
+    "plain34",
+    "plain50",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -28,6 +42,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "small_resnet",
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]

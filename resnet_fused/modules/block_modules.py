@@ -63,8 +63,8 @@ def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockS
     """
     if any(GLOBAL_HOOKS):
         raise NotFusable("global module hooks are registered and would not run for the block's children")
-    stages = [_stage(f"stages[{i}]", stage) for i, stage in enumerate(modules.stages)]
-    projection = None if modules.projection is None else _stage("projection", modules.projection)
+    stages = [describe_stage(f"stages[{i}]", stage) for i, stage in enumerate(modules.stages)]
+    projection = None if modules.projection is None else describe_stage("projection", modules.projection)
     params = BlockParams(
         tuple(tensors for tensors, _ in stages),
         None if projection is None else projection[0],
@@ -95,7 +95,7 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
+def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
     conv = _conv(f"{name}.conv", modules.conv)
     norm, batch_stats, eps = _norm(f"{name}.norm", modules.norm, conv.weight.device.type)
     act = _activation(f"{name}.act", modules.act)

@@ -45,7 +45,7 @@ class FusedStem(FusedModule):
 
 
 class FusedResNet(FusedStem):
-    """For torchvision's ResNet and this package's own."""
+    """For torchvision's ResNet."""
 
     avgpool: nn.Module
     fc: nn.Module
@@ -55,7 +55,27 @@ class FusedResNet(FusedStem):
         if stem is None:
             return super()._forward_impl(x)  # type: ignore[misc]
         features = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
-        return self.fc(torch.flatten(self.avgpool(features), 1))
+        return self.fc(torch.flatten(self.avgpool(self._fused_end(features)), 1))
+
+    def _fused_end(self, features: Tensor) -> Tensor:
+        """What stands between the blocks and the pooling."""
+        return features
+
+
+class FusedOwnResNet(FusedResNet):
+    """For this package's ResNet, which in pre-activation order ends in a norm and a ReLU."""
+
+    norm: nn.Module | None
+    relu: nn.Module
+
+    def _fused_end(self, features: Tensor) -> Tensor:
+        if self.norm is None:
+            return features
+        if type(self.norm) is not nn.BatchNorm2d or type(self.relu) is not nn.ReLU or _has_hooks(self.relu):
+            return self.relu(self.norm(features))
+        # a backend asked for by name may have no batch norm on its own
+        backend = "eager" if self._fused_settings.backend == "eager" else "auto"
+        return functional.batch_norm_act(features, self.norm, backend=backend)
 
 
 class FusedTimmResNet(FusedStem):
@@ -78,10 +98,18 @@ class FusedTimmResNet(FusedStem):
 
 
 STEMS: dict[str, type[FusedModule]] = {
-    "resnet_fused.models.resnet.ResNet": FusedResNet,
+    "resnet_fused.models.resnet.ResNet": FusedOwnResNet,
     "torchvision.models.resnet.ResNet": FusedResNet,
     "timm.models.resnet.ResNet": FusedTimmResNet,
 }
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    try:
+        require_no_hooks("", module)
+    except NotFusable:
+        return True
+    return False
 
 
 def pool_reason(pool: nn.Module) -> str | None:

@@ -29,6 +29,7 @@ class Kind:
     accepts:   whether a module of `modules` is this one. parameter: its value where none is given; read: a module's.
     learned:   has a slope that is trained, `StageParams.slope`.
     kinks:     where the derivative jumps, so that rounding of the input decides on which side a gradient is.
+    steepest:  the largest |derivative|, rounded up; a slope may be steeper (`Activation.lipschitz`).
     """
 
     formula: Formula
@@ -40,6 +41,7 @@ class Kind:
     read: Callable[[Any], float] | None = None
     learned: bool = False
     kinks: tuple[float, ...] = ()
+    steepest: float = 1.0
 
 
 KINDS: dict[str, Kind] = {
@@ -64,19 +66,32 @@ KINDS: dict[str, Kind] = {
         learned=True,
         kinks=(0.0,),
     ),
-    "silu": Kind(lambda z, *_: F.silu(z), "input", (nn.SiLU,), (F.silu,)),
-    "hardswish": Kind(lambda z, *_: F.hardswish(z), "input", (nn.Hardswish,), (F.hardswish,), kinks=(-3.0, 3.0)),
+    "silu": Kind(lambda z, *_: F.silu(z), "input", (nn.SiLU,), (F.silu,), steepest=1.0998394),
+    "hardswish": Kind(
+        lambda z, *_: F.hardswish(z), "input", (nn.Hardswish,), (F.hardswish,), kinks=(-3.0, 3.0), steepest=1.5
+    ),
     "hardsigmoid": Kind(
-        lambda z, *_: F.hardsigmoid(z), "input", (nn.Hardsigmoid,), (F.hardsigmoid,), kinks=(-3.0, 3.0)
+        lambda z, *_: F.hardsigmoid(z),
+        "input",
+        (nn.Hardsigmoid,),
+        (F.hardsigmoid,),
+        kinks=(-3.0, 3.0),
+        steepest=0.1666667,
     ),
     "gelu": Kind(
-        lambda z, *_: F.gelu(z), "input", (nn.GELU,), (F.gelu,), accepts=lambda module: module.approximate == "none"
+        lambda z, *_: F.gelu(z),
+        "input",
+        (nn.GELU,),
+        (F.gelu,),
+        accepts=lambda module: module.approximate == "none",
+        steepest=1.1289042,
     ),
     "gelu_tanh": Kind(
         lambda z, *_: F.gelu(z, approximate="tanh"),
         "input",
         (nn.GELU,),
         accepts=lambda module: module.approximate == "tanh",
+        steepest=1.1289931,
     ),
 }
 
@@ -113,6 +128,11 @@ class Activation:
     def code(self) -> int:
         """Its place in `KINDS`, and in the enumeration of csrc/block/activations.h."""
         return list(KINDS).index(self.name)
+
+    def lipschitz(self, slope: Tensor | None = None) -> float:
+        """The largest |derivative|; slope: of prelu."""
+        slopes = [self.parameter] if slope is None else slope.detach().flatten().tolist()
+        return max(self.kind.steepest, *map(abs, slopes))
 
     def __call__(self, z: Tensor, slope: Tensor | None = None) -> Tensor:
         """act(z) in plain PyTorch; z: [N, C, H, W]; slope: of prelu, one value or [C]."""

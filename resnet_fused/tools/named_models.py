@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fused import models
 
-FAMILY = tuple(name for name in models.__all__ if name[0].islower())
+FAMILY = tuple(name for name in models.__all__ if name[0].islower() and name != "small_resnet")  # it takes a depth
 TIMM = "timm:"
 
 
@@ -26,9 +26,10 @@ def build(name: str, *, zero_init_residual: bool = False) -> nn.Module:
     if name not in FAMILY:
         raise ValueError(f"unknown model {name!r}; accepted: {', '.join(FAMILY)}, and {TIMM}NAME for a model of timm")
     torchvision = import_torchvision()
-    if torchvision is None:
+    family = torchvision.models if torchvision is not None and hasattr(torchvision.models, name) else None
+    if family is None:
         return getattr(models, name)(fused=False, zero_init_residual=zero_init_residual)
-    return getattr(torchvision.models, name)(zero_init_residual=zero_init_residual)
+    return getattr(family, name)(zero_init_residual=zero_init_residual)
 
 
 @torch.no_grad()

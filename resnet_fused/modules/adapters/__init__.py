@@ -16,8 +16,10 @@ from resnet_fused.modules.block_modules import BlockModules, class_path
 Adapter = Callable[[nn.Module], BlockModules]
 
 BUILT_IN: dict[str, Adapter] = {
-    "resnet_fused.models.resnet.BasicBlock": resnet.basic_block,
-    "resnet_fused.models.resnet.Bottleneck": resnet.bottleneck,
+    "resnet_fused.models.resnet.BasicBlock": resnet.own_basic_block,
+    "resnet_fused.models.resnet.Bottleneck": resnet.own_bottleneck,
+    "resnet_fused.models.resnet.PreBasicBlock": resnet.pre_basic_block,
+    "resnet_fused.models.resnet.PreBottleneck": resnet.pre_bottleneck,
     "resnet_fused.models.resnet.ResNet": resnet.stem,
     "torchvision.models.resnet.BasicBlock": resnet.basic_block,
     "torchvision.models.resnet.Bottleneck": resnet.bottleneck,
