@@ -40,11 +40,11 @@ def scalar_chain(a: float, depth: int, skip: Skip, dtype: torch.dtype = torch.fl
     return Chain(((params, spec),) * depth)
 
 
-def relu_chain(depth: int, width: int, skip: Skip, seed: int = 0, scale: float = 1.0) -> Chain:
-    """g(x) = scale W2 relu(W1 x + b) on [N, width, 1, 1] in float64, random.
+def relu_chain(depth: int, width: int, skip: Skip, seed: int = 0) -> Chain:
+    """g(x) = W2 relu(W1 x + b) on [N, width, 1, 1] in float64, random.
 
-    W1 ~ N(0, 1 / width), W2 ~ N(0, 2 / width), b ~ N(0, 1 / 4): E|g(x)|^2 = scale^2 (E|x|^2 + width / 4), so that a
-    plain chain neither fades nor grows much (He et al., arXiv:1502.01852).
+    W1 ~ N(0, 1 / width), W2 ~ N(0, 2 / width), b ~ N(0, 1 / 4): E|g(x)|^2 = |x|^2 + width / 4, so that a plain chain
+    neither fades nor grows much (He et al., arXiv:1502.01852).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -57,7 +57,7 @@ def relu_chain(depth: int, width: int, skip: Skip, seed: int = 0, scale: float =
     for _ in range(depth):
         first = StageParams(normal(width, width, 1, 1, std=math.sqrt(1 / width)), normal(width, std=0.5))
         last = StageParams(normal(width, width, 1, 1, std=math.sqrt(2 / width)))
-        found.append((BlockParams((first, last), branch_scale=scale), spec))
+        found.append((BlockParams((first, last)), spec))
     return Chain(tuple(found))
 
 
