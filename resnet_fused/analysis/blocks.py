@@ -91,13 +91,13 @@ class PlainBlock(nn.Module):
         for i, stage in enumerate(self.parts().stages):
             norm = stage.norm if stage.norm is not None else nn.Identity()
             if self.order == "pre":
-                x = stage.conv(stage.act(norm(x)))  # type: ignore[operator]
+                x = stage.conv(stage.act(norm(x)))  # type: ignore[operator, misc]
                 continue
             last = i == self.depth - 1
             x = norm(stage.conv(x))
             if last and self.order == "post":
                 x = x * scale
-            x = stage.act(x)  # type: ignore[operator]
+            x = stage.act(x)  # type: ignore[operator, misc]
         return x if self.order == "post" else x * scale
 
 

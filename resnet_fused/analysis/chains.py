@@ -28,7 +28,7 @@ class Chain:
         return Chain(tuple((params, replace(spec, skip=skip)) for params, spec in self.blocks))
 
     def path(self, passed: list[int]) -> Chain:
-        """One path of the unravelled network (arXiv:1605.06431): the branches of these blocks, the skips of the others."""
+        """A path of the unravelled network (arXiv:1605.06431): the branches of these blocks, past the others."""
         plain = self.with_skip("none").blocks
         return Chain(tuple(plain[i] for i in passed))
 

@@ -5,12 +5,12 @@ x_{l+1} = x_l + x_l^m has the same highest power and lower ones down to x itself
 (arXiv:1605.06431) for each product. All weights are 1, so that coefficients can be checked by hand: L = 2, m = 2 gives
 x + 2 x^2 + 2 x^3 + x^4.
 
-x^m is none of the package's activations. A block is a fused 1x1 convolution and addition with PyTorch's power before it:
-functional.residual_block gives w P (plain), and x enters by torch.add. Two measurements:
+x^m is none of the package's activations: a block is PyTorch's power, a fused 1x1 convolution and PyTorch's addition.
+Two measurements:
 
 - degree: values on Chebyshev points of [-1, 1] through the fused operators in float64, interpolated in the Chebyshev
   basis, which is well conditioned; the degree is that of the last coefficient above rounding.
-- coefficients: values on the unit circle, whose discrete Fourier transform are the coefficients (Cauchy's integral). The
+- coefficients: values on the unit circle, of which they are the discrete Fourier transform (Cauchy's integral). The
   fused operators take no complex numbers, so these values come from the formula in plain PyTorch (ops.reference).
 """
 
@@ -66,7 +66,15 @@ class Degrees:
         return {"rows": [asdict(row) | {"powers": row.powers} for row in self.rows]}
 
     def table(self) -> str:
-        header = ("activation", "blocks", "network", "m^L", "degree", "powers held", "coefficients of the lowest powers")
+        header = (
+            "activation",
+            "blocks",
+            "network",
+            "m^L",
+            "degree",
+            "powers held",
+            "coefficients of the lowest powers",
+        )
         rows = []
         for r in self.rows:
             held = f"{r.powers[0]}" if len(r.powers) == 1 else f"{r.powers[0]} to {r.powers[-1]}: {len(r.powers)}"
@@ -81,9 +89,9 @@ def degree(power: int, depth: int, kind: Kind) -> Degree:
     top = power**depth if power >= 2 and depth >= 1 else 0
     if kind not in LARGEST or not 0 < top <= LARGEST[kind]:
         raise ValueError(
-            f"got power {power}, depth {depth}, kind {kind!r}: degree {power}^{depth}; accepted: power >= 2, depth >= 1, "
-            f"kind {' or '.join(map(repr, LARGEST))}, and in float64 degrees up to {LARGEST['plain']} plain, "
-            f"{LARGEST['residual']} residual"
+            f"got power {power}, depth {depth}, kind {kind!r}: degree {power}^{depth}; accepted: power >= 2, "
+            f"depth >= 1, kind {' or '.join(map(repr, LARGEST))}, and in float64 degrees up to {LARGEST['plain']} "
+            f"plain, {LARGEST['residual']} residual"
         )
     spread = _chebyshev(power, depth, kind, top + 8)
     noise = _noise(spread)

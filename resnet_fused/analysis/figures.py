@@ -18,7 +18,8 @@ def new_figure(panels: int = 1, width: float = 5.0, height: float = 3.8, title: 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"a plot needs matplotlib: `pip install resnet_fused[pictures]`, or leave --plots out (import said: {error})"
+            "a plot needs matplotlib: `pip install resnet_fused[pictures]`, or leave --plots out (import said: "
+            f"{error})"
         ) from error
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]

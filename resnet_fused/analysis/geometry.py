@@ -1,15 +1,17 @@
 """Stride, receptive field and alignment of every layer of a model, with skip paths merged.
 
 The model runs once on an input of zeros while every operation is watched below autograd (TorchDispatchMode), so any
-module that runs can be followed, and functional calls, too. Hooks give the names; because of them fused blocks run their
-own forward here. Of each tensor and axis we keep the field of unit 0, [low, high] in input pixels, and the jump, the
-distance of neighbouring units:
+module that runs can be followed, and functional calls, too. Hooks give the names; because of them fused blocks run
+their own forward here. Of each tensor and axis we keep the field of unit 0, [low, high] in input pixels, and the jump,
+the distance of neighbouring units:
 
-    convolution, pooling:  jump' = stride jump,  low' = low - padding jump,  high' = high + (dilation (k - 1) - padding) jump
+    convolution, pooling:  jump' = stride jump
+                           low'  = low - padding jump
+                           high' = high + (dilation (k - 1) - padding) jump
     addition and others:   low' = min, high' = max over the paths; their jumps have to be equal
 
-The receptive field is high - low + 1 (Araujo et al., Distill 2019, doi 10.23915/distill.00021). A layer keeps the centre of
-the picture where it is if its padding is even on both sides and no pixels are left over: it shifts the grid's centre by
+The receptive field is high - low + 1 (Araujo et al., Distill 2019, doi 10.23915/distill.00021). A layer keeps the
+picture's centre where it is if both sides are padded alike and no units are left over: it moves the grid's centre by
 
     (padding_after - padding_before - r) / 2 of its input's units,  r = (n + paddings - dilation (k - 1) - 1) mod stride
 """
@@ -39,7 +41,7 @@ CLOSE = 1e-6  # pixels: sums of halves are exact in float64
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a tensor's grid: unit i sees the input's pixels low + i jump ... high + i jump, and padding beyond."""
+    """One axis of a tensor's grid: unit i sees the pixels low + i jump ... high + i jump, and padding beyond."""
 
     size: int
     jump: float
@@ -142,7 +144,9 @@ class Geometry:
         shifted = [each for each in self.layers if each.fix]
         if shifted:
             told.append(f"{len(shifted)} layers move the centre of the picture:")
-            told += [f"  {each.name}: {_either(each.shift)} px; {each.fix}" for each in shifted]
+            for fix in dict.fromkeys(each.fix for each in shifted):
+                moved = [f"{each.name} {_either(each.shift)} px" for each in shifted if each.fix == fix]
+                told += [f"  {', '.join(moved)}", f"    instead: {fix}"]
             if self.aligned_size is not None:
                 told.append(f"  or an input of {self.aligned_size} pixels, at which every layer keeps the centre")
         told += [
@@ -152,9 +156,9 @@ class Geometry:
         differ = [each for each in self.layers if each.torchscan not in (None, each.field[0])]
         if differ:
             told.append(
-                f"torchscan's numbers differ from {differ[0].name} on: it gives each call its own kernel and stride, and "
-                "chained in the order of the calls a projection's stride counts as if it lay behind the branch's, where "
-                "the field of a sum is the larger of its paths' fields"
+                f"torchscan's numbers differ from {differ[0].name} on: it gives each call its own kernel and stride. "
+                "Chained in the order of the calls, a projection's stride counts as if it lay behind the branch; in "
+                "truth both leave from the block's input, and the field of their sum is the larger of the two"
             )
         return "\n".join([*told, *self.notes])
 
@@ -165,8 +169,8 @@ def geometry(model: nn.Module, size: int = 224, channels: int = 3, *, compare: b
 
     compare: put torchscan's receptive fields beside, where it is installed.
 
-    Raises ValueError for a model without a convolution or pooling, a size that is smaller than the model's total stride or
-    that the model refuses, and paths of unequal strides that are joined.
+    Raises ValueError for a model without a convolution or pooling, a size that is smaller than the model's total stride
+    or that the model refuses, and paths of unequal strides that are joined.
     """
     found = _follow(model, size, channels)
     if max(max(layer.jump) for layer in found.layers) > size:
@@ -181,9 +185,7 @@ def geometry(model: nn.Module, size: int = 224, channels: int = 3, *, compare: b
             if all(max(map(abs, layer.shift)) < CLOSE for layer in _follow(model, candidate, channels).layers):
                 found = replace(found, aligned_size=candidate)
     if compare and (fields := _torchscan_fields(model, size, channels)):
-        found = replace(
-            found, layers=tuple(replace(layer, torchscan=fields.get(layer.name)) for layer in found.layers)
-        )
+        found = replace(found, layers=tuple(replace(layer, torchscan=fields.get(layer.name)) for layer in found.layers))
     return found
 
 
@@ -191,8 +193,22 @@ def figure(found: Geometry, title: str = "") -> Figure:
     """Receptive field and jump by layer, and how far each layer's centre is from the picture's."""
     drawn, (left, right) = figures.new_figure(2, 5.6, 4.2, title)
     names, places = [layer.name for layer in found.layers], range(len(found.layers))
-    left.plot(places, [layer.field[0] for layer in found.layers], "o-", markersize=3, color=figures.RESIDUAL, label="receptive field")
-    left.plot(places, [layer.jump[0] for layer in found.layers], "s-", markersize=3, color=figures.PLAIN, label="total stride (jump)")
+    left.plot(
+        places,
+        [layer.field[0] for layer in found.layers],
+        "o-",
+        markersize=3,
+        color=figures.RESIDUAL,
+        label="receptive field",
+    )
+    left.plot(
+        places,
+        [layer.jump[0] for layer in found.layers],
+        "s-",
+        markersize=3,
+        color=figures.PLAIN,
+        label="total stride (jump)",
+    )
     if any(layer.torchscan for layer in found.layers):
         scanned = [(i, layer.torchscan) for i, layer in enumerate(found.layers) if layer.torchscan]
         left.plot(*zip(*scanned, strict=True), ":", color=figures.SOFT, label="torchscan, chained in call order")
@@ -202,9 +218,16 @@ def figure(found: Geometry, title: str = "") -> Figure:
     left.set(ylabel="pixels of the input")
     left.legend(fontsize=8)
     right.bar(places, [layer.shift[0] for layer in found.layers], color=figures.PLAIN, label="this layer's shift")
-    right.plot(places, [layer.offset[0] for layer in found.layers], "o-", markersize=3, color=figures.RESIDUAL, label="offset so far")
+    right.plot(
+        places,
+        [layer.offset[0] for layer in found.layers],
+        "o-",
+        markersize=3,
+        color=figures.RESIDUAL,
+        label="offset so far",
+    )
     right.axhline(0, color=figures.SOFT, linewidth=0.8)
-    right.set(ylabel="centre of the grid − centre of the input, px")
+    right.set(ylabel="grid's centre less the input's, px")
     right.legend(fontsize=8)
     for axis in (left, right):
         figures.thin_labels(axis, names)
@@ -231,6 +254,7 @@ class _Follower(TorchDispatchMode):
         self.layers: list[Layer] = []
         self.meetings: list[Meeting] = []
         self.notes: list[str] = []
+        self.gated: list[str] = []  # modules that multiply by, or add, what has no grid
 
     def grid(self, t: object) -> Grid | None:
         kept = self.grids.get(id(t))
@@ -257,10 +281,12 @@ class _Follower(TorchDispatchMode):
         sizes = {(grid[0].size, grid[1].size) for grid in grids}
         if out.ndim != 4 or sizes != {tuple(out.shape[2:])}:
             if not any(note.startswith("followed up to") for note in self.notes):
-                self.notes.append(f"followed up to {name or 'the model'} ({short}), whose output has no grid of its own")
+                self.notes.append(
+                    f"followed up to {name or 'the model'} ({short}), whose output has no grid of its own"
+                )
             return None
         if any(self.grid(t) is None for t in given):
-            self.notes.append(f"{name} ({short}) also sees the whole picture by a path without a grid, left out here")
+            self.gated.append(name)
         return self._join(name, short, grids)
 
     def _slide(self, name: str, window: _Window, grid: Grid, out: Tensor) -> Grid:
@@ -293,8 +319,8 @@ class _Follower(TorchDispatchMode):
             jumps = {axis.jump for axis in axes}
             if len(jumps) > 1:
                 raise ValueError(
-                    f"{name} ({operation}) joins paths with total strides {', '.join(f'{j:g}' for j in sorted(jumps))}; "
-                    "accepted: paths of one stride"
+                    f"{name} ({operation}) joins paths with total strides "
+                    f"{', '.join(f'{jump:g}' for jump in sorted(jumps))}; accepted: paths of one stride"
                 )
             low, high = min(axis.low for axis in axes), max(axis.high for axis in axes)
             joined.append(replace(axes[0], low=low, high=high))
@@ -308,7 +334,7 @@ class _Follower(TorchDispatchMode):
         offset = tuple(axis.centre - image.centre for axis, image in zip(grid, self.image, strict=True))
         pairs = [(getattr(grid[0], part), getattr(grid[1], part)) for part in ("size", "jump", "field")]
         kind, *numbers = window
-        self.layers.append(Layer(name, kind, *numbers, *pairs, shift, offset, fix))  # type: ignore[arg-type]
+        self.layers.append(Layer(name, kind, *numbers, *pairs, shift, offset, fix))  # type: ignore[arg-type, call-arg]
 
 
 def _window(operation: str, args: Any) -> _Window | None:
@@ -335,11 +361,14 @@ def _fix(window: _Window, grid: Grid, shift: list[float]) -> str:
     i = 0 if abs(shift[0]) > CLOSE else 1
     k, s, p, d = (getattr(window, part)[i] for part in ("kernel", "stride", "padding", "dilation"))
     n = grid[i].size
-    left_over = (n + 2 * p - d * (k - 1) - 1) % s
-    if s == 1 or left_over != 1 or d != 1:
-        return f"an odd kernel with the padding d (k - 1) / 2 on both sides, and a size with {left_over} fewer units than {n}"
+    if s == 1 or (n + 2 * p - k) % s != 1 or d != 1:
+        return (
+            f"an odd kernel, padded by d (k - 1) / 2 on both sides, on a size from which no unit is left over, not {n}"
+        )
     blur = f"stride 1 and a blur of 4 taps, padded by 1 and 2, at stride {s}" if s == 2 else ""
-    return f"1 of {n} units is left over: a {k + 1} x {k + 1} kernel with padding {p}" + (f", or {blur}" if blur else "")
+    return f"a kernel of {k + 1} x {k + 1} with padding {p}, so that no unit is left over" + (
+        f", or {blur}" if blur else ""
+    )
 
 
 def _candidate(size: int, stride: int) -> int:
@@ -362,11 +391,15 @@ def _follow(model: nn.Module, size: int, channels: int) -> Geometry:
             ) from error
     if not follower.layers:
         raise ValueError(
-            f"this {type(model).__name__} has no convolution or pooling of more than one pixel; accepted: a network with "
-            "some"
+            f"this {type(model).__name__} has no convolution or pooling of more than one pixel; accepted: a network "
+            "that has one"
         )
-    notes = tuple(dict.fromkeys(follower.notes))
-    return Geometry(size, tuple(follower.layers), tuple(follower.meetings), notes, None, outputs)
+    if follower.gated:
+        follower.notes.append(
+            "left out: a path without a grid, which sees the whole picture (squeeze and excitation, say), ends in "
+            + ", ".join(dict.fromkeys(follower.gated))
+        )
+    return Geometry(size, tuple(follower.layers), tuple(follower.meetings), tuple(follower.notes), None, outputs)
 
 
 @contextlib.contextmanager
@@ -408,7 +441,8 @@ def _torchscan_fields(model: nn.Module, size: int, channels: int) -> dict[str, i
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of modules that it does not know; they count as pointwise
         layers = torchscan.crawl_module(model, (channels, size, size))["layers"]
-    field, jump, fields = 1.0, 1.0, {}
+    fields: dict[str, int] = {}
+    field, jump = 1.0, 1.0
     for layer in layers:
         metrics = layer["metrics"]
         values = [metrics.get(name, {}).get("value") for name in ("receptive_field", "effective_stride")]

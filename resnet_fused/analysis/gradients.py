@@ -1,7 +1,7 @@
 """Do gradients reach the first blocks? Their norm by depth, residual beside plain.
 
-Along a chain x_{l+1} = x_l + g_l(x_l) the gradient is dL/dx_0 = dL/dx_L prod(I + J_l), which has the term I at any depth;
-a plain chain has prod(J_l) (He et al., arXiv:1603.05027, eq. 5). Where every branch is a x, these are (1 + a)^L and a^L.
+Along a chain x_{l+1} = x_l + g_l(x_l) the gradient is dL/dx_0 = dL/dx_L prod(I + J_l), which has the term I at any
+depth; a plain chain has prod(J_l) (He et al., arXiv:1603.05027, eq. 5). With every branch a x they are (1 + a)^L, a^L.
 
 The fused operators run here, forward and backward, unless a block falls back: nothing needs a second derivative.
 """
@@ -107,7 +107,7 @@ class ChainGradients:
 def gradients_by_depth(
     model: nn.Module, x: Tensor, labels: Tensor, steps: int = 10, lr: float = 0.01
 ) -> GradientsByDepth:
-    """Gradient norms of the mean cross entropy at each block's output, in training mode, of the model and its plain copy.
+    """Gradient norms of the mean cross entropy at each block's output, of the model and its plain copy, training.
 
     model:  logits [N, classes] from x; left as it is, copies are trained by plain SGD with the learning rate `lr`.
     x:      [N, C, H, W]; labels: [N] int64.
@@ -119,10 +119,10 @@ def gradients_by_depth(
     residual = _train(copy.deepcopy(model), x, labels, steps, lr)
     names = tuple(blocks(model))
     try:
-        plain, missing = _train(without_skips(model), x, labels, steps, lr, names), None
+        plain = _train(without_skips(model), x, labels, steps, lr, names)
     except NotFusable as reason:
-        plain, missing = (None, None), str(reason)
-    return GradientsByDepth(names, steps, len(x), *residual, *plain, missing)  # type: ignore[arg-type]
+        return GradientsByDepth(names, steps, len(x), *residual, None, None, str(reason))
+    return GradientsByDepth(names, steps, len(x), *residual, *plain)
 
 
 def chain_gradient(a: float, depth: int, skip: Skip, dtype: torch.dtype = torch.float64) -> float:
@@ -149,8 +149,8 @@ def figure(found: GradientsByDepth, chains: ChainGradients, title: str = "") -> 
         if curve is None:
             continue
         colour, end = colours[name.split("_")[0]], name.endswith("end")
-        style = {"linestyle": "--" if end else "-", "marker": "o", "markersize": 3, "color": colour}
-        left.plot(range(len(curve)), curve, label=label.format(found.steps), **style)
+        line = "o--" if end else "o-"
+        left.plot(range(len(curve)), curve, line, markersize=3, color=colour, label=label.format(found.steps))
     left.set_yscale("log")
     figures.thin_labels(left, found.blocks)
     left.set(xlabel="block, from the input to the output", ylabel="norm of the loss's gradient at its output")
@@ -158,7 +158,7 @@ def figure(found: GradientsByDepth, chains: ChainGradients, title: str = "") -> 
 
     depths = (1, 2, 5, 10, 20, 40, 60, 80, 100)
     bases = sorted({row.a for row in chains.rows})
-    for a, style in zip(bases, itertools.cycle(("-", "--", ":"))):
+    for a, style in zip(bases, itertools.cycle(("-", "--", ":")), strict=False):
         for kind, skip in (("residual", "identity"), ("plain", "none")):
             values = [abs(chain_gradient(a, depth, skip)) for depth in depths]  # type: ignore[arg-type]
             right.plot(depths, values, style, color=colours[kind], label=f"{kind}, a = {a:g}", marker="o", markersize=3)

@@ -1,8 +1,8 @@
 """Singular values and condition number of a block's or a network's Jacobian, with and without the skip path.
 
 A branch g has the Jacobian J, the block x + g(x) has I + J: where J is small, its singular values gather around 1
-instead of 0. An activation behind the addition multiplies rows by its derivative, D (I + J), which is 0 in every unit that
-ReLU switches off, so that such a block has singular values of 0 however good I + J is.
+instead of 0. An activation behind the addition multiplies rows by its derivative, D (I + J), which is 0 in every unit
+that ReLU switches off, so that such a block has singular values of 0 however good I + J is.
 
 Derivatives are torch.func's (jvp, vjp), within which fused blocks run their plain PyTorch formula: the fused operators
 have no forward-mode derivative. Batch norms normalise with their running statistics, so that units of one input do not
@@ -70,14 +70,17 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Spectra:
+    """What is compared: maps of one block, or networks."""
+
+    title: str
     rows: tuple[Spectrum, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"spectra": [row.to_dict() for row in self.rows]}
+        return {"title": self.title, "spectra": [row.to_dict() for row in self.rows]}
 
     def table(self) -> str:
         header = ("map", "Jacobian", "by", "largest", "middle", "smallest", "zeros", "condition number")
-        return table("Singular values of the Jacobian", header, [_row(row) for row in self.rows])
+        return table(f"Singular values of the Jacobian: {self.title}", header, [_row(row) for row in self.rows])
 
 
 def _row(row: Spectrum) -> list[str]:
@@ -132,7 +135,8 @@ def _lanczos(f: Map, x: Tensor, outputs: int, largest: int) -> tuple[float, ...]
         from scipy.sparse.linalg import LinearOperator, svds
     except ImportError as error:
         raise ImportError(
-            f"a Jacobian of {outputs} x {x.numel()} needs scipy: `pip install resnet_fused[pictures]` (import said: {error})"
+            f"a Jacobian of {outputs} x {x.numel()} needs scipy: `pip install resnet_fused[pictures]` (import said: "
+            f"{error})"
         ) from error
     if not 1 <= largest < min(x.numel(), outputs):
         raise ValueError(
@@ -142,13 +146,15 @@ def _lanczos(f: Map, x: Tensor, outputs: int, largest: int) -> tuple[float, ...]
     y, pull = vjp(f, x)
 
     def forward(v: np.ndarray) -> np.ndarray:
-        return jvp(f, (x,), (torch.from_numpy(v.reshape(x.shape)),))[1].detach().flatten().numpy()
+        tangent = torch.from_numpy(v.reshape(x.shape))
+        return jvp(f, (x,), (tangent,))[1].detach().flatten().numpy()
 
     def backward(v: np.ndarray) -> np.ndarray:
         return pull(torch.from_numpy(v.reshape(y.shape)))[0].detach().flatten().numpy()
 
-    operator = LinearOperator((outputs, x.numel()), matvec=forward, rmatvec=backward, dtype=np.float64)
-    start = np.random.default_rng(0).standard_normal(min(operator.shape))
+    shape = outputs, x.numel()
+    operator = LinearOperator(shape, matvec=forward, rmatvec=backward, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(min(shape))
     found = svds(operator, k=largest, v0=start, return_singular_vectors=False)
     return tuple(sorted((float(value) for value in found), reverse=True))
 
@@ -177,20 +183,20 @@ def block_maps(block: nn.Module) -> dict[str, Map]:
     return maps
 
 
-def block_spectra(block: nn.Module, x: Tensor, **options: Any) -> Spectra:
+def block_spectra(block: nn.Module, x: Tensor, title: str = "block", **options: Any) -> Spectra:
     """`spectrum` of each of `block_maps` at x [1, C, H, W] float64; the block in evaluation mode and float64.
 
     Raises what `spectrum` and `block_maps` raise, ValueError where a batch norm would take the batch's statistics.
     """
     _require_evaluation(block)
-    return Spectra(tuple(spectrum(f, x, name, **options) for name, f in block_maps(block).items()))
+    return Spectra(title, tuple(spectrum(f, x, name, **options) for name, f in block_maps(block).items()))
 
 
-def model_spectra(models: dict[str, nn.Module], x: Tensor, **options: Any) -> Spectra:
+def model_spectra(models: dict[str, nn.Module], x: Tensor, title: str = "networks", **options: Any) -> Spectra:
     """`spectrum` of each named network's output at x [1, C, H, W]; in evaluation mode and float64."""
     for model in models.values():
         _require_evaluation(model)
-    return Spectra(tuple(spectrum(model, x, name, **options) for name, model in models.items()))
+    return Spectra(title, tuple(spectrum(model, x, name, **options) for name, model in models.items()))
 
 
 def input_of(model: nn.Module, block: nn.Module, x: Tensor) -> Tensor:
@@ -205,22 +211,25 @@ def input_of(model: nn.Module, block: nn.Module, x: Tensor) -> Tensor:
     return seen[0]
 
 
-def figure(spectra: Sequence[Spectra], titles: Sequence[str], title: str = "") -> Figure:
+def figure(spectra: Sequence[Spectra], title: str = "") -> Figure:
     """One panel for each group: singular values by their rank."""
     drawn, axes = figures.new_figure(len(spectra), 5.0, 3.8, title)
-    colours = (figures.PLAIN, figures.RESIDUAL, figures.OTHER, figures.SOFT)
-    for axis, group, name in zip(axes, spectra, titles, strict=True):
-        floor = min(max(row.values[-1], row.values[0] * 1e-6) for row in group.rows)
-        for row, colour in zip(group.rows, colours, strict=False):
-            ranks = [(i + 1) / len(row.values) if row.dense else i + 1 for i in range(len(row.values))]
-            label = row.name + (f" ({row.zeros} zeros)" if row.zeros else "")
-            axis.plot(ranks, [max(v, floor / 10) for v in row.values], color=colour, label=label, linewidth=1.6)
+    for axis, group in zip(axes, spectra, strict=True):
+        lowest = math.inf
+        for row in group.rows:
+            alone = row.name.startswith(("branch", "plain"))
+            colour = figures.PLAIN if alone else figures.OTHER if row.name.startswith("block") else figures.RESIDUAL
+            held = row.values[: len(row.values) - (row.zeros or 0)]
+            ranks = [(i + 1) / len(row.values) if row.dense else i + 1 for i in range(len(held))]
+            label = row.name + (f" (the other {row.zeros} are 0)" if row.zeros else "")
+            axis.plot(ranks, held, color=colour, label=label, linewidth=1.6, marker=None if row.dense else "o")
+            lowest = min(lowest, held[-1])
         axis.axhline(1.0, color=figures.SOFT, linewidth=0.8, linestyle=":")
         axis.set_yscale("log")
-        axis.set_ylim(bottom=10 ** math.floor(math.log10(floor / 3)))
+        axis.set_ylim(bottom=max(lowest, 1e-6) / 30)  # room for the legend below the curves
         dense = all(row.dense for row in group.rows)
         axis.set(xlabel="share of all singular values" if dense else "rank", ylabel="singular value")
-        axis.set_title(name, fontsize=10)
+        axis.set_title(group.title, fontsize=10)
         axis.legend(fontsize=8)
     return drawn
 
@@ -229,6 +238,6 @@ def _require_evaluation(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(
-                f"batch norm {name or 'itself'} is in training mode, where one input's units depend on the whole batch; "
+                f"batch norm {name or 'itself'} is in training mode, where units depend on the whole batch; "
                 "accepted: model.eval(), after blocks.settle_statistics(model, x) if the model is freshly made"
             )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from resnet_fused import functional
 from resnet_fused.analysis import figures
 from resnet_fused.analysis.chains import Chain, relu_chain
-from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.activations import IDENTITY, RELU
 from resnet_fused.tools.tables import table
 
@@ -65,7 +64,9 @@ class KinksByDepth:
         for row in self.rows:
             middle = [f"{count:.1f} ({passed})" for passed, count in row.paths if passed]
             identity = dict(row.paths)[0]
-            rows.append([str(row.depth), f"{identity:.0f}", ", ".join(middle), f"{row.plain:.1f}", f"{row.residual:.1f}"])
+            rows.append(
+                [str(row.depth), f"{identity:.0f}", ", ".join(middle), f"{row.plain:.1f}", f"{row.residual:.1f}"]
+            )
         title = f"Kinks along a segment, exact, width {self.width}, mean of {self.segments} segments"
         header = ("blocks", "identity path", "paths (through so many branches)", "plain network", "residual network")
         return table(title, header, rows)
@@ -75,7 +76,8 @@ class KinksByDepth:
 class ModelKinks:
     """Sign changes of pre-activations along a segment, counted at `resolution` equal steps.
 
-    layers:  activations in the order of the calls; units: of each; kinks: of each; half: all kinks at half the resolution.
+    layers: activations in the order of the calls; units, kinks: of each.
+    half:   all kinks, counted at half the resolution.
     """
 
     name: str
@@ -99,26 +101,38 @@ class ModelKinks:
 
 @dataclass(frozen=True)
 class ModelsKinks:
+    """A model and its copy without skips, on one segment."""
+
+    model: str
     rows: tuple[ModelKinks, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"models": [row.to_dict() for row in self.rows]}
+        return {"model": self.model, "networks": [row.to_dict() for row in self.rows]}
 
     def table(self) -> str:
         first = self.rows[0]
-        header = ("network", "activations", "units", "kinks", f"at {first.resolution // 2} steps", "kinks a unit, last activation")
+        header = (
+            "network",
+            "activations",
+            "units",
+            "kinks",
+            f"at {first.resolution // 2} steps",
+            "kinks a unit, last activation",
+        )
         rows = [
             [r.name, str(len(r.layers)), str(sum(r.units)), str(r.total), str(r.half), f"{r.per_unit[-1]:.3g}"]
             for r in self.rows
         ]
-        return table(f"Kinks along a segment between two inputs, at {first.resolution} steps", header, rows)
+        return table(
+            f"Kinks of {self.model} along a segment between two inputs, at {first.resolution} steps", header, rows
+        )
 
 
 def chain_kinks(chain: Chain, start: Tensor, end: Tensor) -> Tensor:
     """Where on the segment the chain has kinks: t in (0, 1) of start + t (end - start), sorted, [number of kinks].
 
-    start, end: [1, C, H, W]. Every block is convolution, ReLU, convolution without norms (`chains.relu_chain`): exact up
-    to rounding. A unit that stays 0 has no kink. Raises ValueError for other blocks.
+    start, end: [1, C, H, W]. Every block is convolution, ReLU, convolution without norms (`chains.relu_chain`): exact
+    up to rounding. A unit that stays 0 has no kink. Raises ValueError for other blocks.
     """
     where = torch.tensor([0.0, 1.0], dtype=start.dtype)
     x = torch.cat([start, end])
@@ -128,8 +142,7 @@ def chain_kinks(chain: Chain, start: Tensor, end: Tensor) -> Tensor:
         plain = last is not None and not hidden.norm and not last.norm and spec.order == "post"
         if not plain or hidden.act != RELU or last.act != IDENTITY:  # type: ignore[union-attr]
             raise ValueError(f"got {spec}; accepted: convolution, relu, convolution without norms (chains.relu_chain)")
-        linear = BlockSpec((type(hidden)(hidden.stride, hidden.padding, hidden.dilation, hidden.groups, False, False, act=IDENTITY),))
-        z = functional.residual_block(x, type(params)((params.stages[0],)), linear).flatten(1)
+        z = functional.conv_bn_act(x, params.stages[0], replace(hidden, act=IDENTITY)).flatten(1)
         piece, unit = ((z[:-1] < 0) != (z[1:] < 0)).nonzero(as_tuple=True)
         share = z[piece, unit] / (z[piece, unit] - z[piece + 1, unit])
         found = where[piece] + share * (where[piece + 1] - where[piece])
@@ -229,10 +242,12 @@ def figure(found: KinksByDepth, models: ModelsKinks | None = None, title: str = 
     axes[1].set_title(f"paths of the residual chain of {row.depth} blocks", fontsize=10)
     if models is not None:
         for each, colour in zip(models.rows, (figures.RESIDUAL, figures.PLAIN), strict=False):
-            axes[2].plot(range(1, len(each.layers) + 1), each.per_unit, "o-", markersize=3, color=colour, label=each.name)
+            axes[2].plot(
+                range(1, len(each.layers) + 1), each.per_unit, "o-", markersize=3, color=colour, label=each.name
+            )
         axes[2].set(xlabel="activation, in the order of the calls", ylabel="kinks a unit")
         axes[2].set_ylim(bottom=0)
-        axes[2].set_title(f"models, {models.rows[0].resolution} steps", fontsize=10)
+        axes[2].set_title(f"{models.model}, {models.rows[0].resolution} steps", fontsize=10)
         axes[2].legend(fontsize=8)
     return drawn
 
