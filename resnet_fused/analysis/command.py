@@ -190,5 +190,6 @@ def _receptive_field(arguments: argparse.Namespace) -> Result:
 
 
 def _geometry(arguments: argparse.Namespace) -> Result:
-    found = geometry(_model(arguments), arguments.size)
+    model = named_models.build(arguments.model)
+    found = geometry(model if arguments.unfused else fuse(model), arguments.size)
     return Result({"geometry": found}, lambda: geometry_figure(found, arguments.model))

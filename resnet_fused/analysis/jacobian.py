@@ -143,7 +143,7 @@ def _lanczos(f: Map, x: Tensor, outputs: int, largest: int) -> tuple[float, ...]
             f"largest is {largest}; accepted: 1 to {min(x.numel(), outputs) - 1} for a Jacobian of "
             f"{outputs} x {x.numel()}"
         )
-    y, pull = vjp(f, x)
+    y, pull = vjp(f, x)  # type: ignore[misc]  # the third is only there with has_aux
 
     def forward(v: np.ndarray) -> np.ndarray:
         tangent = torch.from_numpy(v.reshape(x.shape))

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.analysis import figures
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARES = (0.5, 0.9, 0.95)
-AT_ONCE = 4
+AT_ONCE = 4  # inputs
+CELLS = 56  # of the drawn map, along an edge
 
 
 @dataclass(frozen=True)
@@ -245,14 +247,17 @@ def chain_fields(depths: Sequence[int] = (5, 10, 20)) -> ChainFields:
 
 
 def figure(found: ReceptiveFields, title: str = "") -> Figure:
-    """The maps, and their profile through the centre: the sum over columns by row."""
+    """The maps, averaged over small squares, and their profile: the sum over columns by row."""
     import numpy as np
 
     drawn, axes = figures.new_figure(len(found.rows) + 1, 4.6, 4.0, title)
-    top = max(float(row.map.max()) for row in found.rows)
-    for axis, row in zip(axes, found.rows, strict=False):
-        shades = np.log10(np.maximum(row.map.numpy() / top, 1e-5))
-        image = axis.imshow(shades, cmap="magma", vmin=-5, vmax=0)
+    square = max(1, len(found.rows[0].map) // CELLS)
+    coarse = [F.avg_pool2d(row.map[None], square)[0].numpy() for row in found.rows]
+    top = max(shades.max() for shades in coarse)
+    for axis, row, shades in zip(axes, found.rows, coarse, strict=False):
+        high, wide = (square * n for n in shades.shape)
+        edges = (-0.5, wide - 0.5, high - 0.5, -0.5)
+        image = axis.imshow(np.log10(np.maximum(shades / top, 1e-5)), cmap="magma", vmin=-5, vmax=0, extent=edges)
         angle = np.linspace(0, 2 * np.pi, 200)
         for radius, share, colour in zip(row.radii, SHARES, ("#ffffff", "#7fd0ff", "#6ee7a0"), strict=True):
             axis.plot(
