@@ -41,7 +41,7 @@ def test_the_exact_count_is_that_of_a_fine_sampling(skip: str, seed: int) -> Non
     start, end = segment(8, seed)
     found = kinks.chain_kinks(chain, start, end)
     assert len(found) == sampled(chain, start, end) > 0
-    assert torch.equal(found, found.sort().values) and 0 < found[0] and found[-1] < 1
+    assert torch.equal(found, found.sort().values) and found[0] > 0 and found[-1] < 1
 
 
 def test_between_kinks_the_function_is_linear_and_at_each_it_is_not() -> None:
