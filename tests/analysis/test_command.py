@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+from resnet_fused.models import BasicBlock
+from resnet_fused.tools import named_models
 from resnet_fused.tools.cli import main
 
 SUBJECTS = {
     "gradients": ["--model", "resnet18", "--size", "32", "--steps", "1"],
-    "jacobian": ["--model", "resnet18", "--block", "layer4.1"],
+    "jacobian": ["--size", "6", "--whole"],
     "kinks": ["--model", "torchvision:resnet18", "--resolution", "8", "--depths", "1", "2"],
     "degree": ["--power", "2", "--depth", "2"],
     "receptive-field": ["--model", "resnet18", "--size", "64", "--inputs", "1", "--layer", "layer2.0"],
@@ -20,7 +23,7 @@ SUBJECTS = {
 }
 PRINTED = {
     "gradients": ("layer4.1", "3.487e+09"),
-    "jacobian": ("block layer4.1", "sum, I + J"),
+    "jacobian": ("block 2", "sum, I + J", "plain", "logits to input"),
     "kinks": ("identity path", "at 8 steps"),
     "degree": ("1 x^1, 2 x^2, 2 x^3, 1 x^4",),
     "receptive-field": ("resnet18, without skips", "by formula"),
@@ -29,10 +32,15 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_a_subject(subject: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_subject(
+    subject: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     if subject == "kinks":
         pytest.importorskip("torchvision")
+    if subject == "jacobian":  # of a whole ResNet it takes too long
+        net = nn.Sequential(nn.Conv2d(3, 4, 1), BasicBlock(4, 4), BasicBlock(4, 4))
+        monkeypatch.setattr(named_models, "build", lambda name: net)
     file = tmp_path / "found.json"
     assert main(["analyze", subject, *SUBJECTS[subject], "--plots", str(tmp_path / "plots"), "--json", str(file)]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Stride, field and alignment: against the pixels that a unit's gradient reaches, and against numbers worked out by hand."""
+"""Stride, field and alignment: against the pixels that a unit's gradient reaches, and numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from resnet_fused.tools import named_models
 
 
 def reached(model: nn.Module, layer: str, size: int, unit: int) -> tuple[int, int]:
-    """First and last input row that the gradient of one unit of the layer reaches; all weights positive, so none cancel."""
+    """First and last row that the gradient of one unit of the layer reaches; weights are positive, so none cancel."""
     model = model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -48,9 +48,15 @@ def test_the_field_is_what_the_gradient_reaches(name: str) -> None:
     model, size = CHAINS[name]
     last = str(len(model) - 1)  # type: ignore[arg-type]
     axis = geo.geometry(model, size, compare=False).output(last)[0]
+    inside = 0
     for unit in range(axis.size):
         low, high = (end + unit * axis.jump for end in (axis.low, axis.high))
-        assert reached(model, last, size, unit) == (max(low, 0), min(high, size - 1))
+        first, end = reached(model, last, size, unit)
+        assert first >= low and end <= high
+        if 0 <= low and high < size:  # at an edge a dilated window may have its holes
+            assert (first, end) == (low, high)
+            inside += 1
+    assert inside
 
 
 def small() -> nn.Module:
@@ -169,7 +175,7 @@ def test_bad_input() -> None:
         ValueError, match=r"input is 16 x 16, smaller than the total stride 32 of layer4.0.conv1; accepted: 32"
     ):
         geo.geometry(small(), 16)
-    with pytest.raises(ValueError, match="refuses an input of 3 x 4 x 4: .*[Kk]ernel"):
+    with pytest.raises(ValueError, match=r"refuses an input of 3 x 4 x 4: .*[Kk]ernel"):
         geo.geometry(nn.Sequential(nn.Conv2d(3, 1, 7)), 4)
     with pytest.raises(ValueError, match="this Sequential has no convolution or pooling of more than one pixel"):
         geo.geometry(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), 16)

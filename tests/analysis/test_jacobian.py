@@ -92,5 +92,5 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="batch norm bn1 is in training mode"):
         jacobian.block_spectra(block().train(), x)
     pytest.importorskip("scipy")
-    with pytest.raises(ValueError, match="largest is 96; accepted: 1 to 95 for a Jacobian"):
+    with pytest.raises(ValueError, match=r"largest is 96; accepted: 1 to 95 for a Jacobian"):
         jacobian.block_spectra(block(), x, dense=False, largest=96)
