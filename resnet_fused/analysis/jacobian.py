@@ -41,6 +41,7 @@ class Spectrum:
 
     values:    all min(outputs, inputs) of them where `dense`, else the largest found by Lanczos' method.
     condition: largest over smallest; None where it is not known (not dense) or the smallest is 0 up to rounding.
+    condition_on_range: largest over the smallest that is not 0; None where not dense.
     """
 
     name: str
@@ -61,11 +62,17 @@ class Spectrum:
         return self.values[0] / self.values[-1]
 
     @property
+    def condition_on_range(self) -> float | None:
+        held = [value for value in self.values if value > self._rounding]
+        return held[0] / held[-1] if self.dense and held else None
+
+    @property
     def _rounding(self) -> float:
         return self.values[0] * max(self.inputs, self.outputs) * torch.finfo(torch.float64).eps
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"condition": self.condition, "zeros": self.zeros}
+        known = ("zeros", "condition", "condition_on_range")
+        return asdict(self) | {name: getattr(self, name) for name in known}
 
 
 @dataclass(frozen=True)
@@ -79,16 +86,17 @@ class Spectra:
         return {"title": self.title, "spectra": [row.to_dict() for row in self.rows]}
 
     def table(self) -> str:
-        header = ("map", "Jacobian", "by", "largest", "middle", "smallest", "zeros", "condition number")
+        header = ("map", "Jacobian", "by", "largest", "middle", "smallest", "zeros", "condition", "without the zeros")
         return table(f"Singular values of the Jacobian: {self.title}", header, [_row(row) for row in self.rows])
 
 
 def _row(row: Spectrum) -> list[str]:
     middle = f"{row.values[len(row.values) // 2]:.4g}" if row.dense else ""
     if not row.dense:
-        condition = f"at least {row.values[0] / row.values[-1]:.4g}: only {len(row.values)} values known"
+        condition = f"over {row.values[0] / row.values[-1]:.4g}, by the {len(row.values)} largest"
     else:
         condition = f"{row.condition:.4g}" if row.condition else "infinite"
+    held = row.condition_on_range
     return [
         row.name,
         f"{row.outputs} x {row.inputs}",
@@ -98,6 +106,7 @@ def _row(row: Spectrum) -> list[str]:
         f"{row.values[-1]:.4g}" if row.dense else "",
         "" if row.zeros is None else str(row.zeros),
         condition,
+        "" if held is None else f"{held:.4g}",
     ]
 
 

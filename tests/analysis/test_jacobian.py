@@ -55,7 +55,9 @@ def test_the_sum_adds_the_identity_to_the_branch() -> None:
     for row, wanted in zip(found.rows, (branch, total, whole), strict=True):
         assert row.values == pytest.approx(torch.linalg.svdvals(wanted).tolist(), rel=TIGHT, abs=1e-12)
     assert found.rows[2].zeros == int((on == 0).sum()) > 0  # a row for each unit that ReLU switches off
-    assert found.rows[1].zeros == 0 and found.rows[1].condition is not None
+    assert found.rows[1].zeros == 0 and found.rows[1].condition == found.rows[1].condition_on_range
+    held = torch.linalg.svdvals(whole)[: int(on.sum())]
+    assert found.rows[2].condition_on_range == pytest.approx(float(held[0] / held[-1]), rel=1e-8)
     assert "infinite" in found.table() and json.loads(json.dumps(found.to_dict()))["spectra"][1]["zeros"] == 0
 
 
