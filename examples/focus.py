@@ -2,8 +2,9 @@
 
 The eye sees a wide field, and sharply only around its middle: the fovea covers about 2 of some 200 degrees, and the
 central 10 degrees take over half of the primary visual cortex (Horton & Hoyt, Arch. Ophthalmol. 109, 1991). A deep
-convolutional unit is alike: its theoretical field grows with depth, the part from which most of its gradient comes only
-with the square root (Luo et al., arXiv:1701.04128). Skip paths focus it further: half of the signal takes each short cut.
+convolutional unit is alike: its theoretical field grows with depth, the part from which most of its gradient comes
+only with the square root (Luo et al., arXiv:1701.04128). Skip paths focus it further: half of the signal takes each
+short cut.
 
 Chains of linear fused 3x3 convolutions with random weights, residual and plain, of the same depth.
 
@@ -84,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = ("layers", "skips", "theoretical px", "sigma px", "by formula", "half within px", "of the area")
     print(table("Focus of the receptive field of a chain of 3x3 convolutions", header, rows))
     plain, residual = by_depth[-1]
-    print(f"skips narrow it to {residual.field.sigma / plain.field.sigma:.2f} of its width (1 / sqrt(2) = 0.71 by formula)")
+    print(
+        f"skips narrow it to {residual.field.sigma / plain.field.sigma:.2f} of its width (1 / sqrt(2) = 0.71 by formula)"
+    )
     if arguments.plot is not None:
         figures.save(figure(by_depth), arguments.plot)
     return 0

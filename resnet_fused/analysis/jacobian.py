@@ -149,7 +149,7 @@ def _lanczos(f: Map, x: Tensor, outputs: int, largest: int) -> tuple[float, ...]
         ) from error
     if not 1 <= largest < min(x.numel(), outputs):
         raise ValueError(
-            f"largest is {largest}; accepted: 1 to {min(x.numel(), outputs) - 1} for a Jacobian of "
+            f"largest is {largest}, accepted: 1 to {min(x.numel(), outputs) - 1} for a Jacobian of "
             f"{outputs} x {x.numel()}"
         )
     y, pull = vjp(f, x)  # type: ignore[misc]  # the third is only there with has_aux
