@@ -94,8 +94,9 @@ def distance(matrix: Tensor) -> int:
 def measure(name: str, units: int, bonds: Sequence[tuple[int, int]]) -> Relaxation:
     matrix = laplacian(units, bonds)
     rates = torch.linalg.eigvalsh(matrix)
-    gap = float(rates[2] - rates[1])
-    curve, measured = relax(matrix, steps=int(12 / gap / STEP))  # the second mode falls to e^-12 of the slowest
+    slowest, second = (float(rate) for rate in rates[1:3])
+    # until the second mode has fallen to e^-12 of the slowest, while that is above rounding
+    curve, measured = relax(matrix, steps=int(min(12 / (second - slowest), 25 / slowest) / STEP))
     return Relaxation(name, rates, measured, distance(matrix), curve)
 
 

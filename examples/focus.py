@@ -85,9 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     header = ("layers", "skips", "theoretical px", "sigma px", "by formula", "half within px", "of the area")
     print(table("Focus of the receptive field of a chain of 3x3 convolutions", header, rows))
     plain, residual = by_depth[-1]
-    print(
-        f"skips narrow it to {residual.field.sigma / plain.field.sigma:.2f} of its width (1 / sqrt(2) = 0.71 by formula)"
-    )
+    ratio = residual.field.sigma / plain.field.sigma
+    print(f"skips narrow it to {ratio:.2f} of its width (1 / sqrt(2) = 0.71 by formula)")
     if arguments.plot is not None:
         figures.save(figure(by_depth), arguments.plot)
     return 0

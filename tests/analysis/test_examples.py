@@ -37,7 +37,7 @@ def test_a_chain_relaxes_by_the_formula(contacts: ModuleType) -> None:
 
 def test_bonds_shorten_paths_and_times(contacts: ModuleType) -> None:
     csgraph = pytest.importorskip("scipy.sparse.csgraph")
-    bonds = ((3, 15), (6, 18), (10, 12))
+    bonds = ((2, 11), (3, 7), (13, 15))
     alone, bonded = contacts.measure("chain", 20, ()), contacts.measure("bonds", 20, bonds)
     L = contacts.laplacian(20, bonds)
     assert torch.equal(L.sum(1), torch.zeros(20, dtype=torch.float64)) and torch.equal(L, L.T)

@@ -89,10 +89,10 @@ def test_what_reaches_a_block() -> None:
 
 def test_bad_input() -> None:
     x = torch.randn(1, 6, 4, 4, dtype=torch.float64)
-    with pytest.raises(TypeError, match="x is torch.float32; accepted: float64"):
+    with pytest.raises(TypeError, match=r"x is torch.float32; accepted: float64"):
         jacobian.block_spectra(block(), x.float())
     with pytest.raises(ValueError, match="batch norm bn1 is in training mode"):
         jacobian.block_spectra(block().train(), x)
     pytest.importorskip("scipy")
-    with pytest.raises(ValueError, match="largest is 96, accepted: 1 to 95"):
+    with pytest.raises(ValueError, match="largest is 96, accepted: 1 to 95 for"):
         jacobian.block_spectra(block(), x, dense=False, largest=96)
