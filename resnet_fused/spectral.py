@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from resnet_fused.backends.folding import Affine, affine
+from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import StageModules, class_path, describe, describe_stage
 from resnet_fused.modules.fused_block import FusedModule
@@ -92,13 +93,25 @@ def conv_norm(
 def described(block: nn.Module) -> Block:
     """The block's tensors and spec, as fused blocks are computed with. Raises TypeError, NotFusable."""
     if isinstance(block, FusedModule):
-        return block.fused_describe()
+        params, spec, gate = block.fused_describe()
+        _require_no_gate(block, gate)
+        return params, spec
     adapter = adapters.find(type(block))
     if adapter is None:
         raise TypeError(
             f"{class_path(type(block))} is no block class that is known here; register_block(cls, adapter) teaches it"
         )
-    return describe(adapter(block), "default")
+    modules = adapter(block)
+    _require_no_gate(block, modules.gate)
+    return describe(modules, "default")
+
+
+def _require_no_gate(block: nn.Module, gate: object) -> None:
+    if gate is not None:
+        raise NotFusable(
+            f"{class_path(type(block))} multiplies its branch with a gate computed from the input, for which there is no "
+            "bound here; accepted: blocks without a gate"
+        )
 
 
 def evaluated(params: BlockParams, spec: BlockSpec) -> Block:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import resnet_fused
+from resnet_fused.analysis import command as analyze
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import BackendError
 from resnet_fused.tools import named_models
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_verify)
 
     command.configure(commands.add_parser("bench", **command.HELP))
+    analyze.configure(commands.add_parser("analyze", **analyze.HELP))
 
     about = commands.add_parser("info", help="how the extension was built, and which backends can run")
     about.set_defaults(run=_info)

@@ -11,21 +11,29 @@ from torch import Tensor, nn
 from resnet_fused import models
 
 FAMILY = tuple(name for name in models.__all__ if name[0].islower() and name != "small_resnet")  # it takes a depth
-TIMM = "timm:"
+TIMM, TORCHVISION = "timm:", "torchvision:"
 
 
 def build(name: str, *, zero_init_residual: bool = False) -> nn.Module:
     """An unfused model with random weights: a ResNet of torchvision if installed, else ours, or ``timm:NAME``.
 
+    ``torchvision:NAME`` is torchvision's, and an error without it.
+
     zero_init_residual: start each branch's last norm at zero, as torchvision's argument does; timm's models always do.
 
-    Raises ValueError for a name that is not accepted, ImportError for ``timm:`` without timm.
+    Raises ValueError for a name that is not accepted, ImportError where the library of a prefix is missing.
     """
     if name.startswith(TIMM):
         return _timm_model(name.removeprefix(TIMM))
+    given, name = name, name.removeprefix(TORCHVISION)
     if name not in FAMILY:
-        raise ValueError(f"unknown model {name!r}; accepted: {', '.join(FAMILY)}, and {TIMM}NAME for a model of timm")
+        raise ValueError(
+            f"unknown model {given!r}; accepted: {', '.join(FAMILY)}, also as {TORCHVISION}NAME, and {TIMM}NAME for a "
+            "model of timm"
+        )
     torchvision = import_torchvision()
+    if torchvision is None and given != name:
+        raise ImportError(f"{given} needs torchvision: `pip install torchvision`")
     family = torchvision.models if torchvision is not None and hasattr(torchvision.models, name) else None
     if family is None:
         return getattr(models, name)(fused=False, zero_init_residual=zero_init_residual)

@@ -39,7 +39,9 @@ print(before, is_mapped())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
-@pytest.mark.parametrize(("setting", "expected"), [({}, "True False"), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, "True True")])
+@pytest.mark.parametrize(
+    ("setting", "expected"), [({}, "True False"), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, "True True")]
+)
 def test_training_raises_the_threshold_unless_it_is_set(setting: dict[str, str], expected: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | setting
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
