@@ -109,8 +109,8 @@ def described(block: nn.Module) -> Block:
 def _require_no_gate(block: nn.Module, gate: object) -> None:
     if gate is not None:
         raise NotFusable(
-            f"{class_path(type(block))} multiplies its branch with a gate computed from the input, for which there is no "
-            "bound here; accepted: blocks without a gate"
+            f"{class_path(type(block))} multiplies its branch with a gate computed from the input, which has no bound "
+            "here; accepted: blocks without a gate"
         )
 
 

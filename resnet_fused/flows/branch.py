@@ -33,7 +33,7 @@ from resnet_fused.modules.block_modules import (
     describe,
     require_no_hooks,
 )
-from resnet_fused.modules.fused_block import Description
+from resnet_fused.modules.fused_block import Described, Description
 from resnet_fused.ops import operators
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, Order, StageSpec
@@ -199,7 +199,7 @@ class _Known:
         if not holds or self._variants is None:
             block = branch.describe()
             self._variants = _Variants(*block)
-            self._description.keep(block, module_state.snapshot(branch.modules()), narrowed)
+            self._description.keep(Described(*block, None), module_state.snapshot(branch.modules()), narrowed)
         return self._variants
 
     def __reduce__(self) -> tuple[type[_Known], tuple[()]]:

@@ -35,6 +35,8 @@ def build(name: str, *, zero_init_residual: bool = False) -> nn.Module:
     if torchvision is None and given != name:
         raise ImportError(f"{given} needs torchvision: `pip install torchvision`")
     family = torchvision.models if torchvision is not None and hasattr(torchvision.models, name) else None
+    if family is None and given != name:
+        raise ValueError(f"torchvision has no {name}; accepted: {name}, which is this package's")
     if family is None:
         return getattr(models, name)(fused=False, zero_init_residual=zero_init_residual)
     return getattr(family, name)(zero_init_residual=zero_init_residual)
