@@ -29,7 +29,7 @@ $(VENV)/.ready: pyproject.toml setup.py Makefile $(SOURCES)
 	$(PIP) install $(TORCH) setuptools wheel ninja pybind11 "numpy<2.4"
 	$(PIP) install --no-build-isolation -e ".[test,lint]"
 	# their declared needs would bring another torch
-	$(PIP) install --no-deps torchvision==0.28.0 timm==1.0.31
+	$(PIP) install --no-deps torchvision==0.28.0 timm==1.0.31 torchscan==0.2.0 torchdeq==0.1.0
 	$(PIP) install huggingface_hub safetensors pyyaml
 	touch $@
 
