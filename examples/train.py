@@ -33,7 +33,7 @@ from resnet_fused.tools.pictures import IMAGENET_MEAN, IMAGENET_STD
 SMALL = 64  # pixels: up to here the stem keeps the resolution
 HELD_OUT = 0.2  # of the examples: what accuracy is measured on
 # Arguments that a resumed run may change: they do not enter what is computed.
-FREE = ("checkpoint", "resume", "out", "workers")
+FREE = ("checkpoint", "resume", "out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--memory", choices=("default", "low"), default="default", help="low recomputes in backward")
     parser.add_argument("--amp", choices=("bfloat16",), help="autocast; default: float32")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.05, help="at the start of the cosine")
     parser.add_argument("--momentum", type=float, default=0.9)
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="of all weights but norms and biases")
