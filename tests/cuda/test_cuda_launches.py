@@ -16,7 +16,7 @@ from support.same_bits import assert_same_bits
 
 @pytest.mark.parametrize("skip", ["identity", "projection"])
 def test_launches(skip: str, check: Checks) -> None:
-    """One a direction in single mode; one per phase in phased mode; the library's convolutions in between."""
+    """One per direction in single mode; one per phase in phased mode; the library's convolutions in between."""
     case = bottleneck(skip, channels=24, width=16)
     given, dout = case.build(torch.bfloat16, torch.channels_last), case.upstream(torch.bfloat16)
     projects = int(skip == "projection")

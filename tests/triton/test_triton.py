@@ -351,7 +351,7 @@ def test_operators_refuse_what_would_read_out_of_bounds() -> None:
 
 @pytest.mark.parametrize("skip", ["identity", "projection"])
 def test_launches(skip: str) -> None:
-    """One a direction in single mode; one per phase in phased mode, library convolutions in between."""
+    """One per direction in single mode; one per phase in phased mode, library convolutions in between."""
     tensors = autograd.tensors_of(*reversed(bottleneck(skip).build(torch.float32, torch.channels_last)[:2]))
     spec = bottleneck(skip).spec
     known = facts(spec)
