@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+
 from resnet_fused.ops import operators
 
 if operators.load_error() is not None:
@@ -17,12 +18,15 @@ if operators.load_error() is not None:
 SCRIPT = """
 import ctypes
 import torch
-from resnet_fused import models
+from resnet_fused import functional
+from resnet_fused.params import StageParams
+from resnet_fused.spec import StageSpec
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
-libc.mallinfo.restype = type("Mallinfo", (ctypes.Structure,), {"_fields_": [(f"_{i}", ctypes.c_int) for i in range(10)]})
+fields = [(f"_{i}", ctypes.c_int) for i in range(10)]  # the fourth is the number of mapped blocks
+libc.mallinfo.restype = type("Mallinfo", (ctypes.Structure,), {"_fields_": fields})
 
 def is_mapped():
     mapped = libc.mallinfo()._3
@@ -33,7 +37,8 @@ def is_mapped():
     return more == 1
 
 before = is_mapped()
-models.resnet18().train()(torch.randn(1, 3, 32, 32))
+weight = torch.randn(4, 4, 1, 1, requires_grad=True)
+functional.conv_bn_act(torch.randn(2, 4, 3, 3), StageParams(weight), StageSpec(norm=False), backend="native")
 print(before, is_mapped())
 """
 

@@ -124,12 +124,11 @@ def test_nothing_but_slopes(place: str, check: Checks) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "prelu"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("identity", "relu")])
 @pytest.mark.parametrize("place", ["post, projection", "pre", "branch"])
 def test_in_16_bits(place: str, name: str, dtype: torch.dtype, check: Checks) -> None:
-    """Without large kinks, on whose sides rounding puts values by chance; relu's are in the other files."""
-    case = PerChannel.of(block(**PLACES[place], act=name, size=(15, 16)), lowest=0.7, highest=0.9)
-    check.trains(case, dtype=dtype, norm_dtype=torch.float32)
+    """relu's are in the other files."""
+    check.trains(block(**PLACES[place], act=name, size=(15, 16)), dtype=dtype, norm_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("place", PLACES)

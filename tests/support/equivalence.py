@@ -44,12 +44,12 @@ def assert_as_accurate(
     assert error <= allowed, f"{name}: error {error:.3g} against fp64, eager's is {eager_error:.3g}"  # false for NaN
 
 
-def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, kinked: bool) -> None:
+def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, flips: bool) -> None:
     """`assert_as_accurate` for every result of "got", with the largest error of three as eager's.
 
     results: `pooled` runs in `dtype`: "got", "exact" (fp64) and PyTorch's own: "eager" in the given memory format,
-             "other" in the other one, and "flipped", which counts for gradients if an activation is `kinked`: what
-             masks that rounding may flip do to the exact run (`kinks`).
+             "other" in the other one, and "flipped", what masks that rounding may flip do to the
+             exact run (`kinks`), which counts for gradients where there are `flips`.
     """
     got, eager, exact = results["got"], results["eager"], results["exact"]
     assert got.keys() == eager.keys() == exact.keys()
@@ -57,8 +57,8 @@ def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, kin
         if value is None or not value.is_floating_point():
             assert_as_accurate(name, got[name], eager[name], value)
             continue
-        by_flips = kinked and name.startswith("grad")
-        # in 16 bits masks flip in either run and the largest error is chance, their mean square is not
+        by_flips = flips and name.startswith("grad")
+        # in 16 bits masks flip and derivatives round in either run; the largest error is chance, the mean square is not
         error = root_mean_square_error if by_flips and dtype.itemsize == 2 else relative_error
         peers = [results[kind][name] for kind in ("eager", "other", "flipped")[: 2 + by_flips]]
         worst = max((t for t in peers if t is not None), key=lambda t: error(t, value))

@@ -21,6 +21,7 @@ from resnet_fused.spec.activations import KINDS
 
 RARE = 4.0  # float32: a mask or two flips in a block, and any value within four sigma may be the one
 MANY = 1.0  # 16 bits: masks flip by the hundred, about as many as lie within one sigma (measured: 1.3x eager's error)
+# Kinks beside zero, where few values are and the rounding of each is several times the mean, flip one at most.
 _KINKS = {function: kind.kinks for kind in KINDS.values() for function in kind.functions if kind.kinks}
 _KINKS[F.hardtanh] = KINDS["relu6"].kinks  # what nn.ReLU6 calls
 _KINKS[torch.prelu] = KINDS["prelu"].kinks  # no adapter takes it for an activation, since its slope comes along
@@ -56,7 +57,7 @@ class Kinks:
         """sigmas: what "near" means; by default RARE or MANY, as fits a network in `dtype`."""
         self._sigmas = sigmas or (RARE if torch.finfo(dtype).eps < 1e-6 else MANY)
         self._recorded: list[Tensor] = []
-        self._near: list[float] = []
+        self._rounding: list[float] = []
 
     def record(self) -> OnKinked:
         def visit(_: int, z: Tensor, __: tuple[float, ...]) -> Tensor:
@@ -69,7 +70,7 @@ class Kinks:
         def visit(call: int, z: Tensor, _: tuple[float, ...]) -> Tensor:
             rounding = (z - self._recorded[call]).square().mean().sqrt()
             self._recorded[call] = z.new_empty(0)  # no longer needed
-            self._near.append(self._sigmas * float(rounding))
+            self._rounding.append(float(rounding))
             return z
 
         return OnKinked(visit)
@@ -77,7 +78,8 @@ class Kinks:
     def flip(self) -> OnKinked:
         def visit(call: int, z: Tensor, kinks: tuple[float, ...]) -> Tensor:
             for kink in kinks:
-                z = torch.where((z - kink).abs() <= self._near[call], 2 * kink - z, z)
+                near = self._rounding[call] * (RARE if kink else self._sigmas)
+                z = torch.where((z - kink).abs() <= near, 2 * kink - z, z)
             return z
 
         return OnKinked(visit)

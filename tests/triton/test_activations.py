@@ -101,7 +101,18 @@ def test_a_negative_slope_is_told_by_the_argument() -> None:
     check(case_of("post, identity", Activation("leaky_relu", -0.3)))
 
 
-@pytest.mark.parametrize(("act", "place"), [("gelu", "post, identity"), ("gelu_tanh", "branch"), ("relu6", "pre")])
+@pytest.mark.parametrize(
+    ("act", "place"),
+    [
+        ("gelu", "post, identity"),
+        ("gelu_tanh", "branch"),
+        ("relu6", "pre"),
+        ("hardswish", "branch"),
+        ("hardsigmoid", "pre"),
+        ("leaky_relu", "post, projection"),
+        ("prelu", "branch"),
+    ],
+)
 def test_in_16_bits(act: str, place: str) -> None:
     check(case_of(place, act), torch.bfloat16)
 
