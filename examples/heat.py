@@ -277,4 +277,5 @@ def still(size: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the grids are too small to share
     main()
