@@ -74,7 +74,7 @@ def orders(pictures: Path | None) -> None:
     header = ("method", *(f"dt=1/{n}" for n in steps), "order")
     print(table("Relative error at t = 1 of x' = A x, against the matrix exponential (float64)", header, rows))
     if pictures is not None:
-        plt = _pyplot()
+        plt = pyplot()
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         sizes = [1 / n for n in steps]
         for method, marker in zip(explicit.METHODS, "os^", strict=True):
@@ -146,7 +146,7 @@ def stiff(pictures: Path | None) -> None:
         )
     )
     if pictures is not None:
-        plt = _pyplot()
+        plt = pyplot()
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         styles = {"euler": "o-", "rk4": "^-", "crank_nicolson": "s-", "backward_euler": "D-", "exact": "k--"}
         for name, sizes in found.sizes.items():
@@ -181,8 +181,9 @@ def contractive_branch(
 
 
 class Saved(NamedTuple):
-    """What autograd saves, in units of the block's input: bytes, and how many block inputs are among it."""
+    """What autograd saves: bytes, the same in units of the block's input, and how many of its size are among it."""
 
+    total: int
     units: float
     inputs: int
 
@@ -204,7 +205,8 @@ def saved(fn: Callable[[], Any], x: Tensor) -> Saved:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if not isinstance(t, nn.Parameter)
     }
     unit = x.untyped_storage().nbytes()
-    return Saved(sum(sizes.values()) / unit, sum(size == unit for size in sizes.values()))
+    total = sum(sizes.values())
+    return Saved(total, total / unit, sum(size == unit for size in sizes.values()))
 
 
 def unrolled(branch: Branch, u: Tensor, iterations: int) -> Tensor:
@@ -241,7 +243,7 @@ def memory(pictures: Path | None) -> None:
     header = ("iterations", "unrolled, units", "implicit, units", "unrolled, tensors", "implicit, tensors")
     print(table("Saved for backward, in units of the block's input (conv, SiLU, conv; 8 channels)", header, rows))
     if pictures is not None:
-        plt = _pyplot()
+        plt = pyplot()
         figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         axes.loglog(counts, [s.units for s in through], "o-", label="autograd through every iteration")
         axes.loglog(counts, [s.units for s in implicit], "s-", label="implicit differentiation")
@@ -278,7 +280,7 @@ def block_calls(fn: Callable[[], Any]) -> int:
     return count
 
 
-def calls(pictures: Path | None) -> None:
+def calls(_: Path | None) -> None:
     """What a step costs beside the bare block call: new step sizes and times, which evaluation packs anew."""
     x = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
     x = x.contiguous(memory_format=torch.channels_last)
@@ -321,7 +323,7 @@ def _microseconds(fn: Callable[[], Any], runs: int = 200) -> float:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         import matplotlib
 
@@ -343,11 +345,11 @@ def _save(figure: Any, path: Path) -> None:
 PARTS = {"orders": orders, "stiff": stiff, "memory": memory, "calls": calls}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all without any")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the figures into this folder")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; accepted: {', '.join(PARTS)}")

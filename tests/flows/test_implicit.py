@@ -90,7 +90,7 @@ def test_gradcheck(theta: float) -> None:
     dt, t = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.4, 0.2))
 
     def run(x: Tensor, dt: Tensor, t: Tensor, *_: Tensor) -> Tensor:
-        return theta_step(branch, x, dt, t, theta=theta, tol=1e-13)[0]
+        return theta_step(branch, x, dt, t, theta=theta, tol=1e-13, solver=Anderson())[0]
 
     # gradcheck's own tolerances; tol 1e-13 is far below the finite difference's error
     assert torch.autograd.gradcheck(run, (x, dt, t, *branch.parameters()))
