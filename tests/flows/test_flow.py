@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
+import pickle
 import sys
 
 import pytest
@@ -115,6 +117,19 @@ def test_a_learned_time_is_a_parameter() -> None:
     # dx(T)/dT = A x(T); RK4's error at dt = 1/64 is 1.4e-8
     torch.testing.assert_close(total.grad, (g * moved).sum(), rtol=1e-6, atol=1e-6)
     assert Flow(linear_branch(swirl()), 2, dt=torch.tensor(0.1)).double().dt.dtype == torch.float64  # type: ignore[union-attr]
+
+
+def test_under_compile_and_transforms() -> None:
+    flow, x = Flow(contractive_branch(4, dtype=torch.float64), 2, T=1.0, method="rk4"), picture()
+    out = flow(x)
+    out.sum().backward()
+    compiled = torch.compile(flow, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), out, rtol=1e-12, atol=1e-12)  # float64
+    parameters = dict(flow.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(flow, p, (x,)).sum())(parameters)
+    torch.testing.assert_close(grads, {n: p.grad for n, p in parameters.items()}, rtol=1e-12, atol=1e-12)
+    for copied in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert torch.equal(copied(x), flow(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

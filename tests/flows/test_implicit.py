@@ -157,6 +157,14 @@ def test_warm_start() -> None:
     assert 0 < int(model.report.iterations.max()) < cold
 
 
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+def test_warm_start_of_a_step(theta: float) -> None:
+    branch, x = branch_with_norm(), picture()
+    z, cold = theta_step(branch, x, 0.4, theta=theta)
+    _, warm = theta_step(branch, x, 0.4, theta=theta, initial=z)
+    assert int(warm.iterations.max()) == 0 < int(cold.iterations.min())
+
+
 def test_the_block_may_be_written_into() -> None:
     branch, x = contractive_branch(4, dtype=torch.float64), picture()
     z, _ = solve(branch, x, solver=Anderson())
