@@ -191,8 +191,8 @@ def draw(results: list[Result], memory: dict[int, int], path: Path) -> None:
     left.legend(loc="lower right")
     depths = list(memory)
     right.plot(depths, [memory[d] / 2**20 for d in depths], "o-", color="C1", label="unrolled")
-    right.axhline(results[0].saved / 2**20, color="C0", label="deep equilibrium, any number of iterations")
-    right.set(xlabel="depth", ylabel="saved for backward, MiB a batch", title="Memory", ylim=(0, None))
+    right.axhline(results[0].saved / 2**20, color="C0", label="deep equilibrium")
+    right.set(xlabel="depth", ylabel="saved for backward, MiB a batch", title="Memory", ylim=(0, 1.2 * max(memory.values()) / 2**20))
     right.set_xticks(depths)
     right.legend(loc="upper left")
     for axes in (left, right):

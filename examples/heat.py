@@ -227,7 +227,7 @@ def film(size: int, frames: int, path: Path) -> int:
         left, right, chart = drawn.subplots(1, 3, width_ratios=[1, 1, 1.1])
         for axes, u, r in zip((left, right), plates, numbers, strict=True):
             axes.imshow(u[0, 0].numpy(), cmap="inferno", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_title(f"α dt / dx² = {r}", fontsize=10)
+            axes.set_title(rf"$\alpha\,dt/dx^2 = {r}$", fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
         left.set_xlabel("below the limit of 1/4")
@@ -238,7 +238,7 @@ def film(size: int, frames: int, path: Path) -> int:
         chart.set_ylim(0.1, 1e4)
         chart.set_xlabel("residual blocks")
         chart.set_title("largest |u|", fontsize=10)
-        chart.legend(title="α dt / dx²", loc="upper left", fontsize=8, title_fontsize=8)
+        chart.legend(title=r"$\alpha\,dt/dx^2$", loc="upper left", fontsize=8, title_fontsize=8)
         chart.grid(alpha=0.3)
         made.add(drawn)
     return made.save(path, 0.1)
@@ -277,4 +277,5 @@ def still(size: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the grids are too small to share
     main()

@@ -263,4 +263,5 @@ def still(points: int, frames: list[tuple[float, Tensor]], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the grids are too small to share
     main()

@@ -14,7 +14,7 @@ from resnet_fused.flows.solvers import (
     NewtonKrylov,
     Solution,
 )
-from resnet_fused.flows.stability import Stability, StabilityError, StabilityWarning, stability
+from resnet_fused.flows.stability import Stability, StabilityError, StabilityWarning, step_stability
 
 __all__ = [
     "Anderson",
@@ -31,6 +31,6 @@ __all__ = [
     "Stability",
     "StabilityError",
     "StabilityWarning",
-    "stability",
+    "step_stability",
     "theta_step",
 ]

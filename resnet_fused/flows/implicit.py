@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from resnet_fused import functional
 from resnet_fused.flows import solvers
 from resnet_fused.flows.branch import Branch, Time, require_finite
 from resnet_fused.flows.solvers import Anderson, Gmres, NewtonKrylov, OnFailure, Solution, Solver
@@ -50,8 +51,8 @@ def solve(
 ) -> tuple[Tensor, Solution]:
     """(z, report) of z = u + h F(z, t), with gradients for u, h, t and the branch's parameters.
 
-    u:        [N, C, H, W]. float32 and float64; 16 bits with `FixedPoint` and `Anderson`, whose vectors are then
-              float32 (a Krylov space needs more digits than 16 bits leave of F).
+    u:        [N, C, H, W]. float32 and float64; 16 bits, and under autocast, with `FixedPoint` and `Anderson`, whose
+              vectors are then float32 (a Krylov space needs more digits than 16 bits leave of F).
     h:        a number, or a tensor of one value.
     tol:      relative residual (`solvers`); None: 1e-10 in float64, 1e-5 in float32, 1e-2 in bfloat16.
     initial:  where the solver starts, u's shape; None: u.
@@ -71,9 +72,12 @@ def solve(
         raise ValueError(
             f"initial is {tuple(initial.shape)}, the unknown is {tuple(u.shape)}; they must be of one shape"
         )
-    if u.dtype in NARROW and isinstance(solver, (NewtonKrylov, Gmres)):
-        raise TypeError(f"{solver.name} needs float32 or float64, u is {u.dtype}; accepted here: FixedPoint, Anderson")
-    tol = solvers.tolerance(tol, u.dtype)
+    dtype = _computed_in(u)
+    if dtype in NARROW and isinstance(solver, (NewtonKrylov, Gmres)):
+        raise TypeError(
+            f"{solver.name} needs float32 or float64, F is computed in {dtype}; accepted here: FixedPoint, Anderson"
+        )
+    tol = solvers.tolerance(tol, dtype)
     with torch.no_grad():
         solution = _forward(branch, u.detach(), h, t, solver, tol, initial)
     solvers.report_failure(what, solver, solution, on_failure)
@@ -86,6 +90,11 @@ def solve(
     f = u + branch(z, t, scale=h)
     adjoint = _Adjoint(get_gradient_edge(f), z, backward_solver or Gmres(), tol, on_failure, what)
     return _Implicit.apply(f, z.detach(), adjoint), report
+
+
+def _computed_in(u: Tensor) -> torch.dtype:
+    """The dtype of F's convolutions: u's, or autocast's."""
+    return functional.autocast_dtype(u) or u.dtype
 
 
 def _forward(
@@ -183,7 +192,7 @@ def theta_step(
         u,
         dt * theta,
         t + dt if branch.time_dependent else 0.0,
-        solver=solver or (Anderson() if x.dtype in NARROW else NewtonKrylov()),
+        solver=solver or (Anderson() if _computed_in(x) in NARROW else NewtonKrylov()),
         backward_solver=backward_solver,
         tol=tol,
         initial=x if initial is None else initial,

@@ -23,7 +23,7 @@ from resnet_fused.flows.branch import Branch
 from resnet_fused.flows.flow import Flow
 from resnet_fused.flows.implicit import solve, theta_step
 from resnet_fused.flows.solvers import ConvergenceWarning, FixedPoint
-from resnet_fused.flows.stability import stability
+from resnet_fused.flows.stability import step_stability
 from resnet_fused.tools.tables import table
 
 FIXED = (*explicit.METHODS, "backward_euler", "crank_nicolson")
@@ -121,7 +121,7 @@ def decay(dt: float = 0.01, diffusivity: float = 100.0, steps: int = 10, size: i
         sizes[method] = [1.0, *(float(x.norm() / x0.norm()) for x in flow.states(x0))]
     _, report = theta_step(branch, x0, dt)
     sizes["exact"] = [float(x.norm() / x0.norm()) for x in _heat_exact(x0, diffusivity, dt, steps)]
-    radius = stability(branch, x0, dt, explicit.METHODS["euler"].growth).radius
+    radius = step_stability(branch, x0, dt, explicit.METHODS["euler"].growth).radius
     return Decay(sizes, radius, int(report.iterations.max()))
 
 

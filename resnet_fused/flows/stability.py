@@ -55,7 +55,7 @@ class Stability(NamedTuple):
 
 
 @torch.no_grad()
-def stability(
+def step_stability(
     branch: Branch, x: Tensor, dt: Scale, growth: Sequence[float], t: Time = 0.0, *, dimensions: int = 20, seed: int = 0
 ) -> Stability:
     """The stability of a step of the method with polynomial `growth` (explicit.METHODS) at x [N, C, H, W].
@@ -87,7 +87,7 @@ def stability(
 
 def check(branch: Branch, x: Tensor, dt: Scale, method: str, growth: Sequence[float], t: Time, on: OnUnstable) -> None:
     """Raises StabilityError, or warns, with the numbers where a step of `method` at x is unstable."""
-    found = stability(branch, x, dt, growth, t)
+    found = step_stability(branch, x, dt, growth, t)
     if found.stable:
         return
     z = found.eigenvalue

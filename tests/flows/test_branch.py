@@ -179,6 +179,15 @@ def test_what_changes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(copied.step(x, 0.5, 1.0), branch.step(x, 0.5, 1.0))
 
 
+def test_what_evaluation_keeps_has_no_part_in_a_graph() -> None:
+    branch, x = Branch.of(chain("post").double(), time_dependent=True), picture()
+    assert branch.time_biases is not None
+    with torch.no_grad():
+        branch.step(x, 0.5, 1.0)
+    branch.step(x, 0.5, 1.0).sum().backward()
+    assert all(c.grad is not None for c in branch.time_biases)
+
+
 def test_a_tensor_dt_that_changes_is_seen() -> None:
     branch, x = Branch.of(chain("post").double()), picture()
     dt = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))

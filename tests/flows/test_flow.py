@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import math
+import pickle
 import sys
 
 import pytest
@@ -13,7 +16,9 @@ from resnet_fused.flows import Branch, Flow
 from resnet_fused.flows.explicit import METHODS
 from resnet_fused.flows.measure import block_calls, contractive_branch, errors, linear_branch, saved, swirl
 
-pytest.importorskip("torchdiffeq", reason="adaptive methods are torchdiffeq's")
+needs_torchdiffeq = pytest.mark.skipif(
+    importlib.util.find_spec("torchdiffeq") is None, reason="adaptive methods are torchdiffeq's"
+)
 ADAPTIVE = ({}, {"adjoint": True})
 
 
@@ -114,6 +119,19 @@ def test_a_learned_time_is_a_parameter() -> None:
     assert Flow(linear_branch(swirl()), 2, dt=torch.tensor(0.1)).double().dt.dtype == torch.float64  # type: ignore[union-attr]
 
 
+def test_under_compile_and_transforms() -> None:
+    flow, x = Flow(contractive_branch(4, dtype=torch.float64), 2, T=1.0, method="rk4"), picture()
+    out = flow(x)
+    out.sum().backward()
+    compiled = torch.compile(flow, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), out, rtol=1e-12, atol=1e-12)  # float64
+    parameters = dict(flow.named_parameters())
+    grads = torch.func.grad(lambda p: torch.func.functional_call(flow, p, (x,)).sum())(parameters)
+    torch.testing.assert_close(grads, {n: p.grad for n, p in parameters.items()}, rtol=1e-12, atol=1e-12)
+    for copied in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        assert torch.equal(copied(x), flow(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_narrow_dtypes(method: str, dtype: torch.dtype) -> None:
@@ -129,6 +147,7 @@ def test_narrow_dtypes(method: str, dtype: torch.dtype) -> None:
     assert float(off) <= 2 * float(allowed) + float(floor)
 
 
+@needs_torchdiffeq
 @pytest.mark.parametrize("options", ADAPTIVE, ids=["through the steps", "adjoint"])
 def test_dopri5(options: dict[str, bool]) -> None:
     """Value and gradients against the matrix exponential; tolerances 100 times those that each step is held to."""
@@ -143,6 +162,7 @@ def test_dopri5(options: dict[str, bool]) -> None:
     torch.testing.assert_close((mine[:, :, 0, 0], dx), theirs, rtol=1e-7, atol=1e-7)
 
 
+@needs_torchdiffeq
 def test_dopri5_sees_time_and_float32() -> None:
     """F(x, t) = t b: x(1) = x + b / 2 exactly; float32's default tolerance is 1e-5."""
     branch = Branch(linear_branch(torch.zeros(4, 4)).net, time_dependent=True)
@@ -152,6 +172,7 @@ def test_dopri5_sees_time_and_float32() -> None:
     torch.testing.assert_close(Flow(branch, T=1.0, method="dopri5")(x), x + 0.5, rtol=1e-5, atol=1e-5)
 
 
+@needs_torchdiffeq
 def test_adjoint_memory_does_not_depend_on_the_steps() -> None:
     branch, x = contractive_branch(4, gain=2.0), picture(dtype=torch.float32)
     kept = {}

@@ -77,8 +77,22 @@ def test_bfloat16(solver: Solver) -> None:
     assert float((z.double() - exact).detach().norm()) <= 3e-2 * float(exact.detach().norm())
     z.float().sum().backward()
     assert branch.net[0].weight.grad is not None and bool(branch.net[0].weight.grad.isfinite().all())
-    with pytest.raises(TypeError, match=r"needs float32 or float64, u is torch.bfloat16; accepted here: FixedPoint"):
+    with pytest.raises(
+        TypeError, match=r"needs float32 or float64, F is computed in torch.bfloat16; accepted here: FixedPoint"
+    ):
         solve(branch, x, solver=NewtonKrylov())
+
+
+def test_autocast() -> None:
+    """As bfloat16, but u, z and the gradients stay float32."""
+    branch, x = contractive_branch(4), picture(torch.float32).requires_grad_()
+    exact, _ = theta_step(copy.deepcopy(branch).double(), x.detach().double(), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, report = theta_step(branch, x, 0.5)
+    assert z.dtype == torch.float32 and report.tol == 1e-2
+    assert float((z.detach().double() - exact.detach()).norm()) <= 3e-2 * float(exact.detach().norm())
+    z.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("theta", [1.0, 0.5])
@@ -141,6 +155,14 @@ def test_warm_start() -> None:
     torch.testing.assert_close(again, z, rtol=0, atol=0)
     model(x * 1.001, initial=z)
     assert 0 < int(model.report.iterations.max()) < cold
+
+
+@pytest.mark.parametrize("theta", [1.0, 0.5])
+def test_warm_start_of_a_step(theta: float) -> None:
+    branch, x = branch_with_norm(), picture()
+    z, cold = theta_step(branch, x, 0.4, theta=theta)
+    _, warm = theta_step(branch, x, 0.4, theta=theta, initial=z)
+    assert int(warm.iterations.max()) == 0 < int(cold.iterations.min())
 
 
 def test_the_block_may_be_written_into() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.flows import Anderson, ConvergenceError, FixedPoint, Gmres, NewtonKrylov
-from resnet_fused.flows.solvers import Solution, Solver, gmres, report_failure
+from resnet_fused.flows.solvers import Krylov, Solution, Solver, gmres, report_failure
 
 SOLVERS: tuple[Solver, ...] = (FixedPoint(), Anderson(), Anderson(2, damping=0.7), NewtonKrylov(), NewtonKrylov(3))
 
@@ -105,6 +105,25 @@ def test_gmres_solves_in_as_many_steps_as_there_are_eigenvalues() -> None:
     assert len(calls) == 2
     s = gmres(lambda v: v @ a, b, torch.zeros(3, 1, dtype=torch.float64), 4)  # never satisfied
     torch.testing.assert_close(s, b / a.diagonal(), rtol=1e-13, atol=1e-13)
+
+
+def test_an_exhausted_krylov_space_ends() -> None:
+    a = torch.diag(torch.tensor([1.0, 1.0, 3.0, 3.0], dtype=torch.float64))
+    space = Krylov(torch.tensor([[1.0, 2.0, 3.0, 4.0]], dtype=torch.float64), 4)
+    for _ in range(4):
+        space.extend(lambda v: v @ a)
+    v = space.v[0]
+    torch.testing.assert_close(v[:2] @ v[:2].T, torch.eye(2, dtype=torch.float64), rtol=0, atol=1e-15)  # float64
+    assert not bool(v[2:].any()) and not bool(space.h[0, 2:].any())
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
+def test_tol_is_relative(solver: Solver) -> None:
+    """A solution of the size 1e-6 to six digits; |(I - M)^-1| is at most 1 / (1 - 0.6)."""
+    m, b = matrix(0.6), 1e-6 * right()
+    exact = torch.linalg.solve(torch.eye(12, dtype=torch.float64) - m, b.T).T
+    found = run(solver, m, b, tol=1e-6, bend=0.0)
+    assert bool(((found.z - exact).norm(dim=1) <= 2.5e-6 * exact.norm(dim=1)).all())
 
 
 def test_gmres_restarts() -> None:

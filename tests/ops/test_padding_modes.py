@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import resnet_fused
 from resnet_fused import functional
-from resnet_fused.backends import dispatch, prepared
+from resnet_fused.backends import how, prepared
 from resnet_fused.errors import BackendError
 from resnet_fused.ops import operators, reference, validation
 from resnet_fused.ops.encoding import decode, encode
@@ -289,8 +289,8 @@ def test_gpu_backends_say_why_not(mode: PaddingMode) -> None:
     x, params, spec = padded(block(2), mode).build(torch.float32)
     with pytest.raises(BackendError, match=f"Triton kernels pad with zeros only, the block has padding_mode='{mode}'"):
         functional.residual_block(x, params, spec, backend="triton")
-    meta = x.to("cuda") if torch.cuda.is_available() else torch.empty_like(x, device="meta")
-    assert dispatch.BACKENDS["native"].unsupported(meta, params, spec) is not None
+    assert how.refuses_padding("kernels", spec) == f"kernels pad with zeros only, the block has padding_mode='{mode}'"
+    assert how.refuses_padding("kernels", padded(block(2, kernel=1), mode).spec) is None
     # a kernel that is called without asking refuses as well
     with pytest.raises(ValueError, match="pad with zeros only"):
         torch.ops.resnet_fused.residual_block_forward.triton(*operator_arguments.forward_arguments(x, params, spec))

@@ -145,3 +145,18 @@ def test_bad_arguments() -> None:
         AdvectionDiffusion(C, D, 0.1, "downwind")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="diffusivity must be >= 0"):
         AdvectionDiffusion(C, -D, 0.1)
+
+
+@pytest.mark.parametrize("theta", [0.5, 1.0])
+def test_implicit_steps(theta: float) -> None:
+    """(1 + (1 - theta) dt l) / (1 - theta dt l) of every wave, at 10 times the explicit limit; to 1e-9, the residual of
+    1e-12 times the condition of 1 - theta dt L, below 50."""
+    width = 16
+    equation = AdvectionDiffusion(C, D, 0.1)
+    dt = 10 * equation.largest_step
+    numbers = torch.arange(width // 2)
+    grown = dt * symbol(equation.conv.weight[0, 0], 2 * math.pi / width * numbers.double())
+    u = waves(width, numbers)
+    exact = (1 + (1 - theta) * grown) / (1 - theta * grown)
+    torch.testing.assert_close(factors(u, equation.implicit_step(u, dt, theta, tol=1e-12)), exact, rtol=0, atol=1e-9)
+    assert equation.amplification(dt, theta) <= 1 + 1e-12

@@ -109,19 +109,21 @@ def test_the_order_is_two_in_dx_and_in_dt() -> None:
     assert orders == pytest.approx([2, 2], abs=0.1), orders
 
 
-def test_the_stability_limit_from_both_sides() -> None:
-    """The fastest wave has E = 2 / dx^2: 1 % below dt E = 2 it turns, 1 % above it grows by its factor, which is the
-    larger root of g^2 - (2 - (E dt)^2) g + 1 = 0: 1.33 a step."""
+@pytest.mark.parametrize("potential", [0.0, 3.0, -20.0])
+def test_the_stability_limit_from_both_sides(potential: float) -> None:
+    """The state of the largest |E|: 1 % below dt |E| = 2 it turns, 1 % above it grows by its factor, the larger root of
+    g^2 - (2 - (E dt)^2) g + 1 = 0: 1.33 a step. That is the checkerboard's 2 / dx^2 + V, or a deep well's V."""
     dx, width = 0.5, 16
-    equation = Schroedinger(dx)
-    limit = 2 / equation.largest_energy
-    assert limit == pytest.approx(dx**2)
-    psi = torch.zeros(1, 2, 1, width, dtype=torch.float64)
-    psi[0, 0, 0] = torch.cos(math.pi * torch.arange(width, dtype=torch.float64))
+    equation = Schroedinger(dx, torch.full((width,), potential))
+    energy = potential if potential < -1 / dx**2 else 2 / dx**2 + potential
+    limit = 2 / abs(energy)
+    psi = torch.ones(1, 2, 1, width, dtype=torch.float64)
+    psi[:, 1] = 0
+    if energy > 0:
+        psi[0, 0, 0] = torch.cos(math.pi * torch.arange(width, dtype=torch.float64))
     assert float(equation.run(psi, 0.99 * limit, 500).abs().max()) < 10
-    with pytest.raises(
-        UnstableStepError, match=re.escape("dt max|H| = 2.02; the leapfrog is stable below 2: take dt < 0.25")
-    ):
+    message = f"dt max|H| = 2.02; the leapfrog is stable below 2: take dt < {limit:.6g}"
+    with pytest.raises(UnstableStepError, match=re.escape(message)):
         equation.step(psi, 1.01 * limit)
     equation.check_stability = False
     first, second = (float(equation.run(psi, 1.01 * limit, n).abs().max()) for n in (60, 61))
