@@ -76,7 +76,7 @@ class Digits(nn.Module):
 
 @dataclass
 class Result:
-    """accuracy: on the test pictures after each epoch. saved: bytes for backward of one batch. seconds: of training.
+    """accuracy: on the test pictures after each epoch. saved: bytes for backward of one batch. seconds: of all cores.
 
     iterations: of the solver on the test pictures after each epoch, None for the twin.
     """
@@ -111,7 +111,7 @@ def train(name: str, depth: int | None, setting: Setting) -> Result:
     model = Digits(setting.channels, depth, setting.tol).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.learning_rate, weight_decay=1e-2)
     result = Result(name, [], 0, 0.0, [] if depth is None else None, sum(p.numel() for p in model.parameters()))
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(setting.epochs):
         model.train()
         for batch in torch.randperm(len(x)).split(setting.batch):
@@ -123,7 +123,7 @@ def train(name: str, depth: int | None, setting: Setting) -> Result:
             result.accuracy.append(float((model(x_test).argmax(1) == y_test).float().mean()))
         if result.iterations is not None:
             result.iterations.append(int(model.block.report.iterations.max()))  # type: ignore[union-attr]
-    result.seconds = time.perf_counter() - start
+    result.seconds = time.process_time() - start
     result.saved = bytes_saved(model, x[: setting.batch])
     return result
 
@@ -176,7 +176,7 @@ def report(results: list[Result], setting: Setting) -> str:
         ]
         for r in results
     ]
-    header = ("model", "parameters", "test accuracy, %", "saved for backward, KiB", "iterations", "seconds")
+    header = ("model", "parameters", "test accuracy, %", "saved for backward, KiB", "iterations", "CPU seconds")
     title = f"Digits, {setting.epochs} epochs, batches of {setting.batch}, {torch.get_num_threads()} threads"
     return table(title, header, rows)
 
@@ -192,7 +192,12 @@ def draw(results: list[Result], memory: dict[int, int], path: Path) -> None:
     depths = list(memory)
     right.plot(depths, [memory[d] / 2**20 for d in depths], "o-", color="C1", label="unrolled")
     right.axhline(results[0].saved / 2**20, color="C0", label="deep equilibrium")
-    right.set(xlabel="depth", ylabel="saved for backward, MiB a batch", title="Memory", ylim=(0, 1.2 * max(memory.values()) / 2**20))
+    right.set(
+        xlabel="depth",
+        ylabel="saved for backward, MiB a batch",
+        title="Memory",
+        ylim=(0, 1.2 * max(memory.values()) / 2**20),
+    )
     right.set_xticks(depths)
     right.legend(loc="upper left")
     for axes in (left, right):

@@ -106,7 +106,8 @@ class Branch(nn.Module):
     def step(self, x: Tensor, dt: Scale, t: Time = 0.0, skip_scale: Scale = 1.0) -> Tensor:
         """skip_scale * x + dt * F(x, t), as one fused call.
 
-        dt, skip_scale: a number, or a tensor (0-d, or one value a channel) which receives gradients.
+        dt, skip_scale: a number, or a tensor (0-d, or one value a channel) which receives gradients. Under autocast a
+        float32 x is added as it is, which PyTorch's own operations then do; F alone stays fused.
 
         Raises ValueError where dt is not finite (looked at on the CPU only) or F changes the shape of x.
         """
@@ -149,11 +150,6 @@ class Branch(nn.Module):
         stages, order = stages_of(self.net)
         # the last activation belongs to F, so in a step it stands before the addition
         return describe(BlockModules(stages, "none", order="pre" if order == "pre" else "branch"), self.memory)
-
-    @property
-    def batch_stats(self) -> bool:
-        """Whether a norm takes the batch's statistics: F then depends on the whole batch, and calls change buffers."""
-        return self._known.of(self, None).spec.batch_stats
 
     def _call(
         self, x: Tensor, t: Time, steps: bool, scale: Scale, skip_scale: Scale, backend: str | None = None

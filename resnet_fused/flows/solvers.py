@@ -95,7 +95,7 @@ class Anderson:
 
         gamma = argmin |r_k - dR gamma|,     z_{k+1} = z_k + damping r_k - (dZ + damping dR) gamma
 
-    memory: how many differences dZ, dR of earlier iterates are kept.
+    memory: how many differences dZ, dR of earlier iterates are kept, two vectors of z's size each while it runs.
     """
 
     memory: int = 5
@@ -138,7 +138,7 @@ class Anderson:
 class Gmres:
     """Restarted GMRES (Saad & Schultz 1986, doi:10.1137/0907058) for a linear r; solves J_r s = -r(initial).
 
-    krylov: dimensions before a restart.
+    krylov: dimensions before a restart; up to as many vectors of z's size are held while it runs.
     """
 
     krylov: int = 30
@@ -274,19 +274,21 @@ def gmres(product: Map, b: Tensor, wanted: Tensor, krylov: int) -> Tensor:
 class Krylov:
     """Arnoldi's orthonormal basis of span(b, A b, A^2 b, ...), each row on its own: A V_k = V_{k+1} H.
 
-    v: [N, most + 1, D]. h: [N, most + 1, most]. Gram-Schmidt is done twice, which keeps the basis orthogonal to
-    rounding (Giraud et al. 2005, doi:10.1007/s00211-005-0615-4).
+    v: [N, at most `most` + 1, D], grown as needed. h: [N, most + 1, most]. Gram-Schmidt is done twice, which keeps the
+    basis orthogonal to rounding (Giraud et al. 2005, doi:10.1007/s00211-005-0615-4).
     """
 
     def __init__(self, b: Tensor, most: int) -> None:
         n, d = b.shape
         self.most, self.size = min(most, d), 0
-        self.v = b.new_zeros(n, self.most + 1, d)
+        self.v = b.new_zeros(n, min(self.most + 1, 8), d)
         self.h = b.new_zeros(n, self.most + 1, self.most)
         self.v[:, 0] = _over(b, _norm(b))
 
     def extend(self, product: Map) -> None:
         k = self.size
+        if k + 1 == self.v.shape[1]:
+            self.v = torch.cat([self.v, torch.zeros_like(self.v)], 1)[:, : self.most + 1]
         w = product(self.v[:, k])
         before = _norm(w)
         basis = self.v[:, : k + 1]
