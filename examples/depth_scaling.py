@@ -9,7 +9,6 @@ The blocks are as they are initialised, pre-activation, without batch norms (whi
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +81,7 @@ def passage(blocks: int, name: str, channels: int, size: int = 16) -> Passage:
 
 
 def _block(channels: int, scale: float) -> nn.Module:
-    """relu, 3x3, relu, 3x3, whose weights keep the mean square where no border is near (He et al., arXiv:1502.01852)."""
+    """relu, 3x3, relu, 3x3, whose weights keep the mean square but for the borders (He et al., arXiv:1502.01852)."""
     block = models.PreBasicBlock(channels, channels, norm_layer=lambda width: nn.Identity(), branch_scale=scale)
     for conv in (block.conv1, block.conv2):
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
