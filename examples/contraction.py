@@ -131,7 +131,7 @@ def draw(found: list[Inversion], out: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6.4), height_ratios=(3, 2.2), layout="constrained")
     for inversion in found:
         errors = [e if 0 < e < 1e6 else float("nan") for e in inversion.errors]
-        label = f"{inversion.name}: {inversion.bound:.2g}" if inversion.bound > BETA * 1.001 else inversion.name
+        label = inversion.name if inversion.bound < 1 else f"{inversion.name}: Lip(g) ≤ {inversion.bound:.3g}"
         above.semilogy(COUNTS, errors, "o-", label=label)
     above.set(
         xlabel="iterations in each block", ylabel="largest error of a pixel", title="Inverting trained residual blocks"
@@ -141,7 +141,9 @@ def draw(found: list[Inversion], out: Path) -> None:
     rows = [torch.cat(list(each[:, 0]), 1) for each in (first.images, first.features, first.restored)]
     scaled = [(row - row.min()) / (row.max() - row.min()) for row in rows]
     below.imshow(torch.cat([F.pad(row, (0, 0, 1, 1), value=1.0) for row in scaled]), cmap="gray")
-    below.set(xticks=[], yticks=[5, 15, 25], title=f"{first.name}: digits, what the blocks make of them, and back")
+    below.set(
+        xticks=[], yticks=[5, 15, 25], title=f"Where {first.name}: digits, what the blocks make of them, and back"
+    )
     below.set_yticklabels(["digit", "features", "restored"])
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
