@@ -49,7 +49,7 @@ def test_under_autocast(order: str) -> None:
 
 @orders
 def test_in_bfloat16(order: str) -> None:
-    """Weights and pictures, too. Without ReLUs, of which rounding flips some, and without the statistics of few values."""
+    """Weights and pictures, too. Without ReLUs, some of which rounding flips, and without statistics of few values."""
     torch.manual_seed(0)
     scales = {"branch_scale": Learnable(0.3, per_channel=True), "skip_scale": Learnable(0.8)}
     model = models.small_resnet(8, order=order, norm_layer=lambda width: nn.Identity(), **scales).bfloat16()
