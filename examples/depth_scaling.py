@@ -9,7 +9,6 @@ The blocks are as they are initialised, pre-activation, without batch norms (whi
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -82,7 +81,7 @@ def passage(blocks: int, name: str, channels: int, size: int = 16) -> Passage:
 
 
 def _block(channels: int, scale: float) -> nn.Module:
-    """relu, 3x3, relu, 3x3, whose weights keep the mean square where no border is near (He et al., arXiv:1502.01852)."""
+    """relu, 3x3, relu, 3x3, whose weights keep the mean square but for the borders (He et al., arXiv:1502.01852)."""
     block = models.PreBasicBlock(channels, channels, norm_layer=lambda width: nn.Identity(), branch_scale=scale)
     for conv in (block.conv1, block.conv2):
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -107,13 +106,13 @@ def draw(passages: list[Passage], out: Path) -> None:
     for p in passages:
         column = depths.index(p.blocks)
         for row, (norms, end) in enumerate(((p.signal, p.signal[-1]), (p.gradient, p.gradient[0]))):
-            axes[row][column].semilogy(range(len(norms)), norms, label=f"scale {p.name}, {end:.3g} at the end")
+            axes[row][column].semilogy(range(len(norms)), norms, label=f"scale {p.name}: ends at {end:.3g}")
     for column, blocks in enumerate(depths):
-        axes[0][column].set(title=f"{blocks} blocks", ylabel="norm of x / at the first block")
-        axes[1][column].set(xlabel="block", ylabel="norm of the gradient / at the last block")
-        for row in (0, 1):
-            axes[row][column].set_ylim(0.5, 50)  # what leaves it is told by the legend
-            axes[row][column].legend(loc="upper right")
+        axes[0][column].set(title=f"{blocks} blocks", ylabel="norm of x, 1 at the start")
+        axes[1][column].set(xlabel="block", ylabel="norm of the gradient, 1 at the end")
+        for row, free in enumerate(("upper right", "upper left")):
+            axes[row][column].set_ylim(0.5, 50)  # the legend tells what leaves it
+            axes[row][column].legend(loc=free)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     pyplot.close(figure)

@@ -213,7 +213,8 @@ class Contractive:
     beta:  in (0, 1).
     x:     an input of the model, of the largest size that it will see. The model runs on it once, in evaluation.
 
-    Raises ValueError for another beta, a model without such blocks, norms without running statistics.
+    Raises ValueError for another beta, a model without such blocks, norms without running statistics; NotFusable for a
+    block with a part that has no fused form.
     """
 
     def __init__(self, model: nn.Module, beta: float, x: Tensor) -> None:

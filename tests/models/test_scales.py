@@ -47,6 +47,18 @@ def test_under_autocast(order: str) -> None:
     assert_trains_as_eager(model, pictures(4), autocast=torch.bfloat16)
 
 
+@orders
+def test_in_bfloat16(order: str) -> None:
+    """Weights and pictures, too. Without ReLUs, some of which rounding flips, and without statistics of few values."""
+    torch.manual_seed(0)
+    scales = {"branch_scale": Learnable(0.3, per_channel=True), "skip_scale": Learnable(0.8)}
+    model = models.small_resnet(8, order=order, norm_layer=lambda width: nn.Identity(), **scales).bfloat16()
+    for module in model.modules():
+        if hasattr(module, "relu"):
+            module.relu = nn.Identity()
+    assert_trains_as_eager(model, pictures(4, 8).bfloat16())
+
+
 @pytest.mark.parametrize("order", ["post", "pre"])
 def test_a_block_is_the_formula(order: str) -> None:
     """(1 - beta) S(x) + alpha g(x), taken from the block's own children; to fp64 rounding."""
