@@ -21,7 +21,7 @@ from resnet_fused.spec.activations import recognise
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's residual blocks, fused or not, by qualified name in the order of ``model.named_modules()``.
+    """The model's blocks, residual or plain, fused or not, by qualified name in the order of ``model.named_modules()``.
 
     Raises ValueError for a model without one.
     """
@@ -107,15 +107,15 @@ register_block(PlainBlock, PlainBlock.parts)  # type: ignore[arg-type]
 def without_skips(model: nn.Module) -> nn.Module:
     """A copy of the model whose blocks are their branches alone, with the same weights, fused where they were fused.
 
-    Raises NotFusable, naming the block, where no adapter says which children are the branch; ValueError for a model
-    without blocks.
+    Raises NotFusable, naming the block, where no adapter says which children are the branch, and for a model without
+    skip paths; ValueError for one without blocks.
     """
     plain = copy.deepcopy(model)
+    parts = {name: _parts(name, block) for name, block in blocks(plain).items()}
+    if all(modules.skip == "none" for modules in parts.values()):
+        raise NotFusable(f"none of the {len(parts)} blocks of this {type(model).__name__} has a skip path to take out")
     for name, block in blocks(plain).items():
-        try:
-            branch = PlainBlock(branch_modules(block)).train(block.training)
-        except NotFusable as reason:
-            raise NotFusable(f"the skip path of {name or 'the model'} cannot be taken out: {reason}") from reason
+        branch = PlainBlock(parts[name]).train(block.training)
         if isinstance(block, FusedModule):
             inject(branch, FusedBlock, block._fused_settings)
         if not name:
@@ -123,6 +123,13 @@ def without_skips(model: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(plain.get_submodule(parent), child, branch)
     return plain
+
+
+def _parts(name: str, block: nn.Module) -> BlockModules:
+    try:
+        return branch_modules(block)
+    except NotFusable as reason:
+        raise NotFusable(f"the skip path of {name or 'the model'} cannot be taken out: {reason}") from reason
 
 
 @torch.no_grad()

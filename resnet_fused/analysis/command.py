@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     one = _subject(subjects, "receptive-field", _receptive_field, "effective receptive field, with and without skips")
     _add_model(one, "resnet18", size=224)
-    one.add_argument("--layer", metavar="NAME", help="whose middle unit (default: the last block)")
+    one.add_argument("--layer", metavar="NAME", help="whose middle unit (default: the last block that fits)")
     one.add_argument("--inputs", type=int, default=8, help="random ones, averaged over (default: %(default)s)")
 
     one = _subject(subjects, "geometry", _geometry, "stride, receptive field and alignment of every layer")
@@ -161,7 +161,7 @@ def _jacobian(arguments: argparse.Namespace) -> Result:
 
 
 def _has_identity_skip(block: nn.Module) -> bool:
-    return any(name.startswith("sum, I + J") for name in jacobian.block_maps(block))
+    return any(name.endswith("I + J") for name in jacobian.block_maps(block))
 
 
 def _kinks(arguments: argparse.Namespace) -> Result:

@@ -181,11 +181,11 @@ def block_maps(block: nn.Module) -> dict[str, Map]:
     branch = replace(spec, stages=stages, skip="none", projection=None)
     whole = replace(spec, stages=stages)
     alone = replace(params, projection=None)
-    joined = "I + J" if spec.skip == "identity" else "projection + J"
-    maps: dict[str, Map] = {
-        "branch, J": lambda x: functional.residual_block(x, alone, branch),
-        f"sum, {joined}": lambda x: functional.residual_block(x, params, whole),
-    }
+    scaled = any(isinstance(s, Tensor) or s != 1.0 for s in (params.branch_scale, params.skip_scale))
+    joined = "projection + J" if spec.skip == "projection" else "scaled I + J" if scaled else "I + J"
+    maps: dict[str, Map] = {"branch, J": lambda x: functional.residual_block(x, alone, branch)}
+    if spec.skip != "none":
+        maps[f"sum, {joined}"] = lambda x: functional.residual_block(x, params, whole)
     if whole != spec:
         act = spec.stages[-1].activation.name
         maps[f"block, {act} behind the sum"] = lambda x: functional.residual_block(x, params, spec)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from resnet_fused.analysis import figures
 from resnet_fused.analysis.blocks import blocks, settle_statistics, without_skips
 from resnet_fused.analysis.chains import linear_conv_chain
-from resnet_fused.analysis.geometry import geometry
+from resnet_fused.analysis.geometry import Geometry, geometry
 from resnet_fused.errors import NotFusable
 from resnet_fused.spec import Skip
 from resnet_fused.tools.tables import table
@@ -175,14 +175,15 @@ def effective_field(
     """The effective receptive field of the unit in the middle of a layer's output, inputs from N(0, 1).
 
     model: in evaluation mode, with settled statistics (`blocks.settle_statistics`) if it is freshly made.
-    layer: a module's qualified name; None: the last block's.
+    layer: a module's qualified name; None: the last block whose theoretical field is no larger than the picture.
 
     Raises ValueError for an unknown layer (with near names), a size below the total stride, a model in training mode.
     """
     if model.training:
         raise ValueError("the model is in training mode, where units depend on the whole batch; accepted: model.eval()")
-    layer = next(reversed(blocks(model))) if layer is None else layer
-    grid = geometry(model, size, compare=False).output(layer)
+    found = geometry(model, size, compare=False)
+    layer = _last_that_fits(model, found) if layer is None else layer
+    grid = found.output(layer)
     centre = grid[0].unit(grid[0].size // 2), grid[1].unit(grid[1].size // 2)
     seen: list[Tensor] = []
     handle = model.get_submodule(layer).register_forward_hook(lambda module, given, output: seen.append(output))
@@ -210,7 +211,7 @@ def effective_fields(
     model: nn.Module, layer: str | None = None, size: int = 224, inputs: int = 8, seed: int = 0, name: str = "model"
 ) -> ReceptiveFields:
     """`effective_field` of the model and of its copy without skip paths, whose statistics are settled anew."""
-    layer = next(reversed(blocks(model))) if layer is None else layer
+    layer = _last_that_fits(model, geometry(model, size, compare=False)) if layer is None else layer
     found, missing = [effective_field(model, layer, size, inputs, seed, f"{name}, with skips")], None
     try:
         plain = without_skips(model)
@@ -280,6 +281,13 @@ def figure(found: ReceptiveFields, title: str = "") -> Figure:
     axes[-1].set(xlabel="input row, px", ylabel="share of the squared gradient")
     axes[-1].legend(fontsize=8, loc="upper left")
     return drawn
+
+
+def _last_that_fits(model: nn.Module, found: Geometry) -> str:
+    """The last block whose field the picture holds, or the first block."""
+    names = [name for name in blocks(model) if name in found.outputs]
+    fitting = [name for name in names if found.output(name)[0].field <= found.size]
+    return (fitting or names[:1])[-1]
 
 
 def _parts(count: int) -> list[int]:

@@ -13,6 +13,7 @@ from torch import nn
 import resnet_fused
 from resnet_fused.analysis import gradients
 from resnet_fused.analysis.blocks import without_skips
+from resnet_fused.errors import NotFusable
 from resnet_fused.models import BasicBlock, ResNet
 from resnet_fused.modules.fused_block import FusedBlock
 
@@ -92,6 +93,12 @@ def test_plain_blocks_run_fused_and_compute_the_branch() -> None:
     # two convolutions of 64 and 128 channels in float64
     torch.testing.assert_close(alone(x), branch.relu(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(resnet_fused.unfuse(plain).layer2[0](x), branch.relu(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_plain_model_has_no_skips_to_take_out() -> None:
+    plain = without_skips(small())
+    with pytest.raises(NotFusable, match="none of the 4 blocks of this ResNet has a skip path"):
+        without_skips(plain)
 
 
 def test_without_an_adapter_only_the_residual_network_is_measured() -> None:

@@ -64,6 +64,10 @@ def test_skips_focus_the_field() -> None:
     assert told["missing"] is None and "map" not in told["fields"][0]
 
 
+def test_the_default_layer_is_the_last_whose_field_the_picture_holds() -> None:
+    assert rf.effective_field(small(), size=96, inputs=1).theoretical == 67  # layer2.0; layer2.1 would need 99
+
+
 def test_bad_input() -> None:
     model = small()
     with pytest.raises(ValueError, match=r"no layer with a grid is named 'layer2.7' .*near: 'layer2"):
