@@ -172,8 +172,8 @@ def part_norms(params: BlockParams, spec: BlockSpec, size: IntPair) -> PartNorms
     norms = [affine(s, p, torch.float64) for s, p in zip(spec.convs, params.convs, strict=True)]
     known, before, convs = facts(spec).convs, size, []
     for stage, tensors, conv in zip(spec.stages, params.stages, known, strict=False):
-        _require_norm(tensors.weight, stage, before)
         weight = _with_norm(tensors.weight, None if conv.output_stage == NONE else norms[conv.output_stage])
+        _require_norm(weight, stage, before)
         convs.append(_upper_norm(weight, stage, before))
         before = stage.output_size(before, (weight.shape[2], weight.shape[3]))
     first, inner = 1.0, list(zip(spec.stages, params.stages, strict=True))
@@ -185,8 +185,9 @@ def part_norms(params: BlockParams, spec: BlockSpec, size: IntPair) -> PartNorms
     projection = None
     if spec.projection is not None and params.projection is not None:
         norm = norms[-1] if known[-1].output_stage != NONE else None
-        _require_norm(params.projection.weight, spec.projection, size)
-        projection = _upper_norm(_with_norm(params.projection.weight, norm), spec.projection, size)
+        weight = _with_norm(params.projection.weight, norm)
+        _require_norm(weight, spec.projection, size)
+        projection = _upper_norm(weight, spec.projection, size)
         if spec.order == "pre":
             projection *= first * acts[0]
     return PartNorms(convs, math.prod(acts) * first, projection)
@@ -204,7 +205,7 @@ def largest(scale: Scale) -> float:
 
 def _require_norm(weight: Tensor, stage: StageSpec, size: IntPair) -> None:
     if not weight.isfinite().all():
-        raise ValueError("a convolution's weight is not finite, and neither is a norm of it")
+        raise ValueError("a convolution's weight, or the batch norm behind it, is not finite")
     if min(stage.output_size(size, (weight.shape[2], weight.shape[3]))) < 1:
         raise ValueError(f"a kernel of {tuple(weight.shape[2:])} does not fit an input of {size} pixels")
 
