@@ -84,7 +84,7 @@ def conv_norm(
     """
     params, stage = describe_stage("conv", StageModules(conv, None, None))
     weight = params.weight.detach().double()
-    _require_fit(weight, stage, size)
+    _require_norm(weight, stage, size)
     if upper:
         return _upper_norm(weight, stage, size)
     return _power_iteration(weight, stage, size, tolerance, iterations)
@@ -185,8 +185,8 @@ def part_norms(params: BlockParams, spec: BlockSpec, size: IntPair) -> PartNorms
     norms = [affine(s, p, torch.float64) for s, p in zip(spec.convs, params.convs, strict=True)]
     known, before, convs = facts(spec).convs, size, []
     for stage, tensors, conv in zip(spec.stages, params.stages, known, strict=False):
-        _require_fit(tensors.weight, stage, before)
         weight = _with_norm(tensors.weight, None if conv.output_stage == NONE else norms[conv.output_stage])
+        _require_norm(weight, stage, before)
         convs.append(_upper_norm(weight, stage, before))
         before = stage.output_size(before, (weight.shape[2], weight.shape[3]))
     first, inner = 1.0, list(zip(spec.stages, params.stages, strict=True))
@@ -198,8 +198,9 @@ def part_norms(params: BlockParams, spec: BlockSpec, size: IntPair) -> PartNorms
     projection = None
     if spec.projection is not None and params.projection is not None:
         norm = norms[-1] if known[-1].output_stage != NONE else None
-        _require_fit(params.projection.weight, spec.projection, size)
-        projection = _upper_norm(_with_norm(params.projection.weight, norm), spec.projection, size)
+        weight = _with_norm(params.projection.weight, norm)
+        _require_norm(weight, spec.projection, size)
+        projection = _upper_norm(weight, spec.projection, size)
         if spec.order == "pre":
             projection *= first * acts[0]
     return PartNorms(convs, math.prod(acts) * first, projection)
@@ -215,7 +216,9 @@ def largest(scale: Scale) -> float:
     return float(scale.abs().max()) if isinstance(scale, Tensor) else abs(scale)
 
 
-def _require_fit(weight: Tensor, stage: StageSpec, size: IntPair) -> None:
+def _require_norm(weight: Tensor, stage: StageSpec, size: IntPair) -> None:
+    if not weight.isfinite().all():
+        raise ValueError("a convolution's weight, or the batch norm behind it, is not finite")
     if min(stage.output_size(size, (weight.shape[2], weight.shape[3]))) < 1:
         raise ValueError(f"a kernel of {tuple(weight.shape[2:])} does not fit an input of {size} pixels")
 
@@ -258,7 +261,7 @@ def _upper_norm(weight: Tensor, stage: StageSpec, size: IntPair) -> float:
     spread = weight.new_zeros(*weight.shape[:2], (kernel[0] - 1) * dh + 1, (kernel[1] - 1) * dw + 1)
     spread[:, :, ::dh, ::dw] = weight
     rows, columns = torus[0] // sh, torus[1] // sw
-    square = 0.0
+    square = weight.new_zeros(())
     for group in spread.chunk(stage.groups):
         # per frequency of the output, the matrices of the input's frequencies that the stride folds onto it
         symbol = torch.fft.fft2(group, (torus[0], torus[1])).unflatten(3, (sw, columns)).unflatten(2, (sh, rows))
@@ -267,5 +270,5 @@ def _upper_norm(weight: Tensor, stage: StageSpec, size: IntPair) -> float:
         if matrices.shape[1] > matrices.shape[2]:
             matrices = matrices.mT
         for part in matrices.split(max(1, CHUNK // matrices[0].numel())):
-            square = max(square, float(torch.linalg.eigvalsh(part @ part.mH)[:, -1].max()))
-    return math.sqrt(square / (sh * sw))
+            square = torch.maximum(square, torch.linalg.eigvalsh(part @ part.mH)[:, -1].max())  # keeps NaN
+    return math.sqrt(float(square) / (sh * sw))

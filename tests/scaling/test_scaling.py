@@ -303,6 +303,15 @@ def test_the_constructor_leaves_the_model_as_it_is() -> None:
     assert not model.layer1[0]._forward_pre_hooks
 
 
+@pytest.mark.parametrize("part", ["conv1", "bn1"])
+def test_a_diverged_network_is_noticed(part: str) -> None:
+    model = models.small_resnet(8, width=4, in_channels=1)
+    constraint = Contractive(model, BETA, torch.randn(1, 1, 6, 6))
+    nn.init.constant_(getattr(model.layer2[0], part).weight, math.nan)
+    with pytest.raises(ValueError, match=r"not finite|lipschitz=nan"):
+        constraint.apply()
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.5, math.nan])
 def test_a_bound_that_is_none(beta: float) -> None:
     with pytest.raises(ValueError, match=r"beta must be in \(0, 1\), got"):
