@@ -122,6 +122,10 @@ def test_the_proposed_fixes_keep_the_centre() -> None:
     (layer,) = geo.geometry(nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1)), 32, compare=False).layers
     assert layer.shift == (-0.5, -0.5) and layer.fix.startswith("a kernel of 4 x 4 with padding 1")
     assert "stride 1 and a blur of 4 taps, padded by 1 and 2, at stride 2" in layer.fix
+    for kernel, padding in ((7, 3), (3, 1), (1, 0)):  # a stem's, a branch's, a projection's
+        (layer,) = geo.geometry(nn.Sequential(nn.Conv2d(3, 4, kernel, 2, padding)), 32, compare=False).layers
+        assert layer.fix.startswith(f"a kernel of {kernel + 1} x {kernel + 1} with padding {padding}")
+        assert geo.geometry(nn.Sequential(nn.Conv2d(3, 4, kernel + 1, 2, padding)), 32, compare=False).aligned
     wider = nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1))
     blurred = nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), nn.ReflectionPad2d((1, 2, 1, 2)), nn.Conv2d(4, 4, 4, 2, groups=4))
     for model in (wider, blurred):
