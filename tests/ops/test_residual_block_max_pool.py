@@ -11,7 +11,7 @@ from support.blocks import Case, block, frozen
 from support.engine_blocks import TABLE, chain
 from support.engine_runs import in_eager, on_engine, threads
 from support.matrix import FORMATS
-from support.named_tensors import is_buffer, leaves, named_tensors
+from support.named_tensors import is_buffer, leaves, named_tensors, to_double
 from torch import Tensor
 
 from resnet_fused import functional
@@ -82,7 +82,8 @@ def test_nan_and_infinities(dtype: torch.dtype) -> None:
             assert_equal(
                 functional.residual_block_max_pool2d(wild, params, spec, 3, 2, 1), in_two(wild, params, spec, 3, 2, 1)
             )
-            eager = in_eager(wild, params, spec, (3, 2, 1))
+            # in fp64: in bfloat16 oneDNN's kernel for contiguous tensors makes NaN of some infinities (AVX512-BF16)
+            eager = in_eager(wild.double(), to_double(params), spec, (3, 2, 1))
             got = functional.residual_block_max_pool2d(wild, params, spec, 3, 2, 1)
             assert torch.equal(got.isnan(), eager.isnan()) and torch.equal(got.isposinf(), eager.isposinf())
     params.stages[0].weight[5, 1, 3, 3] = torch.nan
