@@ -17,13 +17,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from resnet_fused import BlockParams, BlockSpec, StageParams, StageSpec, functional
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
+from resnet_fused.tools.figures import save
 from resnet_fused.tools.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNITS = 124
 BONDS = ((26, 84), (40, 95), (58, 110), (65, 72))  # units from 1, as in the protein's numbering
@@ -100,19 +105,19 @@ def measure(name: str, units: int, bonds: Sequence[tuple[int, int]]) -> Relaxati
     return Relaxation(name, rates, measured, distance(matrix), curve)
 
 
-def figure(found: Sequence[Relaxation], units: int, bonds: Sequence[tuple[int, int]]) -> figures.Figure:
+def figure(found: Sequence[Relaxation], units: int, bonds: Sequence[tuple[int, int]]) -> Figure:
     """Left the chain with its bonds as arcs, right the relaxation."""
     import numpy as np
 
-    drawn, (left, right) = figures.new_figure(2, 5.4, 3.8, "Long-range contacts as skip connections")
-    left.plot(range(1, units + 1), np.zeros(units), ".-", color=figures.SOFT, markersize=3, linewidth=0.8)
+    drawn, (left, right) = panels.side_by_side(2, 5.4, 3.8, "Long-range contacts as skip connections")
+    left.plot(range(1, units + 1), np.zeros(units), ".-", color=panels.SOFT, markersize=3, linewidth=0.8)
     for i, j in bonds:
         angle = np.linspace(0, np.pi, 60)
-        left.plot((i + j) / 2 + (j - i) / 2 * np.cos(angle), (j - i) / 2 * np.sin(angle), color=figures.RESIDUAL)
+        left.plot((i + j) / 2 + (j - i) / 2 * np.cos(angle), (j - i) / 2 * np.sin(angle), color=panels.RESIDUAL)
         left.annotate(f"{i}-{j}", ((i + j) / 2, (j - i) / 2 + 0.8), ha="center", fontsize=8)
     left.set(xlabel="unit of the chain", yticks=[], title=f"{units} units and {len(bonds)} bonds")
     left.grid(False)
-    for each, colour in zip(found, (figures.PLAIN, figures.RESIDUAL), strict=True):
+    for each, colour in zip(found, (panels.PLAIN, panels.RESIDUAL), strict=True):
         times = STEP * np.arange(len(each.curve))
         label = f"{each.name}: time {each.time:.0f}, {each.distance} steps from end to end"
         right.plot(times, each.curve.numpy(), color=colour, label=label)
@@ -139,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(f"A chain of {arguments.units} units, {len(bonds)} bonds", header, rows))
     print(f"with bonds it relaxes {found[0].time / found[1].time:.2f} times as fast")
     if arguments.plot is not None:
-        figures.save(figure(found, arguments.units, bonds), arguments.plot)
+        save(figure(found, arguments.units, bonds), arguments.plot)
     return 0
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused import models, spectral
 from resnet_fused.scaling import Contractive
+from resnet_fused.tools.figures import new_figure, save
 from resnet_fused.tools.tables import table
 
 BETA = 0.9
@@ -121,14 +122,8 @@ def digits(images: int) -> tuple[Tensor, Tensor]:
 
 
 def draw(found: list[Inversion], out: Path) -> None:
-    try:
-        import matplotlib as mpl
-
-        mpl.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install resnet_fused[pictures]") from error
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6.4), height_ratios=(3, 2.2), layout="constrained")
+    figure = new_figure(7, 6.4, dpi=100)
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2.2))
     for inversion in found:
         errors = [e if 0 < e < 1e6 else float("nan") for e in inversion.errors]
         label = inversion.name if inversion.bound < 1 else f"{inversion.name}: Lip(g) ≤ {inversion.bound:.3g}"
@@ -145,9 +140,7 @@ def draw(found: list[Inversion], out: Path) -> None:
         xticks=[], yticks=[5, 15, 25], title=f"Where {first.name}: digits, what the blocks make of them, and back"
     )
     below.set_yticklabels(["digit", "features", "restored"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    pyplot.close(figure)
+    save(figure, out)
 
 
 if __name__ == "__main__":

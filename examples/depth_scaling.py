@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import resnet_fused
 from resnet_fused import models
 from resnet_fused.scaling import depth_scale
+from resnet_fused.tools.figures import new_figure, save
 from resnet_fused.tools.tables import table
 
 SCALES: dict[str, Callable[[int], float]] = {
@@ -94,15 +95,9 @@ def _norm(t: Tensor | None) -> float:
 
 
 def draw(passages: list[Passage], out: Path) -> None:
-    try:
-        import matplotlib as mpl
-
-        mpl.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install resnet_fused[pictures]") from error
     depths = sorted({p.blocks for p in passages})
-    figure, axes = pyplot.subplots(2, len(depths), figsize=(4.4 * len(depths), 6), squeeze=False, layout="constrained")
+    figure = new_figure(4.4 * len(depths), 6, dpi=100)
+    axes = figure.subplots(2, len(depths), squeeze=False)
     for p in passages:
         column = depths.index(p.blocks)
         for row, (norms, end) in enumerate(((p.signal, p.signal[-1]), (p.gradient, p.gradient[0]))):
@@ -113,9 +108,7 @@ def draw(passages: list[Passage], out: Path) -> None:
         for row, free in enumerate(("upper right", "upper left")):
             axes[row][column].set_ylim(0.5, 50)  # the legend tells what leaves it
             axes[row][column].legend(loc=free)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    pyplot.close(figure)
+    save(figure, out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.flows import Anderson, Branch, DeepEquilibrium
-from resnet_fused.flows.measure import pyplot, saved, unrolled
+from resnet_fused.flows.measure import saved, unrolled
+from resnet_fused.tools.figures import new_figure, save
 from resnet_fused.tools.tables import table
 
 DEPTHS = (5, 10, 20, 40)
@@ -182,8 +183,8 @@ def report(results: list[Result], setting: Setting) -> str:
 
 
 def draw(results: list[Result], memory: dict[int, int], path: Path) -> None:
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(9, 3.8)
+    left, right = figure.subplots(1, 2)
     for result, style in zip(results, ("s-", "o-"), strict=True):
         epochs = range(1, len(result.accuracy) + 1)
         left.plot(epochs, [100 * a for a in result.accuracy], style, label=result.name, markersize=4)
@@ -202,8 +203,7 @@ def draw(results: list[Result], memory: dict[int, int], path: Path) -> None:
     right.legend(loc="upper left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
     print(f"drawn: {path}")
 
 

@@ -17,12 +17,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
 from resnet_fused.analysis.receptive_field import ChainField, chain_field
+from resnet_fused.tools.figures import save
 from resnet_fused.tools.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def share_of_area(found: ChainField) -> float:
@@ -30,9 +35,9 @@ def share_of_area(found: ChainField) -> float:
     return float(np.pi * found.field.radii[0] ** 2 / found.field.theoretical**2)
 
 
-def figure(by_depth: Sequence[tuple[ChainField, ChainField]]) -> figures.Figure:
+def figure(by_depth: Sequence[tuple[ChainField, ChainField]]) -> Figure:
     """The deepest pair's maps, and the width by depth."""
-    drawn, axes = figures.new_figure(3, 4.2, 3.9, "The focus of a receptive field")
+    drawn, axes = panels.side_by_side(3, 4.2, 3.9, "The focus of a receptive field")
     top = max(float(each.field.map.max()) for each in by_depth[-1])
     for axis, each, name in zip(axes, by_depth[-1], ("without skips", "with skips"), strict=False):
         side, radius = each.field.theoretical, each.field.radii[0]
@@ -46,10 +51,10 @@ def figure(by_depth: Sequence[tuple[ChainField, ChainField]]) -> figures.Figure:
         axis.set(title=f"{name}, {each.depth} layers", xlabel="pixels from the unit's centre")
     drawn.colorbar(image, ax=axes[:2], label="squared gradient, over the largest", shrink=0.8)
     depths = [plain.depth for plain, _ in by_depth]
-    for i, (name, colour) in enumerate((("without skips", figures.PLAIN), ("with skips", figures.RESIDUAL))):
+    for i, (name, colour) in enumerate((("without skips", panels.PLAIN), ("with skips", panels.RESIDUAL))):
         axes[2].plot(depths, [pair[i].field.sigma for pair in by_depth], "o", color=colour, label=f"{name}, measured")
         axes[2].plot(depths, [pair[i].formula for pair in by_depth], "-", color=colour, label=f"{name}, formula")
-    axes[2].plot(depths, depths, "--", color=figures.SOFT, label="theoretical field, half its side")
+    axes[2].plot(depths, depths, "--", color=panels.SOFT, label="theoretical field, half its side")
     axes[2].set(xlabel="layers", ylabel="width of the field, px (sigma)", yscale="log", xscale="log")
     axes[2].set_xticks(depths, [str(depth) for depth in depths])
     axes[2].minorticks_off()
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ratio = residual.field.sigma / plain.field.sigma
     print(f"skips narrow it to {ratio:.2f} of its width (1 / sqrt(2) = 0.71 by formula)")
     if arguments.plot is not None:
-        figures.save(figure(by_depth), arguments.plot)
+        save(figure(by_depth), arguments.plot)
     return 0
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from resnet_fused.physics import AdvectionDiffusion, Heat
 from resnet_fused.physics.stencils import moments, symbol
-from resnet_fused.tools.film import Film, figure
+from resnet_fused.tools.figures import new_figure
+from resnet_fused.tools.film import Film
 from resnet_fused.tools.tables import table
 
 ALPHA, LENGTH = 1.0, 1.0  # m^2/s, m: a bar, or a square plate
@@ -223,7 +224,7 @@ def film(size: int, frames: int, path: Path) -> int:
         times.append(steps)
         for peak, u in zip(peaks, plates, strict=True):
             peak.append(float(u.abs().max()))
-        drawn = figure(720, 280)
+        drawn = new_figure(7.2, 2.8, dpi=100)
         left, right, chart = drawn.subplots(1, 3, width_ratios=[1, 1, 1.1])
         for axes, u, r in zip((left, right), plates, numbers, strict=True):
             axes.imshow(u[0, 0].numpy(), cmap="inferno", vmin=0, vmax=1, interpolation="nearest")
@@ -249,7 +250,7 @@ def still(size: int, path: Path) -> None:
     plate = Heat(ALPHA, LENGTH / size, dims=2)
     dt = 0.96 * plate.largest_step
     u, done = start(size), 0
-    drawn = figure(1000, 290)
+    drawn = new_figure(10, 2.9, dpi=100)
     *pictures, chart = drawn.subplots(1, 4, width_ratios=[1, 1, 1, 1.5])
     for axes, steps in zip(pictures, (0, size**2 // 180, size**2 // 30), strict=True):
         u, done = plate.run(u, dt, steps - done), steps

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import models
+from resnet_fused.tools.figures import new_figure, save
 from resnet_fused.tools.tables import table
 
 
@@ -108,14 +109,8 @@ def digits(images: int) -> tuple[Tensor, Tensor]:
 
 def draw(results: list[Result], out: Path) -> None:
     """The running mean of each training loss; a line for each seed."""
-    try:
-        import matplotlib as mpl
-
-        mpl.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install resnet_fused[pictures]") from error
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
     for result in results:
         losses = torch.tensor(result.losses)
         width = min(10, len(losses))
@@ -129,9 +124,7 @@ def draw(results: list[Result], out: Path) -> None:
     )
     axes.set_ylim(0, max(3.0, axes.get_ylim()[1]))
     axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
+    save(figure, out)
 
 
 def _name(depth: int, skip: bool) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from resnet_fused.physics import Schroedinger, wave_packet
 from resnet_fused.physics.schroedinger import barrier_transmission, group_velocity, spectrum
-from resnet_fused.tools.film import Film, figure
+from resnet_fused.tools.figures import new_figure
+from resnet_fused.tools.film import Film
 from resnet_fused.tools.tables import table
 
 DX, WAVENUMBER, SPREAD = 0.1, 2.0, 3.0  # of the grid, of the packet
@@ -214,7 +215,7 @@ def film(points: int, frames: list[tuple[float, Tensor]], path: Path) -> int:
     x, _ = scene(points)
     made = Film(colours=24)
     for time, psi in frames:
-        drawn = figure(720, 300)
+        drawn = new_figure(7.2, 3, dpi=100)
         axes = drawn.subplots()
         draw(axes, x, psi, points)
         density = psi.square().sum((0, 1, 2)) * DX
@@ -240,7 +241,7 @@ def draw(axes, x: Tensor, psi: Tensor, points: int) -> None:  # type: ignore[no-
 def still(points: int, frames: list[tuple[float, Tensor]], path: Path) -> None:
     """Before, at and behind the barrier; the dispersion beside its formula."""
     x, _ = scene(points)
-    drawn = figure(1000, 300)
+    drawn = new_figure(10, 3, dpi=100)
     *pictures, chart = drawn.subplots(1, 4, width_ratios=[1, 1, 1, 1.3])
     for axes, (time, psi) in zip(pictures, (frames[0], frames[len(frames) // 2], frames[-1]), strict=True):
         draw(axes, x, psi, points)

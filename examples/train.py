@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import resnet_fused
+from resnet_fused.tools.figures import new_figure, save
 from resnet_fused.tools.named_models import FAMILY, import_torchvision
 from resnet_fused.tools.pictures import IMAGENET_MEAN, IMAGENET_STD
 
@@ -322,16 +323,13 @@ def report(history: list[dict[str, float]], out: Path) -> None:
         writer.writeheader()
         writer.writerows(history)
     try:
-        import matplotlib
-    except ImportError:
+        figure = new_figure(9, 3.5)
+    except ImportError as error:
         if len(history) == 1:
-            print(f"no {out / 'curve.png'}: it needs matplotlib, `pip install resnet_fused[pictures]`")
+            print(f"no {out / 'curve.png'}: {error}")
         return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     epochs = [int(row["epoch"]) for row in history]
-    figure, (losses, accuracy) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
     losses.plot(epochs, [row["train_loss"] for row in history], "o-", label="training, smoothed labels")
     losses.plot(epochs, [row["held_out_loss"] for row in history], "s-", label="held out")
     losses.set(xlabel="epoch", ylabel="cross entropy (nats)", ylim=(0, None))
@@ -341,8 +339,7 @@ def report(history: list[dict[str, float]], out: Path) -> None:
     for axes in (losses, accuracy):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.savefig(out / "curve.png", dpi=110)
-    plt.close(figure)
+    save(figure, out / "curve.png")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from resnet_fused.analysis import degree, figures, gradients, jacobian, kinks, receptive_field
+from resnet_fused.analysis import degree, gradients, jacobian, kinks, receptive_field
 from resnet_fused.analysis.blocks import blocks, named, open_branches, settle_statistics, without_skips
 from resnet_fused.analysis.geometry import figure as geometry_figure
 from resnet_fused.analysis.geometry import geometry
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.fuse import fuse
 from resnet_fused.tools import named_models
+from resnet_fused.tools.figures import new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +92,7 @@ def _add_model(parser: argparse.ArgumentParser, default: str, size: int) -> None
 def _run(arguments: argparse.Namespace, name: str, measure: Callable[[argparse.Namespace], Result]) -> int:
     """Returns the exit status. Raises ValueError for arguments that cannot be used."""
     if arguments.plots is not None:
-        figures.new_figure()  # says at once, and not after the work, that matplotlib is missing
+        new_figure(1, 1)  # says at once, and not after the work, that matplotlib is missing
         arguments.plots.mkdir(parents=True, exist_ok=True)
     if getattr(arguments, "size", 1) < 1 or getattr(arguments, "batch", 1) < 1:
         raise ValueError(f"got --size {arguments.size}, --batch {getattr(arguments, 'batch', 1)}; accepted: 1 or more")
@@ -107,7 +108,7 @@ def _run(arguments: argparse.Namespace, name: str, measure: Callable[[argparse.N
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.plots is not None:
         file = arguments.plots / f"{name}.png"
-        figures.save(found.draw(), file)
+        save(found.draw(), file)
         print(f"\ndrawn: {file}")
     return 0
 

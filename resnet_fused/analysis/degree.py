@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
 from resnet_fused.analysis.chains import scalar_chain
 from resnet_fused.ops import reference
 from resnet_fused.tools.tables import table
@@ -119,13 +119,13 @@ def network(x: Tensor, power: int, depth: int, kind: Kind) -> Tensor:
 def figure(found: Degrees, title: str = "") -> Figure:
     """The coefficients by power of the deepest network of each activation."""
     powers = sorted({row.power for row in found.rows})
-    drawn, axes = figures.new_figure(len(powers), 5.2, 3.8, title)
+    drawn, axes = panels.side_by_side(len(powers), 5.2, 3.8, title)
     for axis, power in zip(axes, powers, strict=True):
         depth = max(row.depth for row in found.rows if row.power == power)
         for row in found.rows:
             if (row.power, row.depth) != (power, depth):
                 continue
-            colour, marker = (figures.PLAIN, "s") if row.kind == "plain" else (figures.RESIDUAL, "o")
+            colour, marker = (panels.PLAIN, "s") if row.kind == "plain" else (panels.RESIDUAL, "o")
             values = [abs(row.coefficients[k]) for k in row.powers]
             label = f"{row.kind}: {len(values)} power{'s' if len(values) > 1 else ''}"
             axis.plot(row.powers, values, marker, markersize=5, color=colour, label=label, linestyle="none")

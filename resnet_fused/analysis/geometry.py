@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
 from resnet_fused.analysis.blocks import named
 from resnet_fused.tools.tables import table
 
@@ -191,14 +191,14 @@ def geometry(model: nn.Module, size: int = 224, channels: int = 3, *, compare: b
 
 def figure(found: Geometry, title: str = "") -> Figure:
     """Receptive field and jump by layer, and how far each layer's centre is from the picture's."""
-    drawn, (left, right) = figures.new_figure(2, 5.6, 4.2, title)
+    drawn, (left, right) = panels.side_by_side(2, 5.6, 4.2, title)
     names, places = [layer.name for layer in found.layers], range(len(found.layers))
     left.plot(
         places,
         [layer.field[0] for layer in found.layers],
         "o-",
         markersize=3,
-        color=figures.RESIDUAL,
+        color=panels.RESIDUAL,
         label="receptive field",
     )
     left.plot(
@@ -206,31 +206,31 @@ def figure(found: Geometry, title: str = "") -> Figure:
         [layer.jump[0] for layer in found.layers],
         "s-",
         markersize=3,
-        color=figures.PLAIN,
+        color=panels.PLAIN,
         label="total stride (jump)",
     )
     if any(layer.torchscan for layer in found.layers):
         scanned = [(i, layer.torchscan) for i, layer in enumerate(found.layers) if layer.torchscan]
-        left.plot(*zip(*scanned, strict=True), ":", color=figures.SOFT, label="torchscan, chained in call order")
-    left.axhline(found.size, color=figures.SOFT, linewidth=0.8, linestyle="--", label=f"input, {found.size} px")
+        left.plot(*zip(*scanned, strict=True), ":", color=panels.SOFT, label="torchscan, chained in call order")
+    left.axhline(found.size, color=panels.SOFT, linewidth=0.8, linestyle="--", label=f"input, {found.size} px")
     left.set_yscale("log", base=2)
     left.yaxis.set_major_formatter("{x:g}")
     left.set(ylabel="pixels of the input")
     left.legend(fontsize=8)
-    right.bar(places, [layer.shift[0] for layer in found.layers], color=figures.PLAIN, label="this layer's shift")
+    right.bar(places, [layer.shift[0] for layer in found.layers], color=panels.PLAIN, label="this layer's shift")
     right.plot(
         places,
         [layer.offset[0] for layer in found.layers],
         "o-",
         markersize=3,
-        color=figures.RESIDUAL,
+        color=panels.RESIDUAL,
         label="offset so far",
     )
-    right.axhline(0, color=figures.SOFT, linewidth=0.8)
+    right.axhline(0, color=panels.SOFT, linewidth=0.8)
     right.set(ylabel="grid's centre less the input's, px")
     right.legend(fontsize=8)
     for axis in (left, right):
-        figures.thin_labels(axis, names)
+        panels.thin_labels(axis, names)
     return drawn
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
 from resnet_fused.analysis.blocks import blocks, without_skips
 from resnet_fused.analysis.chains import scalar_chain
 from resnet_fused.errors import NotFusable
@@ -142,8 +142,8 @@ def chain_gradients(chains: Sequence[tuple[float, int]] = CHAINS) -> ChainGradie
 
 def figure(found: GradientsByDepth, chains: ChainGradients, title: str = "") -> Figure:
     """Left the network's gradient norms by block, right those of the scalar chains by their depth."""
-    drawn, (left, right) = figures.new_figure(2, 5.6, 4.2, title)
-    colours = {"residual": figures.RESIDUAL, "plain": figures.PLAIN}
+    drawn, (left, right) = panels.side_by_side(2, 5.6, 4.2, title)
+    colours = {"residual": panels.RESIDUAL, "plain": panels.PLAIN}
     for name, label in _CURVES.items():
         curve = getattr(found, name)
         if curve is None:
@@ -152,7 +152,7 @@ def figure(found: GradientsByDepth, chains: ChainGradients, title: str = "") -> 
         line = "o--" if end else "o-"
         left.plot(range(len(curve)), curve, line, markersize=3, color=colour, label=label.format(found.steps))
     left.set_yscale("log")
-    figures.thin_labels(left, found.blocks)
+    panels.thin_labels(left, found.blocks)
     left.set(xlabel="block, from the input to the output", ylabel="norm of the loss's gradient at its output")
     left.legend(fontsize=8)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import jacrev, jvp, vjp
 
 from resnet_fused import functional
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
 from resnet_fused.analysis.blocks import branch_modules
 from resnet_fused.modules.block_modules import describe
 from resnet_fused.spec.activations import IDENTITY
@@ -222,18 +222,18 @@ def input_of(model: nn.Module, block: nn.Module, x: Tensor) -> Tensor:
 
 def figure(spectra: Sequence[Spectra], title: str = "") -> Figure:
     """One panel for each group: singular values by their rank."""
-    drawn, axes = figures.new_figure(len(spectra), 5.0, 3.8, title)
+    drawn, axes = panels.side_by_side(len(spectra), 5.0, 3.8, title)
     for axis, group in zip(axes, spectra, strict=True):
         lowest = math.inf
         for row in group.rows:
             alone = row.name.startswith(("branch", "plain"))
-            colour = figures.PLAIN if alone else figures.OTHER if row.name.startswith("block") else figures.RESIDUAL
+            colour = panels.PLAIN if alone else panels.OTHER if row.name.startswith("block") else panels.RESIDUAL
             held = row.values[: len(row.values) - (row.zeros or 0)]
             ranks = [(i + 1) / len(row.values) if row.dense else i + 1 for i in range(len(held))]
             label = row.name + (f" (the other {row.zeros} are 0)" if row.zeros else "")
             axis.plot(ranks, held, color=colour, label=label, linewidth=1.6, marker=None if row.dense else "o")
             lowest = min(lowest, held[-1])
-        axis.axhline(1.0, color=figures.SOFT, linewidth=0.8, linestyle=":")
+        axis.axhline(1.0, color=panels.SOFT, linewidth=0.8, linestyle=":")
         axis.set_yscale("log")
         axis.set_ylim(bottom=max(lowest, 1e-6) / 30)  # room for the legend below the curves
         dense = all(row.dense for row in group.rows)

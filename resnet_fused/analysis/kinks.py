@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import functional
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
 from resnet_fused.analysis.chains import Chain, relu_chain
 from resnet_fused.spec.activations import IDENTITY, RELU
 from resnet_fused.tools.tables import table
@@ -227,21 +227,21 @@ def model_kinks(model: nn.Module, start: Tensor, end: Tensor, resolution: int = 
 
 def figure(found: KinksByDepth, models: ModelsKinks | None = None, title: str = "") -> Figure:
     """Kinks of chains by depth and along paths; of models by layer."""
-    drawn, axes = figures.new_figure(2 if models is None else 3, 4.8, 3.9, title)
+    drawn, axes = panels.side_by_side(2 if models is None else 3, 4.8, 3.9, title)
     depths = [row.depth for row in found.rows]
-    axes[0].plot(depths, [row.plain for row in found.rows], "s-", color=figures.PLAIN, label="plain network")
-    axes[0].plot(depths, [row.residual for row in found.rows], "o-", color=figures.RESIDUAL, label="residual network")
+    axes[0].plot(depths, [row.plain for row in found.rows], "s-", color=panels.PLAIN, label="plain network")
+    axes[0].plot(depths, [row.residual for row in found.rows], "o-", color=panels.RESIDUAL, label="residual network")
     identity = [dict(row.paths)[0] for row in found.rows]
-    axes[0].plot(depths, identity, "^-", color=figures.OTHER, label="identity path")
+    axes[0].plot(depths, identity, "^-", color=panels.OTHER, label="identity path")
     axes[0].set(xlabel="blocks", ylabel="kinks on the segment")
     axes[0].set_title(f"chains of width {found.width}, exact", fontsize=10)
     axes[0].legend(fontsize=8)
     row = found.rows[-1]
-    axes[1].plot([p for p, _ in row.paths], [count for _, count in row.paths], "o-", color=figures.RESIDUAL)
+    axes[1].plot([p for p, _ in row.paths], [count for _, count in row.paths], "o-", color=panels.RESIDUAL)
     axes[1].set(xlabel="branches that the path passes", ylabel="kinks on the segment")
     axes[1].set_title(f"paths of the residual chain of {row.depth} blocks", fontsize=10)
     if models is not None:
-        for each, colour in zip(models.rows, (figures.RESIDUAL, figures.PLAIN), strict=False):
+        for each, colour in zip(models.rows, (panels.RESIDUAL, panels.PLAIN), strict=False):
             axes[2].plot(
                 range(1, len(each.layers) + 1), each.per_unit, "o-", markersize=3, color=colour, label=each.name
             )

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.analysis import figures
+from resnet_fused.analysis import panels
 from resnet_fused.analysis.blocks import blocks, settle_statistics, without_skips
 from resnet_fused.analysis.chains import linear_conv_chain
 from resnet_fused.analysis.geometry import Geometry, geometry
@@ -251,7 +251,7 @@ def figure(found: ReceptiveFields, title: str = "") -> Figure:
     """The maps, averaged over small squares, and their profile: the sum over columns by row."""
     import numpy as np
 
-    drawn, axes = figures.new_figure(len(found.rows) + 1, 4.6, 4.0, title)
+    drawn, axes = panels.side_by_side(len(found.rows) + 1, 4.6, 4.0, title)
     square = max(1, len(found.rows[0].map) // CELLS)
     coarse = [F.avg_pool2d(row.map[None], square)[0].numpy() for row in found.rows]
     top = max(shades.max() for shades in coarse)
@@ -274,7 +274,7 @@ def figure(found: ReceptiveFields, title: str = "") -> Figure:
         axis.set(xlabel="input column, px", ylabel="input row, px")
         axis.legend(fontsize=7, loc="lower left", facecolor="#222222", labelcolor="white", framealpha=0.7)
     drawn.colorbar(image, ax=axes[: len(found.rows)], label="log10 of the mean squared gradient", shrink=0.8)
-    for row, colour in zip(found.rows, (figures.RESIDUAL, figures.PLAIN), strict=False):
+    for row, colour in zip(found.rows, (panels.RESIDUAL, panels.PLAIN), strict=False):
         profile = row.map.sum(1).numpy()
         axes[-1].plot(profile, color=colour, label=f"{row.name}: sigma {row.sigma:.1f} px")
     axes[-1].set_ylim(top=1.25 * axes[-1].get_ylim()[1])

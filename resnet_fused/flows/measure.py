@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,11 @@ from resnet_fused.flows.flow import Flow
 from resnet_fused.flows.implicit import solve, theta_step
 from resnet_fused.flows.solvers import ConvergenceWarning, FixedPoint
 from resnet_fused.flows.stability import step_stability
+from resnet_fused.tools.figures import new_figure, save
 from resnet_fused.tools.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIXED = (*explicit.METHODS, "backward_euler", "crank_nicolson")
 
@@ -74,8 +78,8 @@ def orders(pictures: Path | None) -> None:
     header = ("method", *(f"dt=1/{n}" for n in steps), "order")
     print(table("Relative error at t = 1 of x' = A x, against the matrix exponential (float64)", header, rows))
     if pictures is not None:
-        plt = pyplot()
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        figure = new_figure(6.4, 4.2)
+        axes = figure.subplots()
         sizes = [1 / n for n in steps]
         for method, marker in zip(explicit.METHODS, "os^", strict=True):
             order, values = explicit.METHODS[method].order, found[method]
@@ -87,7 +91,7 @@ def orders(pictures: Path | None) -> None:
         axes.grid(alpha=0.3)
         axes.plot([], [], color="grey", lw=0.8, ls="--", label="dt^order")
         axes.legend(loc="lower right")
-        _save(figure, pictures / "flow_orders.png")
+        _draw(figure, pictures / "flow_orders.png")
 
 
 # --- a stiff equation -------------------------------------------------------------------------------------------------
@@ -146,8 +150,8 @@ def stiff(pictures: Path | None) -> None:
         )
     )
     if pictures is not None:
-        plt = pyplot()
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        figure = new_figure(6.4, 4.2)
+        axes = figure.subplots()
         styles = {"euler": "o-", "rk4": "^-", "crank_nicolson": "s-", "backward_euler": "D-", "exact": "k--"}
         for name, sizes in found.sizes.items():
             axes.semilogy(
@@ -160,7 +164,7 @@ def stiff(pictures: Path | None) -> None:
         )
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
-        _save(figure, pictures / "implicit_stiff.png")
+        _draw(figure, pictures / "implicit_stiff.png")
 
 
 # --- memory against iterations ----------------------------------------------------------------------------------------
@@ -243,8 +247,8 @@ def memory(pictures: Path | None) -> None:
     header = ("iterations", "unrolled, units", "implicit, units", "unrolled, tensors", "implicit, tensors")
     print(table("Saved for backward, in units of the block's input (conv, SiLU, conv; 8 channels)", header, rows))
     if pictures is not None:
-        plt = pyplot()
-        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        figure = new_figure(6.4, 4.2)
+        axes = figure.subplots()
         axes.loglog(counts, [s.units for s in through], "o-", label="autograd through every iteration")
         axes.loglog(counts, [s.units for s in implicit], "s-", label="implicit differentiation")
         axes.set(
@@ -257,7 +261,7 @@ def memory(pictures: Path | None) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
-        _save(figure, pictures / "implicit_memory.png")
+        _draw(figure, pictures / "implicit_memory.png")
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -320,26 +324,9 @@ def _microseconds(fn: Callable[[], Any], runs: int = 200) -> float:
     return sorted(taken)[runs // 2] * 1e6
 
 
-# --- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            f"pictures need matplotlib: `pip install resnet_fused[pictures]` (import said: {error})"
-        ) from error
-    return plt
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    print(f"drawn: {path}")
+def _draw(figure: Figure, file: Path) -> None:
+    save(figure, file)
+    print(f"drawn: {file}")
 
 
 PARTS = {"orders": orders, "stiff": stiff, "memory": memory, "calls": calls}

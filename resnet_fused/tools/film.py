@@ -9,16 +9,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def figure(width: int, height: int) -> Figure:
-    """An empty figure of so many pixels, drawn without a display. Raises ImportError that says what to install."""
-    try:
-        from matplotlib.figure import Figure as New
-    except ImportError as error:
-        raise ImportError(f"figures need matplotlib ({error}): pip install resnet_fused[pictures]") from error
-    dpi = 100
-    return New(figsize=(width / dpi, height / dpi), dpi=dpi, layout="constrained")
-
-
 class Film:
     """Frames in the order in which they are added.
 

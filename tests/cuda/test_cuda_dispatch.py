@@ -271,7 +271,9 @@ def test_explain_names_the_precision_of_float32(precision: str, monkeypatch: pyt
         (torch.float32, f"; float32 products in {precision}, as PyTorch's convolutions"),
         (torch.half, ""),
     ):
-        monkeypatch.setattr(type(model), "fused_describe", lambda self, dtype=dtype: (*on("cuda", dtype=dtype)[1:], None))
+        monkeypatch.setattr(
+            type(model), "fused_describe", lambda self, dtype=dtype: (*on("cuda", dtype=dtype)[1:], None)
+        )
         assert explain(model)[0].reason == f"asked for by name{note}"
 
 

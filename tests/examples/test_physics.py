@@ -71,11 +71,11 @@ def test_schroedinger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_figures_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from resnet_fused.tools.film import figure
+    from resnet_fused.tools.figures import new_figure
 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install resnet_fused\[pictures\]"):
-        figure(100, 100)
+        new_figure(1, 1)
 
 
 @pytest.mark.parametrize("name", ["heat", "schroedinger"])

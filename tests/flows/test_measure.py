@@ -36,6 +36,6 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit):
         measure.main(["order"])
     assert "unknown order; accepted: orders, stiff, memory, calls" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install resnet_fused\[pictures\]"):
         measure.main(["stiff", "--pictures", str(tmp_path)])

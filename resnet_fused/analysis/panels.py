@@ -1,9 +1,10 @@
-"""Figures of the analyses. matplotlib is optional: it is imported when a figure is drawn."""
+"""The look of the analyses' figures."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from resnet_fused.tools.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,16 +13,11 @@ if TYPE_CHECKING:
 RESIDUAL, PLAIN, OTHER, SOFT = "#0a6ebd", "#c8553d", "#3c8d5a", "#7a8794"
 
 
-def new_figure(panels: int = 1, width: float = 5.0, height: float = 3.8, title: str = "") -> tuple[Figure, list[Axes]]:
+def side_by_side(
+    panels: int = 1, width: float = 5.0, height: float = 3.8, title: str = ""
+) -> tuple[Figure, list[Axes]]:
     """A figure of panels side by side; sizes in inches a panel. Raises ImportError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "a plot needs matplotlib: `pip install resnet_fused[pictures]`, or leave --plots out (import said: "
-            f"{error})"
-        ) from error
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    figure = new_figure(width * panels, height)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -37,8 +33,3 @@ def thin_labels(axes: Axes, names: tuple[str, ...] | list[str], most: int = 17) 
     step = -(-len(names) // most)
     places = list(range(0, len(names), step))
     axes.set_xticks(places, [names[i] for i in places], rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
-
-
-def save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
