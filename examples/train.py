@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         run.add_argument(f"--{name}", dest="run", action="store_const", const=name, default="fused", help=what)
     parser.add_argument("--memory", choices=("default", "low"), default="default", help="low recomputes in backward")
     parser.add_argument("--amp", choices=("bfloat16",), help="autocast; default: float32")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.05, help="at the start of the cosine")
     parser.add_argument("--momentum", type=float, default=0.9)
