@@ -231,3 +231,10 @@ def test_specs_of_the_third_order() -> None:
     found = spectral.block_bounds(params, yolo, (5, 5))
     assert found.branch == pytest.approx(post.branch * KINDS["gelu"].steepest, rel=1e-12)
     assert found.block == pytest.approx(1 + found.branch, rel=1e-12)
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_padding_that_holds_values_is_refused(upper: bool) -> None:
+    conv = nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")
+    with pytest.raises(ValueError, match="padding_mode='circular'"):
+        spectral.conv_norm(conv, (5, 5), upper=upper)
