@@ -217,6 +217,11 @@ def largest(scale: Scale) -> float:
 
 
 def _require_norm(weight: Tensor, stage: StageSpec, size: IntPair) -> None:
+    if stage.pads_values:
+        raise ValueError(
+            f"a convolution has padding_mode={stage.padding_mode!r}, whose border holds values that count more than "
+            "once; accepted: 'zeros'"
+        )
     if not weight.isfinite().all():
         raise ValueError("a convolution's weight, or the batch norm behind it, is not finite")
     if min(stage.output_size(size, (weight.shape[2], weight.shape[3]))) < 1:

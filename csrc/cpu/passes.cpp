@@ -7,6 +7,8 @@
 #include <atomic>
 #include <memory>
 
+#include "../block/integer_division.h"
+
 namespace resnet_fused::cpu {
 namespace {
 
@@ -23,7 +25,7 @@ struct Chunks {
         rows(y.size(0) * y.size(2) * y.size(3) / groups),
         channels(y.size(1)),
         rows_each(std::max(kMinChunkRows, kChunkElements / std::max<int64_t>(channels, 1))),
-        each((rows + rows_each - 1) / rows_each),
+        each(ceil_div(rows, rows_each)),
         count(each * groups) {}
   explicit Chunks(const at::Tensor& y) : Chunks(y, 1) {}
   // As many groups as the vectors of `norm` have sets of channels.
@@ -57,7 +59,7 @@ T* at_offset(T* p, int64_t offset) {
 }
 
 const uint8_t* bytes(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<uint8_t>() : nullptr; }
-int64_t bytes_of(int64_t channels) { return (channels + 7) / 8; }
+int64_t bytes_of(int64_t channels) { return ceil_div(channels, 8); }
 
 // dz chunk by chunk: rows of dout, or what a bit mask leaves of them, in the dz that is kept or in memory that is not.
 template <class S>
