@@ -111,6 +111,15 @@ class FusedModule(nn.Module):
         modules = adapter(self)
         return Described(*describe(modules, self._fused_settings.memory), modules.gate)
 
+    def fused_convs(self) -> list[nn.Module]:
+        """The convolutions that run fused in the module's present state; raises NotFusable."""
+        self.fused_describe()
+        adapter = adapters.find(self._fused_from)
+        assert adapter is not None  # by fused_describe
+        modules = adapter(self)
+        stages = [*modules.stages, *([] if modules.projection is None else [modules.projection])]
+        return [stage.conv for stage in stages]
+
     def _fused_or_none(self, x: Tensor) -> Described | None:
         """`fused_describe`, kept while it holds. Where the original has to run, logs the reason and returns None."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
