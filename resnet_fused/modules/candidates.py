@@ -52,10 +52,12 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
         for candidate in _within(f"{name}.{child_name}" if name else child_name, child)
     ]
     cls = original_class(module)
-    if adapters.find(cls) is not None:
+    if adapters.find(cls) is not None or isinstance(module, FusedModule):
         yield Candidate(name, module, whole=True)
         if class_path(cls) in STEMS:  # the one kind of block that has others beside it
             yield from inner
+        elif not isinstance(module, FusedModule):  # left alone, but perhaps not all that it holds
+            yield from (candidate for candidate in inner if isinstance(candidate.module, FusedModule))
     elif _is_block(module, inner):
         yield Candidate(name, module, whole=True)
     elif not inner and _holds(list(module.children())) and not _is_network(module):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.block_modules import FROZEN_NORM, class_path
+from resnet_fused.modules.block_modules import FROZEN_NORM, class_path, stages_of
 from resnet_fused.modules.candidates import NORMS, candidates
 from resnet_fused.modules.fuse import fuse, why_not
 from resnet_fused.modules.fused_block import FusedModule
@@ -178,7 +178,8 @@ def unfused(model: nn.Module, convs: dict[str, nn.Module]) -> dict[str, str]:
     for module in model.modules():
         if isinstance(module, FusedModule):
             with contextlib.suppress(NotFusable):
-                fused |= {id(conv) for conv in module.fused_convs()}
+                module.fused_describe()
+                fused |= {id(stage.conv) for stage in stages_of(module.fused_modules())}
     blocks = [(name, module) for name, module, _ in candidates(model)]
     return {name: _reason(name, blocks) for name, conv in convs.items() if id(conv) not in fused}
 

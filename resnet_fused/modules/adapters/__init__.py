@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from resnet_fused.modules.adapters import resnet, timm
-from resnet_fused.modules.block_modules import BlockModules, class_path
+from resnet_fused.modules.adapters import resnet, sequential, timm, torchvision
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules, class_path
 
-Adapter = Callable[[nn.Module], BlockModules]
+Adapter = Callable[[nn.Module], BlockModules | CompositeModules]
 
 BUILT_IN: dict[str, Adapter] = {
     "resnet_fused.models.resnet.BasicBlock": resnet.own_basic_block,
@@ -24,9 +24,30 @@ BUILT_IN: dict[str, Adapter] = {
     "torchvision.models.resnet.BasicBlock": resnet.basic_block,
     "torchvision.models.resnet.Bottleneck": resnet.bottleneck,
     "torchvision.models.resnet.ResNet": resnet.stem,
+    "torchvision.models.regnet.ResBottleneckBlock": torchvision.regnet_block,
+    "torchvision.models.regnet.SimpleStemIN": sequential.chain,
+    "torchvision.models._utils.IntermediateLayerGetter": resnet.stem,
+    "torchvision.models.segmentation.fcn.FCNHead": sequential.chain,
+    "torchvision.models.segmentation.deeplabv3.ASPPConv": sequential.chain,
+    "torchvision.ops.misc.Conv2dNormActivation": sequential.chain,
     "timm.models.resnet.BasicBlock": timm.basic_block,
     "timm.models.resnet.Bottleneck": timm.bottleneck,
     "timm.models.resnet.ResNet": timm.stem,
+    "timm.models.resnetv2.PreActBasic": timm.pre_basic_block,
+    "timm.models.resnetv2.PreActBottleneck": timm.pre_bottleneck,
+    "timm.models.regnet.Bottleneck": timm.regnet_bottleneck,
+    "timm.models.regnet.PreBottleneck": timm.regnet_pre_bottleneck,
+    "timm.models.senet.SEBottleneck": timm.legacy_bottleneck,
+    "timm.models.senet.SEResNetBottleneck": timm.legacy_bottleneck,
+    "timm.models.senet.SEResNeXtBottleneck": timm.legacy_bottleneck,
+    "timm.models.senet.SEResNetBlock": timm.legacy_basic_block,
+    timm.CONV_NORM_ACT: timm.conv_norm_act,
+}
+# plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
+SEQUENTIALS: dict[str, tuple[str, ...]] = {
+    "timm.models.senet.SENet": ("layer0",),
+    "timm.models.resnetv2.ResNetV2": ("stem",),
+    "torchvision.models.segmentation.deeplabv3.ASPP": ("convs.0", "project"),
 }
 _registered: dict[type[nn.Module], Adapter] = {}
 

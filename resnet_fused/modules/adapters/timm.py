@@ -1,4 +1,4 @@
-"""timm's ResNet parts, as torchvision's; attention and stochastic depth are a gate, other slots must be empty."""
+"""timm's blocks. Attention and stochastic depth are a gate; what has no fused form is called between fused parts."""
 
 from __future__ import annotations
 
@@ -8,31 +8,219 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.adapters import resnet
-from resnet_fused.modules.block_modules import BlockModules, StageModules, class_path, require_no_hooks
+from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.adapters.resnet import Modules, chain, with_skip
+from resnet_fused.modules.block_modules import (
+    BlockModules,
+    CompositeModules,
+    StageModules,
+    StepModules,
+    class_path,
+    require_no_hooks,
+)
 
-EMPTY_SLOTS = ("drop_block", "aa")  # dropped regions, anti-aliasing
+CONV_NORM_ACT = "timm.layers.conv_bn_act.ConvNormAct"
+DOWNSAMPLES = ("timm.models.resnetv2.DownsampleConv", "timm.models.resnetv2.DownsampleAvg")
 
 
-def basic_block(block: nn.Module) -> BlockModules:
-    return _chain(block, acts=("act1", "act2"))
+def basic_block(block: nn.Module) -> Modules:
+    return _resnet_block(block, ("act1", "act2"), middle=1)
 
 
-def bottleneck(block: nn.Module) -> BlockModules:
-    return _chain(block, acts=("act1", "act2", "act3"))
+def bottleneck(block: nn.Module) -> Modules:
+    return _resnet_block(block, ("act1", "act2", "act3"), middle=2)
+
+
+def _resnet_block(block: nn.Module, acts: tuple[str, ...], middle: int) -> Modules:
+    """middle: how many stages there are before `aa`; `drop_block` stands before the last of their activations."""
+    stages = chain(block, acts)
+    drop_block, aa = getattr(block, "drop_block", None), getattr(block, "aa", None)
+    first, between = stages[:middle], []
+    if not _does_nothing(drop_block):
+        between += [drop_block, first[-1].act]
+        first = (*first[:-1], replace(first[-1], act=None))
+    if not _does_nothing(aa):
+        between.append(aa)
+    for name, slot in (("drop_block", drop_block), ("aa", aa)):
+        if slot is not None and slot not in between:
+            require_no_hooks(name, slot)  # type: ignore[arg-type]
+    branch: tuple[StepModules, ...] = (BlockModules(first, "none"), *between) if between else ()
+    end = stages[middle:] if between else stages
+    return with_skip(end, block.downsample, branch=branch, gate=_gate(block))  # type: ignore[arg-type]
+
+
+def _does_nothing(module: object) -> bool:
+    """An empty slot, or dropped regions outside of training."""
+    if module is None or type(module) is nn.Identity:
+        return True
+    if class_path(type(module)) == "timm.layers.drop.DropBlock2d":
+        return not module.training or module.drop_prob == 0  # type: ignore[attr-defined]
+    return False
 
 
 def stem(model: nn.Module) -> BlockModules:
-    """conv1, bn1 and act1. A deep stem's conv1 is a Sequential, which `describe` refuses."""
-    return BlockModules((StageModules(model.conv1, model.bn1, model.act1),), skip="none")  # type: ignore[arg-type]
+    """conv1, bn1 and act1, where a deep stem's conv1 holds stages of its own; then a pooling that is a convolution."""
+    conv1, modules = model.conv1, []
+    if type(conv1) is nn.Sequential:
+        require_no_hooks("conv1", conv1)
+        modules = list(conv1.children())
+    else:
+        modules = [conv1]
+    modules = [*modules, model.bn1, model.act1]  # type: ignore[list-item]
+    if pools_with_convolution(model):
+        require_no_hooks("maxpool", model.maxpool)  # type: ignore[arg-type]
+        modules += list(model.maxpool.children())  # type: ignore[operator, union-attr]
+    steps = sequential.chains(modules)  # type: ignore[arg-type]
+    if len(steps) != 1 or not isinstance(steps[0], BlockModules):
+        names = ", ".join(type(part).__name__ for part in modules)
+        raise NotFusable(f"the stem is {names}; accepted: convolutions, each with a norm and an activation")
+    return steps[0]
 
 
-def _chain(block: nn.Module, acts: tuple[str, ...]) -> BlockModules:
-    for slot in EMPTY_SLOTS:
-        module = getattr(block, slot, None)
-        if module is not None:
-            _require(slot, module, "nn.Identity" if type(module) is not nn.Identity else None)
-    return replace(resnet.chain(block, acts), gate=_gate(block))
+def pools_with_convolution(model: nn.Module) -> bool:
+    """Whether the stem's `maxpool` is a convolution with a norm and an activation (``replace_stem_pool``)."""
+    pool = model.maxpool
+    return type(pool) is nn.Sequential and len(pool) > 1 and type(pool[0]) is nn.Conv2d and type(pool[1]) is not nn.Conv2d
+
+
+def conv_norm_act(module: nn.Module) -> Modules:
+    """timm's layer on its own."""
+    modules, aa = _conv_norm_act("", module)
+    block = BlockModules((modules,), "none")
+    return block if aa is None else CompositeModules((block, aa))
+
+
+def _conv_norm_act(name: str, module: nn.Module) -> tuple[StageModules, nn.Module | None]:
+    """(its stage, what blurs behind it or None)."""
+    norm = module.bn
+    if type(norm) is nn.Sequential and len(norm) == 0:
+        norm = None  # type: ignore[assignment]
+    if norm is None and not name:
+        raise NotFusable("it has no norm, and a convolution alone has nothing to fuse with")
+    return StageModules(module.conv, norm, None), getattr(module, "aa", None)  # type: ignore[arg-type]
+
+
+def _stage_of(name: str, module: nn.Module) -> StageModules:
+    """Of a ConvNormAct within a block."""
+    if class_path(type(module)) != CONV_NORM_ACT:
+        raise NotFusable(f"{name} is {type(module).__name__}; accepted: ConvNormAct")
+    require_no_hooks(name, module)
+    stage, aa = _conv_norm_act(name, module)
+    if aa is not None:
+        raise NotFusable(f"{name} blurs with {type(aa).__name__}; accepted within this block: none")
+    return stage
+
+
+def regnet_bottleneck(block: nn.Module) -> Modules:
+    """Designing Network Design Spaces, arXiv:2003.13678; the attention stands before the last convolution."""
+    stages = tuple(_stage_of(f"conv{i}", getattr(block, f"conv{i}")) for i in (1, 2, 3))
+    last = replace(stages[2], act=block.act3)  # type: ignore[arg-type]
+    attention = _attention(block.se)  # type: ignore[arg-type]
+    branch: tuple[StepModules, ...] = ()
+    end: tuple[StageModules, ...] = (*stages[:2], last)
+    if attention is not None:
+        branch, end = (BlockModules(stages[:2], "none", order="branch", gate=attention),), (last,)
+    if block.downsample is None:
+        whole = BlockModules(end, "none")
+        return CompositeModules(branch, whole) if branch else whole
+    pools, projection = _shortcut(block.downsample)  # type: ignore[arg-type]
+    gate = _drop_path(block.drop_path)  # type: ignore[arg-type]
+    if not branch and not pools:
+        skip = "identity" if projection is None else "projection"
+        return BlockModules(end, skip, projection, gate=gate)  # type: ignore[arg-type]
+    steps = (*pools, *([] if projection is None else [BlockModules((projection,), "none")]))
+    return CompositeModules(branch, BlockModules(end, "none", gate=gate), steps)
+
+
+def _shortcut(downsample: nn.Module) -> tuple[tuple[nn.Module, ...], StageModules | None]:
+    """RegNet's and ResNet v2's skip path: (what pools, the projection or None for the identity)."""
+    require_no_hooks("downsample", downsample)
+    if type(downsample) is nn.Identity:
+        return (), None
+    path = class_path(type(downsample))
+    pools: list[nn.Module] = []
+    if path in DOWNSAMPLES:
+        pools, conv, norm = [getattr(downsample, "pool", nn.Identity())], downsample.conv, downsample.norm
+        require_no_hooks("downsample.norm", norm)  # type: ignore[arg-type]
+        norm = None if type(norm) is nn.Identity else norm  # type: ignore[assignment]
+        stage = StageModules(conv, norm, None)  # type: ignore[arg-type]
+    elif path == CONV_NORM_ACT:
+        stage = _stage_of("downsample", downsample)
+    elif type(downsample) is nn.Sequential and len(downsample) == 2:
+        pools, conv = [downsample[0]], downsample[1]
+        stage = StageModules(conv, None, None) if isinstance(conv, nn.Conv2d) else _stage_of("downsample.1", conv)
+    else:
+        stage = StageModules(downsample, None, None)  # a convolution, or refused by name
+    return tuple(pool for pool in pools if type(pool) is not nn.Identity), stage
+
+
+def pre_basic_block(block: nn.Module) -> Modules:
+    return _pre_activation(block, convs=2)
+
+
+def pre_bottleneck(block: nn.Module) -> Modules:
+    return _pre_activation(block, convs=3)
+
+
+def _pre_activation(block: nn.Module, convs: int) -> Modules:
+    """norm1 with its activation, conv1, norm2, ...; the projection reads what norm1 gives."""
+    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"norm{i}")) for i in range(1, convs + 1)]
+    gate = _drop_path(block.drop_path)  # type: ignore[arg-type]
+    pools: tuple[nn.Module, ...] = ()
+    projection = None
+    if block.downsample is not None:
+        pools, projection = _shortcut(block.downsample)  # type: ignore[arg-type]
+    if projection is not None and projection.norm is not None:
+        raise NotFusable("downsample has a norm; accepted in pre-activation order: a convolution alone")
+    if not pools and (gate is None or projection is None):
+        stages = tuple(StageModules(conv, norm, None) for conv, norm in pairs)
+        skip = "identity" if projection is None else "projection"
+        return BlockModules(stages, skip, projection, order="pre", gate=gate)  # type: ignore[arg-type]
+    steps = (*pools, *([] if projection is None else [BlockModules((projection,), "none")]))
+    end = BlockModules(_behind_first_norm(pairs), "none", gate=gate)
+    return CompositeModules((), end, steps, before=(pairs[0][1],))
+
+
+def _behind_first_norm(pairs: list[tuple[nn.Module, nn.Module]]) -> tuple[StageModules, ...]:
+    """A pre-activation branch that begins with its first convolution, in post-activation order."""
+    norms = [norm for _, norm in pairs[1:]]
+    return tuple(StageModules(conv, norm, None) for (conv, _), norm in zip(pairs, [*norms, None], strict=True))
+
+
+def regnet_pre_bottleneck(block: nn.Module) -> Modules:
+    """The skip path reads what norm1 gives, even where it is the identity; the attention stands before norm3."""
+    pairs = [(getattr(block, f"conv{i}"), getattr(block, f"norm{i}")) for i in (1, 2, 3)]
+    stages = _behind_first_norm(pairs)
+    attention = _attention(block.se)  # type: ignore[arg-type]
+    branch: tuple[StepModules, ...] = ()
+    end = stages
+    if attention is not None:
+        gated = BlockModules((stages[0], replace(stages[1], norm=None)), "none", gate=attention)
+        branch, end = (gated, pairs[2][1]), stages[2:]
+    if block.downsample is None:
+        return CompositeModules(branch, BlockModules(end, "none"), before=(pairs[0][1],))
+    pools, projection = _shortcut(block.downsample)  # type: ignore[arg-type]
+    steps = (*pools, *([] if projection is None else [BlockModules((projection,), "none")]))
+    gate = _drop_path(block.drop_path)  # type: ignore[arg-type]
+    return CompositeModules(branch, BlockModules(end, "none", gate=gate), steps, before=(pairs[0][1],))
+
+
+def legacy_bottleneck(block: nn.Module) -> Modules:
+    stages = chain(block, ("relu", "relu", "relu"))
+    return with_skip(stages, block.downsample, gate=_attention(block.se_module), in_place_add=False)  # type: ignore[arg-type]
+
+
+def legacy_basic_block(block: nn.Module) -> Modules:
+    """Its activation stands twice behind the last norm: before the attention and behind the addition."""
+    whole = with_skip(chain(block, ("relu", "relu")), block.downsample, in_place_add=False)  # type: ignore[arg-type]
+    pools: tuple[StepModules, ...] = ()
+    if isinstance(whole, CompositeModules):
+        end, pools = whole.blocks[0], whole.skip or ()
+    else:
+        end = whole
+        pools = () if whole.projection is None else (BlockModules((whole.projection,), "none"),)
+    end = replace(end, skip="none", projection=None, order="branch", gate=_attention(block.se_module))  # type: ignore[arg-type]
+    return CompositeModules((), end, pools, after=(block.relu,))  # type: ignore[arg-type]
 
 
 def _require(slot: str, module: nn.Module, instead: str | None) -> None:
@@ -69,6 +257,11 @@ def _effective(se: nn.Module, pooled: Tensor) -> Tensor:
     return se.gate(se.fc(pooled[:, :, None, None])).flatten(1)  # type: ignore[operator]
 
 
+def _legacy(se: nn.Module, pooled: Tensor) -> Tensor:
+    squeezed = se.relu(se.fc1(pooled[:, :, None, None]))  # type: ignore[operator]
+    return se.sigmoid(se.fc2(squeezed)).flatten(1)  # type: ignore[operator]
+
+
 def _efficient(eca: nn.Module, pooled: Tensor) -> Tensor:
     y = eca.conv(pooled[:, None])  # type: ignore[operator]
     if eca.conv2 is not None:
@@ -80,6 +273,7 @@ ATTENTION: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "timm.layers.squeeze_excite.SEModule": _squeeze_excitation,
     "timm.layers.squeeze_excite.EffectiveSEModule": _effective,
     "timm.layers.eca.EcaModule": _efficient,
+    "timm.models.senet.SEModule": _legacy,
 }
 
 
