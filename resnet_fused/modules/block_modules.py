@@ -141,6 +141,11 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or class_path(type(module)) in norms
 
 
+def original_path(module: nn.Module) -> str:
+    """`class_path` of the module's class before `fuse`."""
+    return class_path(getattr(type(module), "_fused_from", type(module)))
+
+
 def class_path(cls: type) -> str:
     """The class's dotted name, by which classes of optional dependencies are recognised without importing them."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -174,7 +179,7 @@ def _norm_and_act(name: str, modules: StageModules) -> tuple[nn.Module | None, A
         return norm, act
     if type(norm.drop) is not nn.Identity:
         raise NotFusable(f"{name}.norm drops with {type(norm.drop).__name__}; accepted: nn.Identity")
-    require_no_hooks(f"{name}.norm.drop", norm.drop)  # type: ignore[arg-type]
+    require_no_hooks(f"{name}.norm.drop", norm.drop)
     own = None if type(norm.act) is nn.Identity else norm.act
     if own is None:
         require_no_hooks(f"{name}.norm.act", norm.act)  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
     Listed are modules of a known class. Of other classes, those are listed that hold a convolution and a batch norm at
     any depth and whose forward adds, by its source; of nested ones the innermost. So a block made of sub-modules is
     shown, and its pieces are not. Also listed are modules outside of these that have a convolution and a batch norm as
-    children. A module that holds blocks is a network and no block.
+    children. A module that holds blocks is a network and no block. The layers that are fused within a block which is
+    not are listed behind it.
     """
     unique = {id(candidate.module): candidate for candidate in reversed(list(_within("", model)))}
     return list(reversed(unique.values()))
@@ -52,14 +53,16 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
         for candidate in _within(f"{name}.{child_name}" if name else child_name, child)
     ]
     cls = original_class(module)
+    fused = [candidate for candidate in inner if isinstance(candidate.module, FusedModule)]
     if adapters.find(cls) is not None or isinstance(module, FusedModule):
-        yield Candidate(name, module, whole=True)
+        yield Candidate(name, module, whole=class_path(cls) not in adapters.LAYERS)
         if class_path(cls) in STEMS:  # the one kind of block that has others beside it
             yield from inner
         elif not isinstance(module, FusedModule):  # left alone, but perhaps not all that it holds
-            yield from (candidate for candidate in inner if isinstance(candidate.module, FusedModule))
+            yield from fused
     elif _is_block(module, inner):
         yield Candidate(name, module, whole=True)
+        yield from fused
     elif not inner and _holds(list(module.children())) and not _is_network(module):
         yield Candidate(name, module, whole=False)
     else:

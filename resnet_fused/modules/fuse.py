@@ -29,8 +29,9 @@ SHOWN = 3  # reasons in a warning
 def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> Model:
     """Switch every block of a known class to the fused operators, in place, and return the model.
 
-    Known are torchvision's and timm's BasicBlock, Bottleneck and ResNet (its stem), this package's own, and what
-    `register_block` has added. Parameters, buffers, names, hooks on the block and `state_dict` stay as they are.
+    Known are the blocks, stems and layers of torchvision's and timm's ResNets and RegNets (`modules.adapters` lists
+    their classes), this package's own, and what `register_block` has added. Parameters, buffers, names, hooks on the
+    block and `state_dict` stay as they are.
     A block of another class, or one with a part that has no fused form, is left alone: `explain(model)` says why.
     A block that loses its fused form later runs its original forward, and the reason is logged to "resnet_fused".
     Fusing again changes the settings. Not supported: ``torch.jit.script`` of a fused model (unfuse it first).

@@ -26,9 +26,7 @@ class Described(NamedTuple):
     gate: Gate | None
 
     def run(self, x: Tensor, backend: str, skip: Tensor | None = None) -> Tensor:
-        return functional.residual_block(
-            x, self.params, self.spec, gate=self.gate, residual=skip, backend=backend
-        )
+        return functional.residual_block(x, self.params, self.spec, gate=self.gate, residual=skip, backend=backend)
 
     def remember(self, last: Described | Plan | None) -> Described:
         """With what is known of the tensors, where `last` has the same ones."""

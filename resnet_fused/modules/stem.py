@@ -89,7 +89,7 @@ class FusedLayerGetter(FusedStem):
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         stem = None if self.return_layers.keys() & set(STEM_PARTS) else self._fused_stem(x)
         if stem is None:
-            return super().forward(x)  # type: ignore[misc]
+            return super().forward(x)
         out = OrderedDict()
         for name, module in self.items():  # type: ignore[operator]
             if name not in STEM_PARTS:

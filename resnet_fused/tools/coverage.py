@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -137,30 +138,27 @@ def _detects(model: nn.Module) -> bool:
 
 def fuse_quietly(model: nn.Module) -> nn.Module:
     """`fuse`, whose warning of what it leaves the table says better."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return fuse(model)
 
 
-def pairs(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
-    """The convolutions, by name, whose very output a batch norm reads when the model runs on x."""
-    made: dict[int, tuple[str, nn.Module, Tensor]] = {}  # by the output's identity; it is kept, so that none is reused
-    found: dict[str, nn.Module] = {}
+def pairs(model: nn.Module, x: Tensor) -> list[str]:
+    """The names of the convolutions whose very output a batch norm reads when the model runs on x."""
+    made: dict[int, tuple[str, Tensor]] = {}  # by the output's identity; it is kept, so that none is reused
+    found: dict[str, None] = {}
     handles = []
 
-    def note(name: str, conv: nn.Module, out: Tensor) -> None:
-        made[id(out)] = name, conv, out
+    def note(name: str, out: Tensor) -> None:
+        made[id(out)] = name, out
 
     def follow(given: Tensor) -> None:
         if id(given) in made:
-            name, conv, _ = made[id(given)]
-            found[name] = conv
+            found[made[id(given)][0]] = None
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out)))
+            handles.append(module.register_forward_hook(lambda _, given, out, name=name: note(name, out)))
         elif isinstance(module, NORMS) or class_path(type(module)) == FROZEN_NORM:
             handles.append(module.register_forward_pre_hook(lambda _, given: follow(given[0])))
     try:
@@ -169,11 +167,11 @@ def pairs(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return list(found)
 
 
-def unfused(model: nn.Module, convs: dict[str, nn.Module]) -> dict[str, str]:
-    """Of a fused model's convolutions those that do not run fused, each with the reason of the block around it."""
+def unfused(model: nn.Module, convs: Iterable[str]) -> dict[str, str]:
+    """Of these convolutions of a fused model those that do not run fused, each with the reason of its block."""
     fused: set[int] = set()
     for module in model.modules():
         if isinstance(module, FusedModule):
@@ -181,7 +179,7 @@ def unfused(model: nn.Module, convs: dict[str, nn.Module]) -> dict[str, str]:
                 module.fused_describe()
                 fused |= {id(stage.conv) for stage in stages_of(module.fused_modules())}
     blocks = [(name, module) for name, module, _ in candidates(model)]
-    return {name: _reason(name, blocks) for name, conv in convs.items() if id(conv) not in fused}
+    return {name: _reason(name, blocks) for name in convs if id(model.get_submodule(name)) not in fused}
 
 
 def _reason(conv: str, blocks: Sequence[tuple[str, nn.Module]]) -> str:
@@ -207,10 +205,10 @@ def without_values() -> Iterator[None]:
     """
     original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        original(module, name, parameter)
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:
@@ -220,12 +218,14 @@ def without_values() -> Iterator[None]:
 
 
 def matching(patterns: Sequence[str]) -> list[str]:
-    """The models whose names match, as ``timm:resnet*`` or ``torchvision:*resnet*``; raises ValueError where none do."""
+    """The models whose names match, as ``timm:resnet*``; raises ValueError where none do."""
     found: dict[str, None] = {}
     for pattern in patterns:
         names = [name for name in named_models.known(pattern) if fnmatch.fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(f"no model matches {pattern!r}; accepted: timm:PATTERN, torchvision:PATTERN, as timm:resnet*")
+            raise ValueError(
+                f"no model matches {pattern!r}; accepted: timm:PATTERN, torchvision:PATTERN, as timm:resnet*"
+            )
         found |= dict.fromkeys(names)
     return list(found)
 

@@ -43,6 +43,8 @@ BUILT_IN: dict[str, Adapter] = {
     "timm.models.senet.SEResNetBlock": timm.legacy_basic_block,
     timm.CONV_NORM_ACT: timm.conv_norm_act,
 }
+# known classes that are pieces of blocks
+LAYERS = (timm.CONV_NORM_ACT, "torchvision.ops.misc.Conv2dNormActivation")
 # plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
 SEQUENTIALS: dict[str, tuple[str, ...]] = {
     "timm.models.senet.SENet": ("layer0",),
@@ -66,8 +68,9 @@ def register_block(cls: type[nn.Module], adapter: Adapter) -> None:
     """Teach `fuse` a block class, for this process.
 
     cls:     its ``forward(x)`` computes one of the formulas of `resnet_fused.spec`; subclasses need their own entry.
-    adapter: ``adapter(module) -> BlockModules`` names the children; it raises `NotFusable` with a reason for a
-             variant that is not that formula. Called at every forward, so it should only read attributes.
+    adapter: ``adapter(module)`` names the children, as `BlockModules` or `CompositeModules`; it raises `NotFusable`
+             with a reason for a variant that is not that formula. Called at every forward, so it should only read
+             attributes.
 
     Raises TypeError if cls is not a module class or the adapter cannot be called.
     """

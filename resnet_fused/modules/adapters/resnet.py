@@ -70,15 +70,20 @@ def with_skip(
     branch: what comes before the stages and has parts of its own. With it, or with a pooling at the head of
     `downsample`, the block is composite.
     """
-    pools, projection = (), None
+    pools: tuple[nn.Module, ...] = ()
+    projection = None
     if downsample is not None:
         pools, projection = skip_parts(downsample)
     if not branch and not pools:
         skip = "identity" if projection is None else "projection"
         return BlockModules(stages, skip, projection, in_place_add=in_place_add, gate=gate)  # type: ignore[arg-type]
-    steps = (*pools, *([] if projection is None else [BlockModules((projection,), "none")]))
     end = BlockModules(stages, "none", in_place_add=in_place_add, gate=gate)  # type: ignore[arg-type]
-    return CompositeModules(branch, end, steps)
+    return CompositeModules(branch, end, skip_steps(pools, projection))
+
+
+def skip_steps(pools: tuple[nn.Module, ...], projection: StageModules | None) -> tuple[StepModules, ...]:
+    """A composite block's skip path: what pools, then the projection as a fused call of its own."""
+    return pools if projection is None else (*pools, BlockModules((projection,), "none"))
 
 
 def _pre_activation(block: nn.Module, convs: int) -> BlockModules:

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
-from resnet_fused.modules.adapters.resnet import Modules, chain, with_skip
+from resnet_fused.modules.adapters.resnet import Modules, chain, skip_steps, with_skip
 from resnet_fused.modules.block_modules import (
     BlockModules,
     CompositeModules,
     StageModules,
     StepModules,
     class_path,
+    is_norm,
+    original_path,
     require_no_hooks,
 )
 
@@ -35,15 +37,16 @@ def _resnet_block(block: nn.Module, acts: tuple[str, ...], middle: int) -> Modul
     """middle: how many stages there are before `aa`; `drop_block` stands before the last of their activations."""
     stages = chain(block, acts)
     drop_block, aa = getattr(block, "drop_block", None), getattr(block, "aa", None)
-    first, between = stages[:middle], []
+    first = stages[:middle]
+    between: list[nn.Module] = []
     if not _does_nothing(drop_block):
-        between += [drop_block, first[-1].act]
+        between += [drop_block, first[-1].act]  # type: ignore[list-item]
         first = (*first[:-1], replace(first[-1], act=None))
     if not _does_nothing(aa):
-        between.append(aa)
+        between.append(aa)  # type: ignore[arg-type]
     for name, slot in (("drop_block", drop_block), ("aa", aa)):
         if slot is not None and slot not in between:
-            require_no_hooks(name, slot)  # type: ignore[arg-type]
+            require_no_hooks(name, slot)
     branch: tuple[StepModules, ...] = (BlockModules(first, "none"), *between) if between else ()
     end = stages[middle:] if between else stages
     return with_skip(end, block.downsample, branch=branch, gate=_gate(block))  # type: ignore[arg-type]
@@ -60,16 +63,16 @@ def _does_nothing(module: object) -> bool:
 
 def stem(model: nn.Module) -> BlockModules:
     """conv1, bn1 and act1, where a deep stem's conv1 holds stages of its own; then a pooling that is a convolution."""
-    conv1, modules = model.conv1, []
-    if type(conv1) is nn.Sequential:
-        require_no_hooks("conv1", conv1)
-        modules = list(conv1.children())
-    else:
-        modules = [conv1]
-    modules = [*modules, model.bn1, model.act1]  # type: ignore[list-item]
+    if type(model.conv1) is not nn.Sequential and not pools_with_convolution(model):
+        return BlockModules((StageModules(model.conv1, model.bn1, model.act1),), "none")  # type: ignore[arg-type]
+    modules = [model.conv1]
+    if type(model.conv1) is nn.Sequential:
+        require_no_hooks("conv1", model.conv1)
+        modules = list(model.conv1.children())
+    modules += [model.bn1, model.act1]
     if pools_with_convolution(model):
         require_no_hooks("maxpool", model.maxpool)  # type: ignore[arg-type]
-        modules += list(model.maxpool.children())  # type: ignore[operator, union-attr]
+        modules += list(model.maxpool.children())
     steps = sequential.chains(modules)  # type: ignore[arg-type]
     if len(steps) != 1 or not isinstance(steps[0], BlockModules):
         names = ", ".join(type(part).__name__ for part in modules)
@@ -80,7 +83,7 @@ def stem(model: nn.Module) -> BlockModules:
 def pools_with_convolution(model: nn.Module) -> bool:
     """Whether the stem's `maxpool` is a convolution with a norm and an activation (``replace_stem_pool``)."""
     pool = model.maxpool
-    return type(pool) is nn.Sequential and len(pool) > 1 and type(pool[0]) is nn.Conv2d and type(pool[1]) is not nn.Conv2d
+    return type(pool) is nn.Sequential and len(pool) > 1 and type(pool[0]) is nn.Conv2d and is_norm(pool[1])
 
 
 def conv_norm_act(module: nn.Module) -> Modules:
@@ -102,7 +105,7 @@ def _conv_norm_act(name: str, module: nn.Module) -> tuple[StageModules, nn.Modul
 
 def _stage_of(name: str, module: nn.Module) -> StageModules:
     """Of a ConvNormAct within a block."""
-    if class_path(type(module)) != CONV_NORM_ACT:
+    if original_path(module) != CONV_NORM_ACT:
         raise NotFusable(f"{name} is {type(module).__name__}; accepted: ConvNormAct")
     require_no_hooks(name, module)
     stage, aa = _conv_norm_act(name, module)
@@ -128,7 +131,7 @@ def regnet_bottleneck(block: nn.Module) -> Modules:
     if not branch and not pools:
         skip = "identity" if projection is None else "projection"
         return BlockModules(end, skip, projection, gate=gate)  # type: ignore[arg-type]
-    steps = (*pools, *([] if projection is None else [BlockModules((projection,), "none")]))
+    steps = skip_steps(pools, projection)
     return CompositeModules(branch, BlockModules(end, "none", gate=gate), steps)
 
 
@@ -137,7 +140,7 @@ def _shortcut(downsample: nn.Module) -> tuple[tuple[nn.Module, ...], StageModule
     require_no_hooks("downsample", downsample)
     if type(downsample) is nn.Identity:
         return (), None
-    path = class_path(type(downsample))
+    path = original_path(downsample)
     pools: list[nn.Module] = []
     if path in DOWNSAMPLES:
         pools, conv, norm = [getattr(downsample, "pool", nn.Identity())], downsample.conv, downsample.norm
@@ -176,7 +179,7 @@ def _pre_activation(block: nn.Module, convs: int) -> Modules:
         stages = tuple(StageModules(conv, norm, None) for conv, norm in pairs)
         skip = "identity" if projection is None else "projection"
         return BlockModules(stages, skip, projection, order="pre", gate=gate)  # type: ignore[arg-type]
-    steps = (*pools, *([] if projection is None else [BlockModules((projection,), "none")]))
+    steps = skip_steps(pools, projection)
     end = BlockModules(_behind_first_norm(pairs), "none", gate=gate)
     return CompositeModules((), end, steps, before=(pairs[0][1],))
 
@@ -200,7 +203,7 @@ def regnet_pre_bottleneck(block: nn.Module) -> Modules:
     if block.downsample is None:
         return CompositeModules(branch, BlockModules(end, "none"), before=(pairs[0][1],))
     pools, projection = _shortcut(block.downsample)  # type: ignore[arg-type]
-    steps = (*pools, *([] if projection is None else [BlockModules((projection,), "none")]))
+    steps = skip_steps(pools, projection)
     gate = _drop_path(block.drop_path)  # type: ignore[arg-type]
     return CompositeModules(branch, BlockModules(end, "none", gate=gate), steps, before=(pairs[0][1],))
 
