@@ -34,8 +34,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
     Listed are modules of a known class. Of other classes, those are listed that hold a convolution and a batch norm at
     any depth and whose forward adds, by its source; of nested ones the innermost. So a block made of sub-modules is
     shown, and its pieces are not. Also listed are modules outside of these that have a convolution and a batch norm as
-    children. A module that holds blocks is a network and no block. The layers that are fused within a block which is
-    not are listed behind it.
+    children. A module that holds blocks is a network and no block. Layers that are fused by themselves within a block
+    are listed behind it.
     """
     unique = {id(candidate.module): candidate for candidate in reversed(list(_within("", model)))}
     return list(reversed(unique.values()))
@@ -58,7 +58,7 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
         yield Candidate(name, module, whole=class_path(cls) not in adapters.LAYERS)
         if class_path(cls) in STEMS:  # the one kind of block that has others beside it
             yield from inner
-        elif not isinstance(module, FusedModule):  # left alone, but perhaps not all that it holds
+        else:  # layers of a block that is left alone, or of a part that a fused one calls as it is
             yield from fused
     elif _is_block(module, inner):
         yield Candidate(name, module, whole=True)
@@ -76,7 +76,8 @@ def _is_block(module: nn.Module, inner: list[Candidate]) -> bool:
 
 def _is_network(module: nn.Module) -> bool:
     """A container, or what ends in a classifier: no formula of a block."""
-    return isinstance(module, CONTAINERS) or any(type(child) is nn.Linear for child in module.children())
+    contains = isinstance(module, CONTAINERS) and any(type(module).forward is cls.forward for cls in CONTAINERS)
+    return contains or any(type(child) is nn.Linear for child in module.children())
 
 
 def _holds(modules: list[nn.Module]) -> bool:

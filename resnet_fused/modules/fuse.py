@@ -55,15 +55,27 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> 
 
 
 def _fuse(module: nn.Module, settings: Settings) -> None:
-    """From the outside in: what a fused block holds runs within it, and a block that is left alone may hold others."""
+    """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
+    block that is left alone may hold others."""
     if isinstance(module, FusedModule) or why_not(module) is None:
         inject(module, STEMS.get(class_path(type(module)), FusedBlock), settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
+    for called in _called(module):
+        _fuse(called, settings)
     for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
         _fuse_sequential(module, name, settings)
     for child in module.children():
         if id(child) not in within:
             _fuse(child, settings)
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    if not isinstance(module, FusedModule):
+        return []
+    try:
+        return module.fused_describe().called
+    except NotFusable:  # fused before, and changed since
+        return []
 
 
 def _fuse_sequential(module: nn.Module, name: str, settings: Settings) -> None:

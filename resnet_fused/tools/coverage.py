@@ -29,7 +29,6 @@ from resnet_fused.tools.tables import table
 
 SIZE = (3, 224, 224)  # of an input, where the model does not name its own
 SHOWN = 3  # reasons in a row of the table
-NO_BLOCK = "in no block that fuse knows"
 
 
 @dataclass(frozen=True)
@@ -179,21 +178,23 @@ def unfused(model: nn.Module, convs: Iterable[str]) -> dict[str, str]:
                 module.fused_describe()
                 fused |= {id(stage.conv) for stage in stages_of(module.fused_modules())}
     blocks = [(name, module) for name, module, _ in candidates(model)]
-    return {name: _reason(name, blocks) for name in convs if id(model.get_submodule(name)) not in fused}
+    return {name: _reason(model, name, blocks) for name in convs if id(model.get_submodule(name)) not in fused}
 
 
-def _reason(conv: str, blocks: Sequence[tuple[str, nn.Module]]) -> str:
+def _reason(model: nn.Module, conv: str, blocks: Sequence[tuple[str, nn.Module]]) -> str:
     """Of the innermost block around the convolution."""
+    parent = type(model.get_submodule(conv.rpartition(".")[0])).__name__
+    alone = f"{parent}: its own forward calls them, and it is no block that fuse knows"
     around = [(len(name), block) for name, block in blocks if not name or conv.startswith(f"{name}.")]
     if not around:
-        return NO_BLOCK
+        return alone
     block = max(around, key=lambda pair: pair[0])[1]
     if isinstance(block, FusedModule):
         try:
             block.fused_describe()
         except NotFusable as reason:
             return f"{block._fused_from.__name__}: {reason}"
-        return NO_BLOCK
+        return alone
     return f"{type(block).__name__}: {why_not(block) or 'not fused'}"
 
 

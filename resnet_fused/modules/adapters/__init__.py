@@ -29,6 +29,7 @@ BUILT_IN: dict[str, Adapter] = {
     "torchvision.models._utils.IntermediateLayerGetter": resnet.stem,
     "torchvision.models.segmentation.fcn.FCNHead": sequential.chain,
     "torchvision.models.segmentation.deeplabv3.ASPPConv": sequential.chain,
+    "torchvision.models.segmentation.deeplabv3.DeepLabHead": sequential.chain,
     "torchvision.ops.misc.Conv2dNormActivation": sequential.chain,
     "timm.models.resnet.BasicBlock": timm.basic_block,
     "timm.models.resnet.Bottleneck": timm.bottleneck,
@@ -41,6 +42,9 @@ BUILT_IN: dict[str, Adapter] = {
     "timm.models.senet.SEResNetBottleneck": timm.legacy_bottleneck,
     "timm.models.senet.SEResNeXtBottleneck": timm.legacy_bottleneck,
     "timm.models.senet.SEResNetBlock": timm.legacy_basic_block,
+    "timm.models.byobnet.BottleneckBlock": timm.byob_bottleneck,
+    "timm.models.sknet.SelectiveKernelBottleneck": timm.selective_kernel_bottleneck,
+    "timm.models.sknet.SelectiveKernelBasic": timm.selective_kernel_basic_block,
     timm.CONV_NORM_ACT: timm.conv_norm_act,
 }
 # known classes that are pieces of blocks

@@ -22,6 +22,7 @@ from resnet_fused.modules.block_modules import (
 )
 
 CONV_NORM_ACT = "timm.layers.conv_bn_act.ConvNormAct"
+BYOB_DOWNSAMPLE = "timm.models.byobnet.DownsampleAvg"
 DOWNSAMPLES = ("timm.models.resnetv2.DownsampleConv", "timm.models.resnetv2.DownsampleAvg")
 
 
@@ -72,7 +73,7 @@ def stem(model: nn.Module) -> BlockModules:
     modules += [model.bn1, model.act1]
     if pools_with_convolution(model):
         require_no_hooks("maxpool", model.maxpool)  # type: ignore[arg-type]
-        modules += list(model.maxpool.children())
+        modules += list(model.maxpool.children())  # type: ignore[union-attr]
     steps = sequential.chains(modules)  # type: ignore[arg-type]
     if len(steps) != 1 or not isinstance(steps[0], BlockModules):
         names = ", ".join(type(part).__name__ for part in modules)
@@ -119,15 +120,39 @@ def regnet_bottleneck(block: nn.Module) -> Modules:
     stages = tuple(_stage_of(f"conv{i}", getattr(block, f"conv{i}")) for i in (1, 2, 3))
     last = replace(stages[2], act=block.act3)  # type: ignore[arg-type]
     attention = _attention(block.se)  # type: ignore[arg-type]
+    gate = None if block.downsample is None else _drop_path(block.drop_path)  # type: ignore[arg-type]
+    return _attended((*stages[:2], last), attention, gate, block.downsample)  # type: ignore[arg-type]
+
+
+def byob_bottleneck(block: nn.Module) -> Modules:
+    """timm's configurable bottleneck (CLIP's ResNets, RegNet-Z's relatives, ResNet-33ts and others)."""
+    names = ["conv1_1x1", "conv2_kxk", "conv2b_kxk", "conv3_1x1"]
+    names = [name for name in names if type(getattr(block, name)) is not nn.Identity]
+    stages = tuple(_stage_of(name, getattr(block, name)) for name in names)
+    last = replace(stages[-1], act=block.act)  # type: ignore[arg-type]
+    attention = _attention(block.attn, "attn")  # type: ignore[arg-type]
+    gate = _both(_attention(block.attn_last, "attn_last"), _drop_path(block.drop_path))  # type: ignore[arg-type]
+    return _attended((*stages[:-1], last), attention, gate, block.shortcut)  # type: ignore[arg-type]
+
+
+def _attended(
+    stages: tuple[StageModules, ...],
+    attention: Callable[[Tensor], Tensor] | None,
+    gate: Callable[[Tensor], Tensor] | None,
+    downsample: nn.Module | None,
+) -> Modules:
+    """A bottleneck with attention before its last convolution, and a gate of its branch.
+
+    downsample: nn.Identity for the identity, None for no skip path.
+    """
     branch: tuple[StepModules, ...] = ()
-    end: tuple[StageModules, ...] = (*stages[:2], last)
+    end = stages
     if attention is not None:
-        branch, end = (BlockModules(stages[:2], "none", order="branch", gate=attention),), (last,)
-    if block.downsample is None:
-        whole = BlockModules(end, "none")
+        branch, end = (BlockModules(stages[:-1], "none", order="branch", gate=attention),), stages[-1:]
+    if downsample is None:
+        whole = BlockModules(end, "none", gate=gate)
         return CompositeModules(branch, whole) if branch else whole
-    pools, projection = _shortcut(block.downsample)  # type: ignore[arg-type]
-    gate = _drop_path(block.drop_path)  # type: ignore[arg-type]
+    pools, projection = _shortcut(downsample)
     if not branch and not pools:
         skip = "identity" if projection is None else "projection"
         return BlockModules(end, skip, projection, gate=gate)  # type: ignore[arg-type]
@@ -142,7 +167,9 @@ def _shortcut(downsample: nn.Module) -> tuple[tuple[nn.Module, ...], StageModule
         return (), None
     path = original_path(downsample)
     pools: list[nn.Module] = []
-    if path in DOWNSAMPLES:
+    if path == BYOB_DOWNSAMPLE:
+        pools, stage = [downsample.pool], _stage_of("shortcut.conv", downsample.conv)  # type: ignore[list-item, arg-type]
+    elif path in DOWNSAMPLES:
         pools, conv, norm = [getattr(downsample, "pool", nn.Identity())], downsample.conv, downsample.norm
         require_no_hooks("downsample.norm", norm)  # type: ignore[arg-type]
         norm = None if type(norm) is nn.Identity else norm  # type: ignore[assignment]
@@ -155,6 +182,19 @@ def _shortcut(downsample: nn.Module) -> tuple[tuple[nn.Module, ...], StageModule
     else:
         stage = StageModules(downsample, None, None)  # a convolution, or refused by name
     return tuple(pool for pool in pools if type(pool) is not nn.Identity), stage
+
+
+def selective_kernel_bottleneck(block: nn.Module) -> Modules:
+    """arXiv:1903.06586; conv2, whose paths are ConvNormActs, is called between."""
+    first, last = _stage_of("conv1", block.conv1), _stage_of("conv3", block.conv3)  # type: ignore[arg-type]
+    last = replace(last, act=block.act)  # type: ignore[arg-type]
+    branch = (BlockModules((first,), "none"), block.conv2)
+    return with_skip((last,), block.downsample, branch=branch, gate=_gate(block))  # type: ignore[arg-type]
+
+
+def selective_kernel_basic_block(block: nn.Module) -> Modules:
+    last = replace(_stage_of("conv2", block.conv2), act=block.act)  # type: ignore[arg-type]
+    return with_skip((last,), block.downsample, branch=(block.conv1,), gate=_gate(block))  # type: ignore[arg-type]
 
 
 def pre_basic_block(block: nn.Module) -> Modules:
@@ -234,20 +274,25 @@ def _require(slot: str, module: nn.Module, instead: str | None) -> None:
 
 def _gate(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """se(x), then drop_path(x): the factors that they multiply x with."""
-    attention, drop_path = _attention(block.se), _drop_path(block.drop_path)  # type: ignore[arg-type]
+    return _both(_attention(block.se), _drop_path(block.drop_path))  # type: ignore[arg-type]
+
+
+def _both(
+    attention: Callable[[Tensor], Tensor] | None, drop_path: Callable[[Tensor], Tensor] | None
+) -> Callable[[Tensor], Tensor] | None:
     if attention is None or drop_path is None:
         return attention or drop_path
     return lambda pooled: attention(pooled) * drop_path(pooled)
 
 
-def _attention(se: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+def _attention(se: nn.Module | None, name: str = "se") -> Callable[[Tensor], Tensor] | None:
     """pooled [N, C] -> [N, C]."""
     if se is None or type(se) is nn.Identity:
         return None
     gate = ATTENTION.get(class_path(type(se)))
     fits = gate is not None and not getattr(se, "add_maxpool", False) and getattr(se, "mlp", None) is None
     accepted = "SEModule, EffectiveSEModule, EcaModule of the mean alone, nn.Identity"
-    _require("se", se, None if fits else accepted)
+    _require(name, se, None if fits else accepted)
     return lambda pooled: gate(se, pooled)  # type: ignore[misc]
 
 
