@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import FROZEN_NORM, class_path, stages_of
-from resnet_fused.modules.candidates import NORMS, candidates
+from resnet_fused.modules.candidates import CONTAINERS, NORMS, candidates, original_class
 from resnet_fused.modules.fuse import fuse, why_not
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.tools import named_models
@@ -183,8 +183,7 @@ def unfused(model: nn.Module, convs: Iterable[str]) -> dict[str, str]:
 
 def _reason(model: nn.Module, conv: str, blocks: Sequence[tuple[str, nn.Module]]) -> str:
     """Of the innermost block around the convolution."""
-    parent = type(model.get_submodule(conv.rpartition(".")[0])).__name__
-    alone = f"{parent}: its own forward calls them, and it is no block that fuse knows"
+    alone = f"{_caller(model, conv)}: its forward calls them, and it is no block that fuse knows"
     around = [(len(name), block) for name, block in blocks if not name or conv.startswith(f"{name}.")]
     if not around:
         return alone
@@ -196,6 +195,16 @@ def _reason(model: nn.Module, conv: str, blocks: Sequence[tuple[str, nn.Module]]
             return f"{block._fused_from.__name__}: {reason}"
         return alone
     return f"{type(block).__name__}: {why_not(block) or 'not fused'}"
+
+
+def _caller(model: nn.Module, name: str) -> str:
+    """The class of the nearest module around it that is no plain container."""
+    while name:
+        name = name.rpartition(".")[0]
+        cls = original_class(model.get_submodule(name))
+        if cls not in CONTAINERS:
+            break
+    return cls.__name__
 
 
 @contextlib.contextmanager

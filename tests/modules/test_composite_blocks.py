@@ -30,6 +30,7 @@ sknet = pytest.importorskip("timm.models.sknet")
 byobnet = pytest.importorskip("timm.models.byobnet")
 from timm.layers import BatchNormAct2d, BlurPool2d, ConvNormAct, DropBlock2d  # noqa: E402
 from torchvision.models import regnet as tv_regnet  # noqa: E402
+from torchvision.models._utils import IntermediateLayerGetter  # noqa: E402
 from torchvision.models.segmentation import deeplabv3, fcn  # noqa: E402
 
 NORM = {"norm_layer": BatchNormAct2d}
@@ -149,6 +150,62 @@ AUTOCAST = ["anti-aliasing", "RegNet Y, average pooling", "ResNet v2, average po
 def test_under_autocast(name: str) -> None:
     model = made(BLOCKS[name][0])
     assert_trains_as_eager(model, given(model), autocast=torch.bfloat16)
+
+
+def backbone() -> nn.Module:
+    model = torchvision.models.resnet18()
+    return IntermediateLayerGetter(model, {"layer1": "fine", "layer2": "coarse"})
+
+
+STEMS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "SENet": (
+        lambda: senet.SENet(senet.SEResNetBlock, (1, 1, 1, 1), 1, 16, input_3x3=True, num_classes=5, drop_rate=0),
+        "layer0",
+    ),
+    "ResNet v2": (
+        lambda: resnetv2.ResNetV2((1, 1), (32, 64), num_classes=5, stem_chs=16, stem_type="deep", **PLAIN),
+        "stem",
+    ),
+    "torchvision's backbone": (backbone, ""),
+    "DeepLab's head": (lambda: deeplabv3.DeepLabHead(3, 5, (2, 3)), "0.project"),
+    "torchvision's RegNet": (lambda: torchvision.models.regnet_y_400mf(), "stem"),
+}
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_stems_and_heads_in_their_models(name: str) -> None:
+    """Forward alone, in both modes; in float64, where only the order of sums differs.
+
+    The pictures are large enough for the last norms to have eight values per channel: with two, which may lie close
+    together, rounding of 1e-16 becomes 1e-5 in eager, too.
+    """
+    make, stem = STEMS[name]
+    eager = made(make)[0].double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fused = fuse(copy.deepcopy(eager))
+    assert isinstance(fused.get_submodule(stem), FusedModule)
+    left = unfused(fused, pairs(copy.deepcopy(eager).eval(), x))
+    assert all(reason.startswith("ASPPPooling") for reason in left.values())
+    with torch.no_grad():
+        for training in (True, False):
+            expected, got = eager.train(training)(x), fused.train(training)(x)
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fused.state_dict(), eager.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+def test_a_backbone_that_returns_its_stem_runs_its_own_forward() -> None:
+    model = IntermediateLayerGetter(torchvision.models.resnet18(), {"relu": "stem", "layer1": "fine"}).eval()
+    x, seen = torch.randn(1, 3, 32, 32), []
+    fuse(model)
+    model.bn1.register_forward_hook(lambda *_: seen.append("bn1"))
+    assert list(model(x)) == ["stem", "fine"] and seen == ["bn1"]
+
+
+def test_frozen_norms_with_activation() -> None:
+    model = timm.layers.freeze_batch_norm_2d(made(BLOCKS["RegNet Y"][0]))
+    assert "FrozenBatchNormAct2d" in repr(model)
+    assert_trains_as_eager(model, given(model))
+    assert {row.backend for row in explain(fuse(model))} == {"native"}
 
 
 class TestHooksAndChanges:
