@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -206,7 +207,7 @@ def _coverage(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         arguments.json.write_text(found.to_json() + "\n")
     if arguments.markdown is not None:
-        arguments.markdown.write_text(found.to_markdown(f"resnet-fused coverage {' '.join(arguments.models)}"))
+        arguments.markdown.write_text(found.to_markdown(shlex.join(["resnet-fused", "coverage", *arguments.models])))
     return 0 if found.fused >= arguments.min_share * found.pairs else WRONG
 
 

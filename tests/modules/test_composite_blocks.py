@@ -140,7 +140,8 @@ def test_every_pair_is_fused_and_trains_as_eager(name: str) -> None:
     assert convs and all("attn" in conv for conv in left)  # selective kernels' attention normalises what is pooled
     described = model[0].fused_describe()
     assert len(described.calls) == calls
-    assert {row.backend for row in explain(model)} == {"native"}
+    shown = {row.backend for row in explain(model) if "SelectiveKernelAttn" not in row.block}
+    assert shown == {"native"}
 
 
 AUTOCAST = ["anti-aliasing", "RegNet Y, average pooling", "ResNet v2, average pooling", "SE-ResNet, basic block"]
@@ -292,6 +293,13 @@ def test_what_has_no_fused_form_is_named(name: str) -> None:
         warnings.simplefilter("ignore", UserWarning)  # where nothing at all is fused
         fuse(model)
     assert reason in explain(model)[0].reason
+
+
+def test_what_a_fused_block_calls_is_shown() -> None:
+    rows = explain(fuse(made(BLOCKS["selective kernels"][0])))
+    attention = [row for row in rows if row.block == "SelectiveKernelAttn"]
+    assert [row.backend for row in attention] == ["eager"] and "unknown block class" in attention[0].reason
+    assert [row.name for row in rows if row.block == "ConvNormAct"] == ["0.conv2.paths.0", "0.conv2.paths.1"]
 
 
 def test_pieces_of_a_block_that_is_left_alone_are_fused() -> None:
