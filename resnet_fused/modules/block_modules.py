@@ -94,6 +94,14 @@ class CompositeModules:
         return tuple(step for step in steps if isinstance(step, BlockModules))
 
 
+def called_by(modules: BlockModules | CompositeModules) -> list[nn.Module]:
+    """The modules that are called as they are."""
+    if isinstance(modules, BlockModules):
+        return []
+    steps = (*modules.before, *modules.branch, *(modules.skip or ()), *modules.after)
+    return [step for step in steps if isinstance(step, nn.Module)]
+
+
 def stages_of(modules: BlockModules | CompositeModules) -> list[StageModules]:
     """Every stage that is computed fused, projections included."""
     blocks = (modules,) if isinstance(modules, BlockModules) else modules.blocks

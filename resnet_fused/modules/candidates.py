@@ -13,7 +13,7 @@ from torch import nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
-from resnet_fused.modules.block_modules import FROZEN_NORM, class_path
+from resnet_fused.modules.block_modules import FROZEN_NORM, called_by, class_path
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.stem import STEMS
 
@@ -74,7 +74,7 @@ def _by_themselves(block: nn.Module, inner: list[Candidate]) -> list[Candidate]:
     if not isinstance(block, FusedModule):
         return [candidate for candidate in inner if isinstance(candidate.module, FusedModule)]
     try:
-        called = {id(part) for step in block.fused_describe().called for part in step.modules()}
+        called = {id(part) for step in called_by(block.fused_modules()) for part in step.modules()}
     except NotFusable:
         return []
     return [candidate for candidate in inner if id(candidate.module) in called]

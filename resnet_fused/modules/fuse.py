@@ -12,7 +12,7 @@ from resnet_fused.backends import dispatch
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.adapters import sequential
-from resnet_fused.modules.block_modules import class_path
+from resnet_fused.modules.block_modules import called_by, class_path
 from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
 from resnet_fused.modules.plan import describe_all
@@ -73,7 +73,7 @@ def _called(module: nn.Module) -> list[nn.Module]:
     if not isinstance(module, FusedModule):
         return []
     try:
-        return module.fused_describe().called
+        return called_by(module.fused_modules())
     except NotFusable:  # fused before, and changed since
         return []
 

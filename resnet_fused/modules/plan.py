@@ -38,10 +38,6 @@ class Described(NamedTuple):
     def calls(self) -> list[Described]:
         return [self]
 
-    @property
-    def called(self) -> list[nn.Module]:
-        return []
-
 
 Step = Described | nn.Module
 
@@ -84,12 +80,6 @@ class Plan(NamedTuple):
     def calls(self) -> list[Described]:
         """The fused ones, in the order of the fields."""
         return list(self._calls())
-
-    @property
-    def called(self) -> list[nn.Module]:
-        """The modules that are called as they are."""
-        steps = (*self.before, *self.branch, *(self.skip or ()), *self.after)
-        return [step for step in steps if isinstance(step, nn.Module)]
 
     def _calls(self) -> Iterator[Described]:
         for steps in (self.before, self.branch, (self.end,), self.skip or (), self.after):
