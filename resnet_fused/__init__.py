@@ -14,7 +14,7 @@ from resnet_fused.backends import dispatch
 from resnet_fused.backends.tune import tune
 from resnet_fused.errors import BackendError, NotFusable
 from resnet_fused.modules.adapters import register_block
-from resnet_fused.modules.block_modules import BlockModules, StageModules
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules, StageModules
 from resnet_fused.modules.fuse import fuse, unfuse
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
@@ -28,6 +28,7 @@ __all__ = [
     "BlockModules",
     "BlockParams",
     "BlockSpec",
+    "CompositeModules",
     "NotFusable",
     "StageModules",
     "StageParams",

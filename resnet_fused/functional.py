@@ -44,7 +44,13 @@ class Pool(NamedTuple):
 
 
 def residual_block(
-    x: Tensor, params: BlockParams, spec: BlockSpec, *, gate: Gate | None = None, backend: str = "auto"
+    x: Tensor,
+    params: BlockParams,
+    spec: BlockSpec,
+    *,
+    gate: Gate | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """A whole residual block, forward and (through autograd) backward, as one operator each.
 
@@ -59,6 +65,8 @@ def residual_block(
              over pixels, [N, C_out] in x's dtype (squeeze-excitation, ECA). It receives gradients. On the CPU the mean
              comes from the pass that gathers the last norm's statistics, and the product from the one that adds;
              elsewhere PyTorch's own operations follow the fused chain.
+    residual: [N, C_out, H', W'] to add in place of a skip path; spec.skip has to be "none". It may have another dtype,
+             and receives a gradient. On the CPU it is added by the pass that normalises.
     backend: "auto", or a name from `resnet_fused.backends()`.
 
     Returns [N, C_out, H', W'] in x's dtype; channels_last if x or the first weight is, as PyTorch's convolution.
@@ -66,8 +74,8 @@ def residual_block(
     Raises ValueError (shapes, one value per channel in training, unknown backend), TypeError (dtypes),
     BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
     """
-    if gate is not None:
-        return _gated_block(x, params, spec, gate, backend)
+    if gate is not None or residual is not None:
+        return _gated_block(x, params, spec, gate, residual, backend)
     return _residual_block(x, params, spec, backend, None)
 
 
@@ -121,20 +129,29 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
 
 
-def _gated_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate, backend: str) -> Tensor:
-    """The chain and the projection as blocks of their own, then the join with its gate."""
+def _gated_block(
+    x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, residual: Tensor | None, backend: str
+) -> Tensor:
+    """The chain and the projection as blocks of their own, then the join with its gate or a skip path that is given."""
     validation.check_input(x)
     dtype = autocast_dtype(x)
-    refusal = refuses(x, params, spec, gate)
+    refusal = refuses(x, params, spec, gate, residual)
     if dtype is not None and refusal is not _MIXES:
         x = x.to(dtype)
     validation.check_once(x, params, spec, dtype)
+    if residual is not None:
+        _check_residual(x, params, spec, residual)
     if not dispatch.takes_gate(backend, x, refusal):
-        out = reference.residual_block(x, params, spec, gate)
+        out = reference.residual_block(x, params, spec, gate, residual)
         running_stats.count_batch(params, spec)
         return out
     parts = gated_block.parts(params, spec)
     native_join = gated_block.has_join(x)
+    if residual is not None and residual.dtype != x.dtype:
+        if spec.in_place_add:
+            residual = residual.to(x.dtype)
+        else:
+            native_join = False  # the sum has the wider dtype
     leaves_norm = native_join and autograd.trains(spec, x, params)
     last = x.is_contiguous(memory_format=torch.channels_last)
     form = torch.channels_last if last else torch.contiguous_format
@@ -143,13 +160,24 @@ def _gated_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate, ba
             form = operators.result_format(x, [p.weight for p in params.convs], spec)
         x = x.contiguous(memory_format=torch.channels_last)  # once, rather than in each pass of the join
     y = residual_block(x, *(parts.chain if leaves_norm else parts.evaluated), backend=backend)
-    skip = None
+    skip = residual
     if spec.skip != "none":
         skip = x if parts.projection is None else residual_block(x, *parts.projection, backend=backend)
     if not native_join:
         return parts.act(reference.join(y, skip, params, spec, gate), parts.slope)
     out = gated_block.join(y, skip, params, parts, gate, leaves_norm)
     return out.contiguous(memory_format=form)
+
+
+def _check_residual(x: Tensor, params: BlockParams, spec: BlockSpec, residual: Tensor) -> None:
+    shape = _result_shape(x, params, spec)
+    if spec.skip != "none":
+        raise ValueError(f"a residual is given and spec.skip is {spec.skip!r}; accepted with a residual: 'none'")
+    if tuple(residual.shape) != shape or residual.device != x.device:
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} on {residual.device}, the branch gives {shape} on {x.device}; they "
+            "are added, so they must be alike"
+        )
 
 
 def _result_shape(x: Tensor, params: BlockParams, spec: BlockSpec) -> tuple[int, int, int, int]:
@@ -272,13 +300,15 @@ def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]
     return norm.running_mean, norm.running_var, None
 
 
-def refuses(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None = None) -> str | None:
+def refuses(
+    x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None = None, residual: Tensor | None = None
+) -> str | None:
     """Why only PyTorch's own operations compute this block, whatever the backend, or None."""
     if gate is not None and (reason := gated_block.reason_against(spec)) is not None:
         return reason
     if autocast_dtype(x) not in (None, x.dtype) and _keeps_width(spec):
         return _MIXES
-    return differentiated_otherwise(x, params.tensors)
+    return differentiated_otherwise(x, (*params.tensors, residual))
 
 
 def as_convolved(x: Tensor) -> Tensor:

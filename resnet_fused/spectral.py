@@ -18,8 +18,9 @@ from torch.nn.grad import conv2d_input
 from resnet_fused.backends.folding import Affine, affine
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
-from resnet_fused.modules.block_modules import StageModules, class_path, describe, describe_stage
+from resnet_fused.modules.block_modules import CompositeModules, StageModules, class_path, describe, describe_stage
 from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.plan import Plan
 from resnet_fused.ops import reference
 from resnet_fused.params import BlockParams, Scale, StageParams, map_tensors
 from resnet_fused.spec import BlockSpec, IntPair, StageSpec
@@ -93,17 +94,24 @@ def conv_norm(
 def described(block: nn.Module) -> Block:
     """The block's tensors and spec, as fused blocks are computed with. Raises TypeError, NotFusable."""
     if isinstance(block, FusedModule):
-        params, spec, gate = block.fused_describe()
-        _require_no_gate(block, gate)
-        return params, spec
+        found = block.fused_describe()
+        if isinstance(found, Plan):
+            raise NotFusable(_COMPOSITE.format(class_path(type(block))))
+        _require_no_gate(block, found.gate)
+        return found.params, found.spec
     adapter = adapters.find(type(block))
     if adapter is None:
         raise TypeError(
             f"{class_path(type(block))} is no block class that is known here; register_block(cls, adapter) teaches it"
         )
     modules = adapter(block)
+    if isinstance(modules, CompositeModules):
+        raise NotFusable(_COMPOSITE.format(class_path(type(block))))
     _require_no_gate(block, modules.gate)
     return describe(modules, "default")
+
+
+_COMPOSITE = "{} is computed in several parts with PyTorch's own modules between, which has no bound here"
 
 
 def _require_no_gate(block: nn.Module, gate: object) -> None:

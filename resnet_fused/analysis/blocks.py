@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.adapters import register_block
-from resnet_fused.modules.block_modules import BlockModules, StageModules, class_path
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules, StageModules, class_path
 from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, inject
 from resnet_fused.modules.stem import STEMS
@@ -52,7 +52,10 @@ def branch_modules(block: nn.Module) -> BlockModules:
     adapter = adapters.find(original_class(block))
     if adapter is None:
         raise NotFusable(f"{original_class(block).__name__} is an unknown block class; register_block teaches it")
-    return adapter(block)
+    modules = adapter(block)
+    if isinstance(modules, CompositeModules):
+        raise NotFusable(f"{original_class(block).__name__} has parts between its convolutions that are no stages")
+    return modules
 
 
 class PlainBlock(nn.Module):

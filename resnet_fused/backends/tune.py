@@ -20,6 +20,7 @@ from resnet_fused.backends.how import Way, launch_mode, library_convolutions
 from resnet_fused.backends.measured import BackendName, Decision
 from resnet_fused.errors import BackendError, NotFusable
 from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.plan import Plan
 from resnet_fused.ops import gated_block
 from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
@@ -93,9 +94,12 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
     result, decisions = Tuning(), {}
     for name, module, block_input in block_inputs(model, x):
         try:
-            params, spec = gated_block.chosen_for(*module.fused_describe())
+            described = module.fused_describe()
         except NotFusable:
             continue
+        if isinstance(described, Plan):  # the inputs of its calls are not known here
+            continue
+        params, spec = gated_block.chosen_for(*described)
         block = TunedBlock(block_input, params, spec, train=spec.batch_stats or module.training)
         key = measured.key(spec, block_input, [p.weight for p in params.convs], block.train)
         field = contestants(block_input, params, spec)

@@ -33,7 +33,8 @@ from resnet_fused.modules.block_modules import (
     describe,
     require_no_hooks,
 )
-from resnet_fused.modules.fused_block import Described, Description
+from resnet_fused.modules.fused_block import Description
+from resnet_fused.modules.plan import Described
 from resnet_fused.ops import operators
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, Order, StageSpec

@@ -20,6 +20,9 @@ from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Ski
 from resnet_fused.spec.activations import KINDS, recognise
 
 FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"  # timm freezes with the same class
+NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # computes as nn.BatchNorm2d, then `drop` and `act`
+FROZEN_NORM_ACT = "timm.layers.norm_act.FrozenBatchNormAct2d"
+NORMS_WITH_ACT = (NORM_ACT, FROZEN_NORM_ACT)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,56 @@ class BlockModules:
     skip_scale: Scale = 1.0
     in_place_add: bool = False
     gate: Callable[[Tensor], Tensor] | None = None
+
+
+StepModules = BlockModules | nn.Module  # a fused call, or a module that is called as it is
+
+
+@dataclass(frozen=True)
+class CompositeModules:
+    """The children of a block that takes several fused calls: what an adapter returns where a part between convolutions
+    has no fused form.
+
+        x = before(x),   out = after(end(branch(x)) + skip(x))
+
+    end:  the last fused call of the branch, with `skip` "none"; what the skip path gives is added before its last
+          activation (in branch order behind it). None: `branch` is all, and there is no skip path.
+    skip: () for x itself, None for no skip path.
+
+    Modules among the steps are called, so their hooks run. Raises ValueError for parts that do not fit together.
+    """
+
+    branch: tuple[StepModules, ...] = ()
+    end: BlockModules | None = None
+    skip: tuple[StepModules, ...] | None = None
+    before: tuple[StepModules, ...] = ()
+    after: tuple[StepModules, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.end is None and self.skip is not None:
+            raise ValueError("a skip path needs the fused call that it is added to: give end")
+        if self.end is not None and self.end.skip != "none":
+            raise ValueError(f"end has skip={self.end.skip!r}; accepted: 'none', the composite's own skip is added")
+
+    @property
+    def blocks(self) -> tuple[BlockModules, ...]:
+        """The fused calls."""
+        steps = (*self.before, *self.branch, self.end, *(self.skip or ()), *self.after)
+        return tuple(step for step in steps if isinstance(step, BlockModules))
+
+
+def called_by(modules: BlockModules | CompositeModules) -> list[nn.Module]:
+    """The modules that are called as they are."""
+    if isinstance(modules, BlockModules):
+        return []
+    steps = (*modules.before, *modules.branch, *(modules.skip or ()), *modules.after)
+    return [step for step in steps if isinstance(step, nn.Module)]
+
+
+def stages_of(modules: BlockModules | CompositeModules) -> list[StageModules]:
+    """Every stage that is computed fused, projections included."""
+    blocks = (modules,) if isinstance(modules, BlockModules) else modules.blocks
+    return [stage for each in blocks for stage in (*each.stages, each.projection) if stage is not None]
 
 
 def describe(modules: BlockModules, memory: Memory) -> tuple[BlockParams, BlockSpec]:
@@ -90,6 +143,17 @@ def require_no_hooks(name: str, module: nn.Module) -> None:
         raise NotFusable(f"{name} ({type(module).__name__}) has its forward replaced on the instance")
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a batch norm of any kind; `describe` says which are accepted."""
+    norms = (FROZEN_NORM, FROZEN_NORM_ACT)
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or class_path(type(module)) in norms
+
+
+def original_path(module: nn.Module) -> str:
+    """`class_path` of the module's class before `fuse`."""
+    return class_path(getattr(type(module), "_fused_from", type(module)))
+
+
 def class_path(cls: type) -> str:
     """The class's dotted name, by which classes of optional dependencies are recognised without importing them."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -97,9 +161,10 @@ def class_path(cls: type) -> str:
 
 def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
     conv = _conv(f"{name}.conv", modules.conv)
-    norm, batch_stats, eps = _norm(f"{name}.norm", modules.norm, conv.weight.device.type)
-    act = _activation(f"{name}.act", modules.act)
-    slope = modules.act.weight if isinstance(modules.act, nn.PReLU) else None
+    given_norm, given_act = _norm_and_act(name, modules)
+    norm, batch_stats, eps = _norm(f"{name}.norm", given_norm, conv.weight.device.type)
+    act = _activation(f"{name}.act", given_act)
+    slope = given_act.weight if isinstance(given_act, nn.PReLU) else None
     params = StageParams(conv.weight, conv.bias, **norm, slope=slope)
     spec = StageSpec(
         conv.stride,  # type: ignore[arg-type]  # typed tuple[int, ...]
@@ -113,6 +178,23 @@ def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, Stage
         conv.padding_mode,
     )
     return params, spec
+
+
+def _norm_and_act(name: str, modules: StageModules) -> tuple[nn.Module | None, Any]:
+    """The stage's norm and activation; of timm's norms with an activation of their own the one that follows."""
+    norm, act = modules.norm, modules.act
+    if norm is None or class_path(type(norm)) not in NORMS_WITH_ACT:
+        return norm, act
+    if type(norm.drop) is not nn.Identity:
+        raise NotFusable(f"{name}.norm drops with {type(norm.drop).__name__}; accepted: nn.Identity")
+    require_no_hooks(f"{name}.norm.drop", norm.drop)
+    own = None if type(norm.act) is nn.Identity else norm.act
+    if own is None:
+        require_no_hooks(f"{name}.norm.act", norm.act)  # type: ignore[arg-type]
+        return norm, act
+    if act is not None and type(act) is not nn.Identity:
+        raise NotFusable(f"{name}.norm has an activation, {type(own).__name__}, and another follows it")
+    return norm, own
 
 
 def _conv(name: str, conv: nn.Module) -> nn.Conv2d:
@@ -141,11 +223,11 @@ def _norm(name: str, norm: nn.Module | None, device: str) -> tuple[dict[str, Any
     require_no_hooks(name, norm)
     if type(norm) is nn.Identity:
         return {}, False, 0.0
-    if type(norm) is nn.BatchNorm2d:
-        return _batch_norm(norm)
-    if class_path(type(norm)) == FROZEN_NORM:
+    if type(norm) is nn.BatchNorm2d or class_path(type(norm)) == NORM_ACT:
+        return _batch_norm(norm)  # type: ignore[arg-type]
+    if class_path(type(norm)) in (FROZEN_NORM, FROZEN_NORM_ACT):
         if torch.is_autocast_enabled(device):
-            raise NotFusable(f"{name} is FrozenBatchNorm2d, whose result is float32 under autocast")
+            raise NotFusable(f"{name} is {type(norm).__name__}, whose result is float32 under autocast")
         fields = ("running_mean", "running_var")
         affine = {"norm_weight": norm.weight, "norm_bias": norm.bias}
         return affine | {field: getattr(norm, field) for field in fields}, False, float(norm.eps)  # type: ignore[arg-type]
@@ -154,7 +236,7 @@ def _norm(name: str, norm: nn.Module | None, device: str) -> tuple[dict[str, Any
 
 def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
     """As ``nn.BatchNorm2d.forward`` decides from `training`, `track_running_stats` and the presence of buffers."""
-    state = batch_norm.read(norm)
+    state = batch_norm.state(norm)
     fields: dict[str, Any] = {
         "norm_weight": state.weight,
         "norm_bias": state.bias,

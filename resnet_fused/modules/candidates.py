@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
-from resnet_fused.modules.block_modules import FROZEN_NORM, class_path
+from resnet_fused.modules.block_modules import FROZEN_NORM, called_by, class_path
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.stem import STEMS
 
@@ -34,7 +35,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
     Listed are modules of a known class. Of other classes, those are listed that hold a convolution and a batch norm at
     any depth and whose forward adds, by its source; of nested ones the innermost. So a block made of sub-modules is
     shown, and its pieces are not. Also listed are modules outside of these that have a convolution and a batch norm as
-    children. A module that holds blocks is a network and no block.
+    children. A module that holds blocks is a network and no block. Behind a block follow the layers that are fused by
+    themselves within it, and what a fused one calls as it is.
     """
     unique = {id(candidate.module): candidate for candidate in reversed(list(_within("", model)))}
     return list(reversed(unique.values()))
@@ -52,16 +54,30 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
         for candidate in _within(f"{name}.{child_name}" if name else child_name, child)
     ]
     cls = original_class(module)
-    if adapters.find(cls) is not None:
-        yield Candidate(name, module, whole=True)
+    if adapters.find(cls) is not None or isinstance(module, FusedModule):
+        yield Candidate(name, module, whole=class_path(cls) not in adapters.LAYERS)
         if class_path(cls) in STEMS:  # the one kind of block that has others beside it
             yield from inner
+        else:
+            yield from _by_themselves(module, inner)
     elif _is_block(module, inner):
         yield Candidate(name, module, whole=True)
+        yield from _by_themselves(module, inner)
     elif not inner and _holds(list(module.children())) and not _is_network(module):
         yield Candidate(name, module, whole=False)
     else:
         yield from inner
+
+
+def _by_themselves(block: nn.Module, inner: list[Candidate]) -> list[Candidate]:
+    """Layers that are fused within a block which is left alone, and what a fused block calls as it is."""
+    if not isinstance(block, FusedModule):
+        return [candidate for candidate in inner if isinstance(candidate.module, FusedModule)]
+    try:
+        called = {id(part) for step in called_by(block.fused_modules()) for part in step.modules()}
+    except NotFusable:
+        return []
+    return [candidate for candidate in inner if id(candidate.module) in called]
 
 
 def _is_block(module: nn.Module, inner: list[Candidate]) -> bool:
@@ -71,7 +87,8 @@ def _is_block(module: nn.Module, inner: list[Candidate]) -> bool:
 
 def _is_network(module: nn.Module) -> bool:
     """A container, or what ends in a classifier: no formula of a block."""
-    return isinstance(module, CONTAINERS) or any(type(child) is nn.Linear for child in module.children())
+    contains = isinstance(module, CONTAINERS) and any(type(module).forward is cls.forward for cls in CONTAINERS)
+    return contains or any(type(child) is nn.Linear for child in module.children())
 
 
 def _holds(modules: list[nn.Module]) -> bool:

@@ -11,9 +11,11 @@ from torch import nn
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
-from resnet_fused.modules.block_modules import class_path, describe
-from resnet_fused.modules.candidates import candidates
-from resnet_fused.modules.fused_block import FusedBlock, FusedModule, Settings, eject, inject
+from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.block_modules import called_by, class_path
+from resnet_fused.modules.candidates import candidates, original_class
+from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
+from resnet_fused.modules.plan import describe_all
 from resnet_fused.modules.stem import STEMS
 from resnet_fused.ops import operators
 from resnet_fused.spec import Memory
@@ -27,8 +29,9 @@ SHOWN = 3  # reasons in a warning
 def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> Model:
     """Switch every block of a known class to the fused operators, in place, and return the model.
 
-    Known are torchvision's and timm's BasicBlock, Bottleneck and ResNet (its stem), this package's own, and what
-    `register_block` has added. Parameters, buffers, names, hooks on the block and `state_dict` stay as they are.
+    Known are the blocks, stems and layers of torchvision's and timm's ResNets and RegNets (`modules.adapters` lists
+    their classes), this package's own, and what `register_block` has added. Parameters, buffers, names, hooks on the
+    block and `state_dict` stay as they are.
     A block of another class, or one with a part that has no fused form, is left alone: `explain(model)` says why.
     A block that loses its fused form later runs its original forward, and the reason is logged to "resnet_fused".
     Fusing again changes the settings. Not supported: ``torch.jit.script`` of a fused model (unfuse it first).
@@ -44,13 +47,46 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> 
     dispatch.check_name(backend)
     if memory not in get_args(Memory):
         raise ValueError(f"memory must be one of {', '.join(map(repr, get_args(Memory)))}, got {memory!r}")
-    for module in model.modules():
-        if isinstance(module, FusedModule) or why_not(module) is None:
-            inject(module, STEMS.get(class_path(type(module)), FusedBlock), Settings(backend, memory))
+    _fuse(model, Settings(backend, memory))
     _warn_of_what_is_left(model)
     if backend == "auto" and (reason := operators.load_error()) is not None:
         _warn_once(f"fused blocks run in plain PyTorch: {reason}")
     return model
+
+
+def _fuse(module: nn.Module, settings: Settings) -> None:
+    """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
+    block that is left alone may hold others."""
+    if isinstance(module, FusedModule) or why_not(module) is None:
+        inject(module, STEMS.get(class_path(type(module)), FusedBlock), settings)
+    within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
+    for called in _called(module):
+        _fuse(called, settings)
+    for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
+        _fuse_sequential(module, name, settings)
+    for child in module.children():
+        if id(child) not in within:
+            _fuse(child, settings)
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    if not isinstance(module, FusedModule):
+        return []
+    try:
+        return called_by(module.fused_modules())
+    except NotFusable:  # fused before, and changed since
+        return []
+
+
+def _fuse_sequential(module: nn.Module, name: str, settings: Settings) -> None:
+    """A child of `module` that is a plain nn.Sequential, if it holds a chain that can be described."""
+    try:
+        child = module.get_submodule(name)
+        if type(child) is nn.Sequential:
+            describe_all(sequential.chain(child), "default")
+            inject(child, FusedSequential, settings)
+    except (AttributeError, NotFusable):  # replaced, or pruned
+        return
 
 
 def unfuse(model: Model) -> Model:
@@ -74,7 +110,7 @@ def why_not(module: nn.Module) -> str | None:
     if adapter is None:
         return "unknown block class; register_block(cls, adapter) teaches it"
     try:
-        describe(adapter(module), "default")
+        describe_all(adapter(module), "default")
     except NotFusable as reason:
         return str(reason)
     return None

@@ -10,18 +10,17 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import functional
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters, module_state
-from resnet_fused.modules.block_modules import describe
-from resnet_fused.ops.gate import Gate
-from resnet_fused.params import BlockParams, same
-from resnet_fused.spec import BlockSpec, Memory
+from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules
+from resnet_fused.modules.plan import Described, Plan, describe_all
+from resnet_fused.spec import Memory
 
 log = logging.getLogger("resnet_fused")
 
@@ -32,14 +31,6 @@ class Settings:
 
     backend: str
     memory: Memory
-
-
-class Described(NamedTuple):
-    """A block's arguments of `functional.residual_block`."""
-
-    params: BlockParams
-    spec: BlockSpec
-    gate: Gate | None
 
 
 class Description:
@@ -55,13 +46,13 @@ class Description:
         self.forget()
 
     def forget(self) -> None:
-        self._last: tuple[Described | None, module_state.Snapshot | None, bool] = (None, None, False)
+        self._last: tuple[Described | Plan | None, module_state.Snapshot | None, bool] = (None, None, False)
 
     @property
-    def block(self) -> Described | None:
+    def block(self) -> Described | Plan | None:
         return self._last[0]
 
-    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Described | None, bool]:
+    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Described | Plan | None, bool]:
         """The last description, and whether it describes this very module in its present state.
 
         narrowed: under autocast, on which the fate of a FrozenBatchNorm2d depends.
@@ -72,7 +63,7 @@ class Description:
             return block, False
         return block, module_state.unchanged(snapshot)
 
-    def keep(self, block: Described | None, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
+    def keep(self, block: Described | Plan | None, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
         """All at once, since threads may share a module.
 
         snapshot: it begins with the module; None: the description is for this call only.
@@ -103,15 +94,18 @@ class FusedModule(nn.Module):
         self._fused_description.forget()
         return super()._apply(*args, **kwargs)
 
-    def fused_describe(self) -> Described:
-        """The block's tensors, spec and gate in its present state; raises NotFusable."""
+    def fused_modules(self) -> BlockModules | CompositeModules:
+        """The children by the part that they play; raises NotFusable."""
         adapter = adapters.find(self._fused_from)
         if adapter is None:  # unpickled where nobody has registered it
             raise NotFusable(f"{self._fused_from.__name__} is not registered here; call register_block")
-        modules = adapter(self)
-        return Described(*describe(modules, self._fused_settings.memory), modules.gate)
+        return adapter(self)
 
-    def _fused_or_none(self, x: Tensor) -> Described | None:
+    def fused_describe(self) -> Described | Plan:
+        """The tensors, spec and gate in the present state, or a plan of several such calls; raises NotFusable."""
+        return describe_all(self.fused_modules(), self._fused_settings.memory)
+
+    def _fused_or_none(self, x: Tensor) -> Described | Plan | None:
         """`fused_describe`, kept while it holds. Where the original has to run, logs the reason and returns None."""
         # torch.fx (its x is a Proxy) and torch.jit trace the original
         if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -123,14 +117,14 @@ class FusedModule(nn.Module):
         if holds:
             return last
         block = self._fused_describe_or_log()
-        if block is not None and last is not None and block.spec == last.spec and same(block.params, last.params):
-            block = last._replace(gate=block.gate)  # with what is known of its tensors
+        if block is not None:
+            block = block.remember(last)
         # a registered adapter may read anything, so it is asked every time
         lasts = adapters.is_built_in(self._fused_from)
         kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None, narrowed)
         return block
 
-    def _fused_describe_or_log(self) -> Described | None:
+    def _fused_describe_or_log(self) -> Described | Plan | None:
         try:
             return self.fused_describe()
         except NotFusable as reason:
@@ -160,8 +154,14 @@ class FusedBlock(FusedModule):
         described = self._fused_or_none(x)
         if described is None:
             return super().forward(x)
-        params, spec, gate = described
-        return functional.residual_block(x, params, spec, gate=gate, backend=self._fused_settings.backend)
+        return described.run(x, self._fused_settings.backend)
+
+
+class FusedSequential(FusedBlock):
+    """An nn.Sequential that a known model calls (`adapters.SEQUENTIALS`), a chain by what it holds."""
+
+    def fused_modules(self) -> BlockModules | CompositeModules:
+        return sequential.chain(self)
 
 
 def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> None:

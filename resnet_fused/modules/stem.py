@@ -5,6 +5,7 @@ Each mixin repeats its original's few lines around the stem. Without a fusable s
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules import adapters
+from resnet_fused.modules.adapters.timm import pools_with_convolution
 from resnet_fused.modules.block_modules import require_no_hooks
 from resnet_fused.modules.fused_block import FusedModule
+
+STEM_PARTS = ("conv1", "bn1", "relu", "maxpool")  # torchvision's names
 
 
 class FusedStem(FusedModule):
@@ -27,18 +30,18 @@ class FusedStem(FusedModule):
     layer4: nn.Module
 
     def _fused_parts(self) -> Iterable[nn.Module]:
-        modules = adapters.find(self._fused_from)(self)  # type: ignore[misc]  # described with it just now
-        stem = modules.stages[0]
-        parts = (self, stem.conv, stem.norm, stem.act, self.maxpool)
-        return [part for part in parts if isinstance(part, nn.Module)]
+        parts = [getattr(self, name, None) for name in ("conv1", "bn1", "act1", "relu", "maxpool")]
+        return [self, *(module for part in parts if isinstance(part, nn.Module) for module in part.modules())]
 
     def _fused_stem(self, x: Tensor) -> Tensor | None:
         """The pooled stem, or None if it is not fusable."""
         described = self._fused_or_none(x)
         if described is None:
             return None
-        params, spec, _ = described
+        params, spec, _ = described.calls[0]
         backend = self._fused_settings.backend
+        if pools_with_convolution(self):  # a stage of the chain
+            return functional.residual_block(x, params, spec, backend=backend)
         if pool_reason(self.maxpool) is None:
             return functional.residual_block_max_pool2d(x, params, spec, 3, 2, 1, backend=backend)
         return self.maxpool(functional.residual_block(x, params, spec, backend=backend))
@@ -78,6 +81,24 @@ class FusedOwnResNet(FusedResNet):
         return functional.batch_norm_act(features, self.norm, backend=backend)
 
 
+class FusedLayerGetter(FusedStem):
+    """For torchvision's IntermediateLayerGetter around a ResNet, the backbone of its segmentation and detection."""
+
+    return_layers: dict[str, str]
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        stem = None if self.return_layers.keys() & set(STEM_PARTS) else self._fused_stem(x)
+        if stem is None:
+            return super().forward(x)
+        out = OrderedDict()
+        for name, module in self.items():  # type: ignore[operator]
+            if name not in STEM_PARTS:
+                stem = module(stem)
+            if name in self.return_layers:
+                out[self.return_layers[name]] = stem
+        return out
+
+
 class FusedTimmResNet(FusedStem):
     """For timm's ResNet, with its gradient checkpointing."""
 
@@ -100,6 +121,7 @@ class FusedTimmResNet(FusedStem):
 STEMS: dict[str, type[FusedModule]] = {
     "resnet_fused.models.resnet.ResNet": FusedOwnResNet,
     "torchvision.models.resnet.ResNet": FusedResNet,
+    "torchvision.models._utils.IntermediateLayerGetter": FusedLayerGetter,
     "timm.models.resnet.ResNet": FusedTimmResNet,
 }
 

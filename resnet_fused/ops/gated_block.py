@@ -87,7 +87,9 @@ def has_join(x: Tensor) -> bool:
     return x.device.type == "cpu" and operators.load_error() is None
 
 
-def join(y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate: Gate, normalises: bool) -> Tensor:
+def join(
+    y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate: Gate | None, normalises: bool
+) -> Tensor:
     """act(branch_scale * gate * norm(y) + skip_scale * skip), channels_last; updates the norm's running statistics.
 
     normalises: `parts.norm` is applied here; otherwise y has been through every norm.
@@ -104,6 +106,8 @@ def join(y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate
         norm, batch = JoinNorm.identity(y), None
     means = images[:, 0] if pools and images is not None else None
     y, pooled, handoff = gated_join.pooled_norm(y, norm, means)
+    if gate is None:
+        gate = y.new_ones(1, 1)
     factor = per_channel(gate(pooled) if callable(gate) else gate, y)  # type: ignore[arg-type]
     if isinstance(params.branch_scale, Tensor):
         factor = factor * params.branch_scale.reshape(1, -1)
@@ -111,6 +115,7 @@ def join(y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate
         factor = factor * params.branch_scale
     if skip is not None:
         skip = reference.scaled(skip, params.skip_scale)
+        skip = skip.contiguous(memory_format=torch.channels_last)
     out = gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
     if batch is not None and tensors is not None:
         running_stats.update_one(tensors, batch[0], batch[1], y.numel() // y.shape[1])

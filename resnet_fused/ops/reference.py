@@ -14,16 +14,18 @@ from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, StageSpec
 
 
-def residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None = None) -> Tensor:
+def residual_block(
+    x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None = None, residual: Tensor | None = None
+) -> Tensor:
     """The block of `spec` on x [N, C, H, W] -> [N, C_out, H', W']; differentiable any number of times.
 
-    gate: as in `functional.residual_block`.
+    gate, residual: as in `functional.residual_block`.
 
     Updates the running statistics of stages with `batch_stats` in place, as ``nn.BatchNorm2d`` does, but not
     `num_batches_tracked`, which is left to its caller.
     """
     stages = list(zip(spec.stages, params.stages, strict=True))
-    skip = None if spec.skip == "none" else x
+    skip = residual if spec.skip == "none" else x
     if spec.order == "pre":
         u = x
         for i, (stage, tensors) in enumerate(stages):

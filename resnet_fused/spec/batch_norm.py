@@ -42,6 +42,11 @@ def read(module: nn.Module) -> BatchNorm:
             f"bn is {type(module).__module__}.{type(module).__qualname__}; accepted: nn.BatchNorm2d and "
             "nn.SyncBatchNorm themselves, since a subclass may compute something else"
         )
+    return state(module)
+
+
+def state(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
+    """`read`, of a module that is known to decide as these two do."""
     mean, var = module.running_mean, module.running_var
     tracked = module.training and module.track_running_stats
     used = not module.training or tracked

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ import resnet_fused
 from resnet_fused.analysis import command as analyze
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import BackendError
-from resnet_fused.tools import named_models
+from resnet_fused.tools import coverage, named_models
 from resnet_fused.tools.bench import command
 from resnet_fused.tools.comparison import Progress
 from resnet_fused.tools.info import info
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 if something computed is wrong, 2 for a usage error."""
     arguments = _parser().parse_args(argv)
     try:
-        for option in ("json", "html"):
+        for option in ("json", "html", "markdown"):
             _require_writable(option, getattr(arguments, option, None))
         return arguments.run(arguments)
     except (ValueError, ImportError, OSError, BackendError) as error:
@@ -94,6 +95,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(why)
     why.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
     why.set_defaults(run=_explain)
+
+    covered = commands.add_parser(
+        "coverage",
+        help="how many convolutions with a batch norm run fused in many models, and why not the rest",
+        description="Build each model without values, and count the convolutions that a batch norm follows: how many "
+        "run fused with it, and the reasons for the others. Exit status 1 if the share is smaller than asked.",
+    )
+    covered.add_argument("models", nargs="+", metavar="PATTERN", help="as timm:resnet* or torchvision:*resnet*")
+    covered.add_argument("--min-share", type=float, default=0.0, metavar="SHARE", help="of all pairs (default: any)")
+    covered.add_argument("--json", type=Path, metavar="FILE", help="write every count there")
+    covered.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there")
+    covered.set_defaults(run=_coverage)
 
     cost = commands.add_parser(
         "cost",
@@ -184,6 +197,18 @@ def _explain(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         arguments.json.write_text(explanation.to_json() + "\n")
     return 0
+
+
+def _coverage(arguments: argparse.Namespace) -> int:
+    names = coverage.matching(arguments.models)
+    with _progress() as progress:
+        found = coverage.coverage(names, progress)
+    print(found)
+    if arguments.json is not None:
+        arguments.json.write_text(found.to_json() + "\n")
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(found.to_markdown(shlex.join(["resnet-fused", "coverage", *arguments.models])))
+    return 0 if found.fused >= arguments.min_share * found.pairs else WRONG
 
 
 def _cost(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.modules import adapters
+from resnet_fused.modules.block_modules import stages_of
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.stem import FusedStem
 
@@ -289,12 +290,14 @@ def _straightened(module: nn.Module) -> nn.Module | None:
     if adapter is None:
         return None
     module = copy.deepcopy(module)
-    acts = [stage.act for stage in adapter(module).stages if stage.act is not None]
+    acts = [stage.act for stage in stages_of(adapter(module)) if stage.act is not None]
     for name, child in list(module.named_children()):
         if any(child is act for act in acts):
             setattr(module, name, nn.Identity())
-    left = (stage.act for stage in adapter(module).stages)
-    return module if all(act is None or type(act) is nn.Identity for act in left) else None
+    stages = stages_of(adapter(module))
+    curved = [stage for stage in stages if not (stage.act is None or type(stage.act) is nn.Identity)]
+    own = [stage for stage in stages if type(getattr(stage.norm, "act", None)) not in (type(None), nn.Identity)]
+    return None if curved or own else module
 
 
 @contextlib.contextmanager

@@ -14,9 +14,11 @@ from resnet_fused.backends import dispatch, how, prepared
 from resnet_fused.backends.folding import folded
 from resnet_fused.backends.tune import block_inputs
 from resnet_fused.errors import NotFusable
+from resnet_fused.modules.adapters.timm import pools_with_convolution
 from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fuse import require_module, why_not
 from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.plan import Described, Plan
 from resnet_fused.modules.stem import FusedStem, pool_reason
 from resnet_fused.ops import gated_block
 from resnet_fused.tools.tables import table
@@ -88,17 +90,47 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if not isinstance(module, FusedModule):
         return "eager", why_not(module) or "not fused; call fuse(model)"
     try:
-        params, spec, gate = module.fused_describe()
+        described = module.fused_describe()
     except NotFusable as reason:
         return "eager", str(reason)
+    if isinstance(described, Plan):
+        return _of_plan(module, described, x)
+    backend, notes = _of_call(module, described, x)
+    if isinstance(module, FusedStem) and not pools_with_convolution(module):
+        notes += [pool] if (pool := pool_reason(module.maxpool)) is not None else []
+    return backend, "; ".join(notes)
+
+
+def _of_plan(module: FusedModule, plan: Plan, x: Tensor | None) -> tuple[str, str]:
+    """The backend of those calls that are fused; where they differ, the reasons of each."""
+    like = None if x is None else x[:1, :1, :8, :8]
+    answers = [_of_call(module, call, None if like is None else _stand_in(call, like)) for call in plan.calls]
+    backends = [backend for backend, _ in answers]
+    fused = next((backend for backend in backends if backend != "eager"), "eager")
+    notes = [
+        note if backend == fused else f"a part runs in plain PyTorch: {note}"
+        for backend, notes in answers
+        for note in notes
+        if not note.startswith("engine: ")  # of an input that only stands for the part's own
+    ]
+    return fused, "; ".join([f"{len(plan.calls)} fused calls", *dict.fromkeys(notes)])
+
+
+def _stand_in(call: Described, like: Tensor) -> Tensor:
+    """For the input of one fused call of a plan: its channels, `like`'s device and dtype."""
+    weight = call.params.stages[0].weight
+    return like.new_empty(1, weight.shape[1] * call.spec.stages[0].groups, 8, 8)
+
+
+def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[str, list[str]]:
+    params, spec, gate = call
     given = x is not None
     if x is None:
-        weight = params.stages[0].weight
-        x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
+        x = _stand_in(call, params.stages[0].weight)
     asked = module._fused_settings.backend
     if gate is not None:
         if (refusal := functional.refuses(x, params, spec, gate)) is not None:
-            return "eager", refusal
+            return "eager", [refusal]
         params, spec = gated_block.chosen_for(params, spec, gate)
     with torch.set_grad_enabled(module.training):  # evaluation is taken to be without autograd, as `tune` takes it
         backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
@@ -109,16 +141,14 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         against = prepared.reason_against(x, params, spec)
         finite = prepared.prepared(params, x, spec).finite if against is None else folded(params, x, spec).finite
         if not finite:
-            return "eager", "in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"
+            return "eager", ["in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"]
         if against is not None:
             notes.append(f"evaluation runs oneDNN's convolutions: {against}")
         elif given:
             notes.append(f"engine: {prepared.prepared(params, x, spec).describe(x)}")
     if gate is not None and backend != "eager" and not gated_block.has_join(x):
         notes.append("the gate and the addition behind it are PyTorch's own operations")
-    if isinstance(module, FusedStem) and (pool := pool_reason(module.maxpool)) is not None:
-        notes.append(pool)
-    return backend, "; ".join(notes)
+    return backend, notes
 
 
 def _dispatched(asked: str, against: dict[str, str | None]) -> tuple[str, list[str]]:

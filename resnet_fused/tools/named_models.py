@@ -42,6 +42,34 @@ def build(name: str, *, zero_init_residual: bool = False) -> nn.Module:
     return getattr(family, name)(zero_init_residual=zero_init_residual)
 
 
+def known(pattern: str) -> list[str]:
+    """Every name of the library that the pattern's prefix names, prefix included: classification, and for torchvision
+    segmentation and detection, without its quantized models. Raises ValueError without a prefix, ImportError without
+    the library.
+    """
+    torchvision = import_torchvision()
+    if pattern.startswith(TIMM):
+        return [f"{TIMM}{name}" for name in _import_timm(pattern).list_models()]
+    if not pattern.startswith(TORCHVISION):
+        raise ValueError(f"{pattern!r} names no library; accepted: {TIMM}PATTERN, {TORCHVISION}PATTERN")
+    if torchvision is None:
+        raise ImportError(f"{pattern} needs torchvision: `pip install torchvision`")
+    return [f"{TORCHVISION}{name}" for name in torchvision.models.list_models() if not name.startswith("quantized")]
+
+
+def build_any(name: str) -> nn.Module:
+    """A model of `known`, of any family, with random weights."""
+    if name.startswith(TIMM):
+        return _timm_model(name.removeprefix(TIMM))
+    torchvision = import_torchvision()
+    if torchvision is None or not name.startswith(TORCHVISION):
+        return build(name)  # which says what is accepted
+    name = name.removeprefix(TORCHVISION)
+    classifies = name in torchvision.models.list_models(module=torchvision.models)
+    backbone = {} if classifies else {"weights_backbone": None}  # which would be downloaded
+    return torchvision.models.get_model(name, weights=None, **backbone)
+
+
 @torch.no_grad()
 def settle_norms(model: nn.Module, x: Tensor) -> None:
     """Give fresh batch norms weights, biases and running statistics of their own, in place.
@@ -87,12 +115,17 @@ def _import() -> ModuleType:
     return torchvision
 
 
-def _timm_model(name: str) -> nn.Module:
+def _import_timm(name: str) -> ModuleType:
     import_torchvision()  # timm imports it, too
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"{TIMM}{name} needs timm: `pip install timm` (import said: {error})") from error
+        raise ImportError(f"{name} needs timm: `pip install timm` (import said: {error})") from error
+    return timm
+
+
+def _timm_model(name: str) -> nn.Module:
+    timm = _import_timm(f"{TIMM}{name}")
     if not timm.is_model(name):
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models() gives the names")
     return timm.create_model(name, pretrained=False)

@@ -34,6 +34,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules.candidates import candidates
 from resnet_fused.modules.fuse import fuse, unfuse
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule
+from resnet_fused.modules.plan import Described
 from resnet_fused.modules.stem import FusedStem
 from resnet_fused.ops import gated_block
 from resnet_fused.spec import Memory
@@ -445,12 +446,25 @@ def _is_taken(block: nn.Module, x: Tensor) -> bool:
     if not isinstance(block, FusedModule):
         return False
     try:
-        params, spec, gate = block.fused_describe()
+        described = block.fused_describe()
     except NotFusable:
         return False
+    whole = isinstance(described, Described)
+    backend = block._fused_settings.backend
+    return all(_call_is_taken(backend, call, x if whole else _stand_in(call, x)) for call in described.calls)
+
+
+def _stand_in(call: Described, x: Tensor) -> Tensor:
+    """For the input of one fused call of a plan: its channels, and what x has of the rest."""
+    channels = call.params.stages[0].weight.shape[1] * call.spec.stages[0].groups
+    return x.new_empty(len(x), channels, *x.shape[2:])
+
+
+def _call_is_taken(backend: str, call: Described, x: Tensor) -> bool:
+    params, spec, gate = call
     refusal = functional.refuses(x, params, spec, gate)
     params, spec = gated_block.chosen_for(params, spec, gate)
-    return dispatch.select(block._fused_settings.backend, functional.as_convolved(x), params, spec, refusal) is not None
+    return dispatch.select(backend, functional.as_convolved(x), params, spec, refusal) is not None
 
 
 def _plain(value: Any) -> Any:

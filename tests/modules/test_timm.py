@@ -70,20 +70,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
         "se is SEModule",
         {"layer1.0", "layer4.0"},
     ),
-    "drop block": ({"drop_block_rate": 0.1}, "drop_block is DropBlock2d", {"layer3.0", "layer4.0"}),
-    "anti-aliasing": ({"aa_layer": "blurpc"}, "aa is BlurPool2d", {"layer2.0", "layer3.0", "layer4.0"}),
     "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"", "layer1.0", "layer1.1", "layer4.0"}),
     "norm": ({"norm_layer": "groupnorm"}, "stages[0].norm is GroupNorm", {"", "layer1.0", "layer1.1", "layer4.0"}),
-    "norm with activation": ({"norm_layer": "batchnorm2d"}, "is BatchNormAct2d", set()),
-    "average downsample": ({"avg_down": True}, "downsample is Sequential(AvgPool2d", {"layer2.0", "layer4.0"}),
-    "deep stem": ({"stem_type": "deep", "stem_width": 32}, "stages[0].conv is Sequential", {""}),
 }
 
 
 @pytest.mark.parametrize(("arguments", "reason", "names"), REFUSED.values(), ids=REFUSED)
 def test_parts_without_a_fused_form_are_named(arguments: dict[str, Any], reason: str, names: set[str]) -> None:
-    if arguments.get("aa_layer") == "blurpc":
-        arguments = {"aa_layer": timm.layers.BlurPool2d}
     model = short(**arguments)
     refused = {row.name for row in explain(fuse(model)) if reason in row.reason}
     assert names <= refused
@@ -92,24 +85,23 @@ def test_parts_without_a_fused_form_are_named(arguments: dict[str, Any], reason:
             assert isinstance(module, FusedModule) is (name not in refused)
 
 
-def test_a_partly_fused_model_trains_as_eager() -> None:
-    """resnet50d's kind: deep stem and average-pooling downsample stay, the other blocks are fused."""
-    model = short(resnet.Bottleneck, stem_type="deep", stem_width=32, avg_down=True)
+@pytest.mark.parametrize("stem", [{"stem_type": "deep"}, {"stem_type": "deep_tiered", "replace_stem_pool": True}])
+def test_a_deep_stem_is_one_chain(stem: dict[str, Any]) -> None:
+    """resnet50d's kind, with average-pooling downsample, and resnetrs50's, whose pooling is a convolution."""
+    model = short(resnet.Bottleneck, stem_width=32, avg_down=True, **stem)
     assert_trains_as_eager(model, pictures())
     fuse(model)
-    assert not isinstance(model, FusedStem)
-    assert [isinstance(b, FusedModule) for b in (model.layer1[0], model.layer1[1], model.layer2[0])] == [
-        True,
-        True,
-        False,
-    ]
+    assert isinstance(model, FusedStem)
+    assert len(model.fused_describe().calls[0].spec.stages) == (4 if "replace_stem_pool" in stem else 3)
+    assert all(isinstance(block, FusedModule) for block in (model.layer1[0], model.layer1[1], model.layer2[0]))
+    assert not any("accepted" in row.reason for row in explain(model))
 
 
-def test_a_stem_whose_pooling_is_a_convolution() -> None:
-    model = short(replace_stem_pool=True)
+def test_a_stem_whose_pooling_blurs() -> None:
+    model = short(aa_layer=timm.layers.BlurPool2d)
     assert_trains_as_eager(model, pictures())
     (row,) = (row for row in explain(fuse(model)) if row.name == "")
-    assert "maxpool is Sequential" in row.reason
+    assert row.backend == "native" and "maxpool is Sequential" in row.reason
 
 
 def test_gradient_checkpointing_is_kept() -> None:

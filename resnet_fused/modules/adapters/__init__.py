@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from resnet_fused.modules.adapters import resnet, timm
-from resnet_fused.modules.block_modules import BlockModules, class_path
+from resnet_fused.modules.adapters import resnet, sequential, timm, torchvision
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules, class_path
 
-Adapter = Callable[[nn.Module], BlockModules]
+Adapter = Callable[[nn.Module], BlockModules | CompositeModules]
 
 BUILT_IN: dict[str, Adapter] = {
     "resnet_fused.models.resnet.BasicBlock": resnet.own_basic_block,
@@ -24,9 +24,36 @@ BUILT_IN: dict[str, Adapter] = {
     "torchvision.models.resnet.BasicBlock": resnet.basic_block,
     "torchvision.models.resnet.Bottleneck": resnet.bottleneck,
     "torchvision.models.resnet.ResNet": resnet.stem,
+    "torchvision.models.regnet.ResBottleneckBlock": torchvision.regnet_block,
+    "torchvision.models.regnet.SimpleStemIN": sequential.chain,
+    "torchvision.models._utils.IntermediateLayerGetter": resnet.stem,
+    "torchvision.models.segmentation.fcn.FCNHead": sequential.chain,
+    "torchvision.models.segmentation.deeplabv3.ASPPConv": sequential.chain,
+    "torchvision.models.segmentation.deeplabv3.DeepLabHead": sequential.chain,
+    "torchvision.ops.misc.Conv2dNormActivation": sequential.chain,
     "timm.models.resnet.BasicBlock": timm.basic_block,
     "timm.models.resnet.Bottleneck": timm.bottleneck,
     "timm.models.resnet.ResNet": timm.stem,
+    "timm.models.resnetv2.PreActBasic": timm.pre_basic_block,
+    "timm.models.resnetv2.PreActBottleneck": timm.pre_bottleneck,
+    "timm.models.regnet.Bottleneck": timm.regnet_bottleneck,
+    "timm.models.regnet.PreBottleneck": timm.regnet_pre_bottleneck,
+    "timm.models.senet.SEBottleneck": timm.legacy_bottleneck,
+    "timm.models.senet.SEResNetBottleneck": timm.legacy_bottleneck,
+    "timm.models.senet.SEResNeXtBottleneck": timm.legacy_bottleneck,
+    "timm.models.senet.SEResNetBlock": timm.legacy_basic_block,
+    "timm.models.byobnet.BottleneckBlock": timm.byob_bottleneck,
+    "timm.models.sknet.SelectiveKernelBottleneck": timm.selective_kernel_bottleneck,
+    "timm.models.sknet.SelectiveKernelBasic": timm.selective_kernel_basic_block,
+    timm.CONV_NORM_ACT: timm.conv_norm_act,
+}
+# known classes that are pieces of blocks
+LAYERS = (timm.CONV_NORM_ACT, "torchvision.ops.misc.Conv2dNormActivation")
+# plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
+SEQUENTIALS: dict[str, tuple[str, ...]] = {
+    "timm.models.senet.SENet": ("layer0",),
+    "timm.models.resnetv2.ResNetV2": ("stem",),
+    "torchvision.models.segmentation.deeplabv3.ASPP": ("convs.0", "project"),
 }
 _registered: dict[type[nn.Module], Adapter] = {}
 
@@ -45,8 +72,9 @@ def register_block(cls: type[nn.Module], adapter: Adapter) -> None:
     """Teach `fuse` a block class, for this process.
 
     cls:     its ``forward(x)`` computes one of the formulas of `resnet_fused.spec`; subclasses need their own entry.
-    adapter: ``adapter(module) -> BlockModules`` names the children; it raises `NotFusable` with a reason for a
-             variant that is not that formula. Called at every forward, so it should only read attributes.
+    adapter: ``adapter(module)`` names the children, as `BlockModules` or `CompositeModules`; it raises `NotFusable`
+             with a reason for a variant that is not that formula. Called at every forward, so it should only read
+             attributes.
 
     Raises TypeError if cls is not a module class or the adapter cannot be called.
     """

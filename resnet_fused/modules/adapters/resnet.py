@@ -7,16 +7,25 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.block_modules import BlockModules, StageModules, require_no_hooks
+from resnet_fused.modules.block_modules import (
+    BlockModules,
+    CompositeModules,
+    StageModules,
+    StepModules,
+    require_no_hooks,
+)
+from resnet_fused.ops.gate import Gate
 from resnet_fused.params import Scale
 
-
-def basic_block(block: nn.Module) -> BlockModules:
-    return chain(block, acts=("relu", "relu"))
+Modules = BlockModules | CompositeModules
 
 
-def bottleneck(block: nn.Module) -> BlockModules:
-    return chain(block, acts=("relu", "relu", "relu"))
+def basic_block(block: nn.Module) -> Modules:
+    return with_skip(chain(block, ("relu", "relu")), block.downsample)  # type: ignore[arg-type]
+
+
+def bottleneck(block: nn.Module) -> Modules:
+    return with_skip(chain(block, ("relu", "relu", "relu")), block.downsample)  # type: ignore[arg-type]
 
 
 def own_basic_block(block: nn.Module) -> BlockModules:
@@ -37,16 +46,44 @@ def pre_bottleneck(block: nn.Module) -> BlockModules:
 
 def stem(model: nn.Module) -> BlockModules:
     """conv1, bn1 and relu; the pooling that follows is `resnet_fused.modules.stem`'s."""
+    missing = [name for name in ("conv1", "bn1", "relu", "maxpool") if not hasattr(model, name)]
+    if missing:  # what torchvision's IntermediateLayerGetter holds may be no ResNet
+        raise NotFusable(f"it has no {', '.join(missing)}; accepted: the parts of a ResNet")
     return BlockModules((_stage(model, 1, "relu"),), skip="none")
 
 
-def chain(block: nn.Module, acts: tuple[str, ...]) -> BlockModules:
-    """conv1, bn1, acts[0], conv2, ... and the skip path `downsample`."""
-    stages = tuple(_stage(block, i, act) for i, act in enumerate(acts, start=1))
-    if block.downsample is None:
-        return BlockModules(stages, skip="identity", in_place_add=True)
-    projection = _projection(block.downsample)  # type: ignore[arg-type]
-    return BlockModules(stages, skip="projection", projection=projection, in_place_add=True)
+def chain(block: nn.Module, acts: tuple[str, ...]) -> tuple[StageModules, ...]:
+    """conv1, bn1, acts[0], conv2, ..."""
+    return tuple(_stage(block, i, act) for i, act in enumerate(acts, start=1))
+
+
+def with_skip(
+    stages: tuple[StageModules, ...],
+    downsample: nn.Module | None,
+    *,
+    branch: tuple[StepModules, ...] = (),
+    gate: Gate | None = None,
+    in_place_add: bool = True,
+) -> Modules:
+    """The block that ends in `stages` and adds the skip path: x, or `downsample`'s convolution and norm.
+
+    branch: what comes before the stages and has parts of its own. With it, or with a pooling at the head of
+    `downsample`, the block is composite.
+    """
+    pools: tuple[nn.Module, ...] = ()
+    projection = None
+    if downsample is not None:
+        pools, projection = skip_parts(downsample)
+    if not branch and not pools:
+        skip = "identity" if projection is None else "projection"
+        return BlockModules(stages, skip, projection, in_place_add=in_place_add, gate=gate)  # type: ignore[arg-type]
+    end = BlockModules(stages, "none", in_place_add=in_place_add, gate=gate)  # type: ignore[arg-type]
+    return CompositeModules(branch, end, skip_steps(pools, projection))
+
+
+def skip_steps(pools: tuple[nn.Module, ...], projection: StageModules | None) -> tuple[StepModules, ...]:
+    """A composite block's skip path: what pools, then the projection as a fused call of its own."""
+    return pools if projection is None else (*pools, BlockModules((projection,), "none"))
 
 
 def _pre_activation(block: nn.Module, convs: int) -> BlockModules:
@@ -56,15 +93,17 @@ def _pre_activation(block: nn.Module, convs: int) -> BlockModules:
         stages[0] = replace(stages[0], act=None)
     projection = None
     if block.downsample is not None:
-        projection = _projection(block.downsample)  # type: ignore[arg-type]
-        if projection.norm is not None:
-            raise NotFusable("downsample has a norm; accepted in pre-activation order: nn.Sequential(conv)")
+        pools, projection = skip_parts(block.downsample)  # type: ignore[arg-type]
+        if projection.norm is not None or pools:
+            raise NotFusable("downsample has more than one part; accepted in pre-activation order: nn.Sequential(conv)")
     skip = "identity" if projection is None else "projection"
     return _scaled(block, BlockModules(tuple(stages), skip, projection, order="pre", in_place_add=True))  # type: ignore[arg-type]
 
 
-def _scaled(block: nn.Module, modules: BlockModules) -> BlockModules:
+def _scaled(block: nn.Module, modules: Modules) -> BlockModules:
     """With the scales of this package's blocks, or without their skip path."""
+    if isinstance(modules, CompositeModules):
+        raise NotFusable("downsample pools, beside which the scales of this block have no fused form")
     modules = replace(modules, branch_scale=_scale(block.branch_scale))  # type: ignore[arg-type]
     if not block.skip:
         return replace(modules, skip="none", projection=None)
@@ -79,13 +118,19 @@ def _stage(module: nn.Module, i: int, act: str) -> StageModules:
     return StageModules(getattr(module, f"conv{i}"), getattr(module, f"bn{i}"), getattr(module, act))
 
 
-def _projection(downsample: nn.Module) -> StageModules:
+def skip_parts(downsample: nn.Module) -> tuple[tuple[nn.Module, ...], StageModules]:
+    """(what pools x first, the convolution with its norm) of an nn.Sequential(pool, conv, norm), the first optional."""
     require_no_hooks("downsample", downsample)
     parts = list(downsample.children())
-    for part in parts:
-        require_no_hooks("a part of downsample", part)
-    parts = [part for part in parts if type(part) is not nn.Identity]
-    if type(downsample) is not nn.Sequential or len(parts) not in (1, 2):
+    conv = next((i for i, part in enumerate(parts) if isinstance(part, nn.Conv2d)), None)
+    rest = [] if conv is None else [part for part in parts[conv:] if type(part) is not nn.Identity]
+    if type(downsample) is not nn.Sequential or len(rest) not in (1, 2):
         names = ", ".join(type(part).__name__ for part in parts)
-        raise NotFusable(f"downsample is {type(downsample).__name__}({names}); accepted: nn.Sequential(conv, norm)")
-    return StageModules(parts[0], parts[1] if len(parts) == 2 else None, act=None)
+        raise NotFusable(
+            f"downsample is {type(downsample).__name__}({names}); accepted: nn.Sequential(conv, norm), with a pooling "
+            "before it"
+        )
+    for part in parts[conv:]:
+        require_no_hooks("a part of downsample", part)
+    pools = tuple(part for part in parts[:conv] if type(part) is not nn.Identity)
+    return pools, StageModules(rest[0], rest[1] if len(rest) == 2 else None, act=None)

@@ -1,0 +1,49 @@
+"""torchvision's RegNets. Its ResNets are in `resnet`, its heads and layers in `sequential`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from resnet_fused.errors import NotFusable
+from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.block_modules import (
+    BlockModules,
+    CompositeModules,
+    StepModules,
+    class_path,
+    require_no_hooks,
+)
+
+
+def regnet_block(block: nn.Module) -> BlockModules | CompositeModules:
+    """arXiv:2003.13678: f = a, b, squeeze-excitation or none, c; the skip path is x or `proj`."""
+    branch_modules = block.f
+    require_no_hooks("f", branch_modules)  # type: ignore[arg-type]
+    names = [name for name, _ in branch_modules.named_children()]  # type: ignore[union-attr]
+    if names not in (["a", "b", "c"], ["a", "b", "se", "c"]):
+        raise NotFusable(f"f has the parts {', '.join(names)}; accepted: a, b, se, c, without se or with it")
+    first, second, last = (sequential.stage(f"f.{name}", getattr(branch_modules, name)) for name in "abc")
+    last = replace(last, act=block.activation)  # type: ignore[arg-type]
+    projection = None if block.proj is None else sequential.stage("proj", block.proj)  # type: ignore[arg-type]
+    if "se" not in names:
+        skip = "identity" if projection is None else "projection"
+        return BlockModules((first, second, last), skip, projection)  # type: ignore[arg-type]
+    se = branch_modules.se  # type: ignore[union-attr]
+    _require_squeeze_excitation(se)  # type: ignore[arg-type]
+
+    def gate(pooled: Tensor) -> Tensor:
+        squeezed = se.activation(se.fc1(pooled[:, :, None, None]))  # type: ignore[union-attr, operator]
+        return se.scale_activation(se.fc2(squeezed)).flatten(1)  # type: ignore[union-attr, operator]
+
+    branch: tuple[StepModules, ...] = (BlockModules((first, second), "none", order="branch", gate=gate),)
+    skip_path = () if projection is None else (BlockModules((projection,), "none"),)
+    return CompositeModules(branch, BlockModules((last,), "none"), skip_path)
+
+
+def _require_squeeze_excitation(se: nn.Module) -> None:
+    if class_path(type(se)) != "torchvision.ops.misc.SqueezeExcitation":
+        raise NotFusable(f"f.se is {type(se).__name__}; accepted: SqueezeExcitation itself")
+    require_no_hooks("f.se", se)
+    require_no_hooks("f.se.avgpool", se.avgpool)  # type: ignore[arg-type]
