@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
@@ -97,7 +96,7 @@ def class_path(cls: type) -> str:
 
 def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
     conv = _conv(f"{name}.conv", modules.conv)
-    norm, batch_stats, eps = _norm(f"{name}.norm", modules.norm, conv.weight.device.type)
+    norm, batch_stats, eps = _norm(f"{name}.norm", modules.norm)
     act = _activation(f"{name}.act", modules.act)
     slope = modules.act.weight if isinstance(modules.act, nn.PReLU) else None
     params = StageParams(conv.weight, conv.bias, **norm, slope=slope)
@@ -111,6 +110,7 @@ def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, Stage
         eps,
         act,
         conv.padding_mode,
+        promotes=class_path(type(modules.norm)) == FROZEN_NORM,
     )
     return params, spec
 
@@ -134,26 +134,26 @@ def _padding(name: str, conv: nn.Conv2d) -> IntPair:
     return padding  # type: ignore[return-value]
 
 
-def _norm(name: str, norm: nn.Module | None, device: str) -> tuple[dict[str, Any], bool, float]:
+def _norm(name: str, norm: nn.Module | None) -> tuple[dict[str, Any], bool, float]:
     """(fields of StageParams, batch_stats, eps); no fields stands for no norm."""
     if norm is None:
         return {}, False, 0.0
     require_no_hooks(name, norm)
     if type(norm) is nn.Identity:
         return {}, False, 0.0
-    if type(norm) is nn.BatchNorm2d:
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return _batch_norm(norm)
     if class_path(type(norm)) == FROZEN_NORM:
-        if torch.is_autocast_enabled(device):
-            raise NotFusable(f"{name} is FrozenBatchNorm2d, whose result is float32 under autocast")
         fields = ("running_mean", "running_var")
         affine = {"norm_weight": norm.weight, "norm_bias": norm.bias}
         return affine | {field: getattr(norm, field) for field in fields}, False, float(norm.eps)  # type: ignore[arg-type]
-    raise NotFusable(f"{name} is {type(norm).__name__}; accepted: nn.BatchNorm2d itself, FrozenBatchNorm2d")
+    raise NotFusable(
+        f"{name} is {type(norm).__name__}; accepted: nn.BatchNorm2d and nn.SyncBatchNorm themselves, FrozenBatchNorm2d"
+    )
 
 
-def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
-    """As ``nn.BatchNorm2d.forward`` decides from `training`, `track_running_stats` and the presence of buffers."""
+def _batch_norm(norm: nn.Module) -> tuple[dict[str, Any], bool, float]:
+    """As the module's forward decides from `training`, `track_running_stats` and the presence of buffers."""
     state = batch_norm.read(norm)
     fields: dict[str, Any] = {
         "norm_weight": state.weight,
@@ -162,6 +162,7 @@ def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
         "running_var": state.running_var,
         "num_batches_tracked": state.num_batches_tracked,
         "momentum": state.momentum,
+        "processes": state.processes,
     }
     return fields, state.batch_stats, state.eps
 

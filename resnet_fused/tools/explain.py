@@ -96,6 +96,9 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         weight = params.stages[0].weight
         x = weight.new_empty(1, weight.shape[1] * spec.stages[0].groups, 8, 8)  # stands for the block's input
     asked = module._fused_settings.backend
+    split = functional.splits(x, params, spec)
+    if split is not None and (refusal := functional.refuses(x, params, spec, gate)) is not None:
+        return "eager", refusal
     if gate is not None:
         if (refusal := functional.refuses(x, params, spec, gate)) is not None:
             return "eager", refusal
@@ -105,6 +108,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
         notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
     evaluates = not (module.training or spec.batch_stats)
+    if split is not None:
+        return backend, "; ".join([*notes, *([] if backend == "eager" else [split])])
     if backend == "native" and x.device.type == "cpu" and evaluates:
         against = prepared.reason_against(x, params, spec)
         finite = prepared.prepared(params, x, spec).finite if against is None else folded(params, x, spec).finite
