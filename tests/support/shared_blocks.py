@@ -42,7 +42,8 @@ def scaled() -> nn.Module:
 class Shared:
     """One run: which block, and how many pictures each process has.
 
-    converted: "before" or "after" fuse to SyncBatchNorm. only: the one norm that is converted, or all.
+    converted: "before" or "after" fuse to SyncBatchNorm. only: the one norm that is converted, or all. ddp: wrapped in
+    DistributedDataParallel, which refuses SyncBatchNorm on the CPU when it is made, so norms are converted behind that.
     """
 
     block: str
@@ -67,11 +68,14 @@ class Shared:
         model = self.model()
         if self.converted == "after":
             model = fuse(model)
+        wrapped = DistributedDataParallel(model) if self.ddp else model
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
         if self.only is None:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            convert(model)
         else:
-            setattr(model[0], self.only, nn.SyncBatchNorm.convert_sync_batchnorm(getattr(model[0], self.only)))  # type: ignore[index]
-        return fuse(model)
+            setattr(model[0], self.only, convert(getattr(model[0], self.only)))  # type: ignore[index]
+        fuse(model)
+        return wrapped
 
     def pictures(self, dtype: torch.dtype | None = None) -> Tensor:
         generator = torch.Generator().manual_seed(2)
@@ -114,9 +118,8 @@ def compute(rank: int, calls: list[Shared], folder: str) -> None:
         model = call.synchronised()
         before = {n: t.clone() for n, t in model.named_buffers()}
         explained = [(row.backend, row.reason) for row in explain(model)]
-        wrapped = DistributedDataParallel(model) if call.ddp else model
         try:
-            got.append(results(call, wrapped, call.pictures(), call.part(rank)))
+            got.append(results(call, model, call.pictures(), call.part(rank)))
             if not call.ddp and not call.autocast and call.dtype == torch.float32:
                 got[-1]["explained"] = explained
         except ValueError as error:
