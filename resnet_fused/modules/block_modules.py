@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -18,7 +18,31 @@ from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec, batch_norm
 from resnet_fused.spec.activations import KINDS, recognise
 
+
+class FrozenNorm(NamedTuple):
+    """What a class of batch norms whose four tensors are buffers computes.
+
+    promotes: as `StageSpec.promotes`. eps: None where the module has it as an attribute.
+    """
+
+    promotes: bool
+    eps: float | None = None
+
+
 FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"  # timm freezes with the same class
+FROZEN_NORMS = {
+    FROZEN_NORM: FrozenNorm(promotes=True),
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": FrozenNorm(promotes=False),  # F.batch_norm
+}
+OF_TRANSFORMERS = FrozenNorm(promotes=True, eps=1e-5)  # DETR's, of which each of its detectors has a copy
+
+
+def frozen_norm(cls: type) -> FrozenNorm | None:
+    """What this class computes, if it is a known one of constants."""
+    path = class_path(cls)
+    if path.startswith("transformers.models.") and path.endswith("FrozenBatchNorm2d"):
+        return OF_TRANSFORMERS
+    return FROZEN_NORMS.get(path)
 
 
 @dataclass(frozen=True)
@@ -110,7 +134,7 @@ def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, Stage
         eps,
         act,
         conv.padding_mode,
-        promotes=class_path(type(modules.norm)) == FROZEN_NORM,
+        promotes=(frozen := frozen_norm(type(modules.norm))) is not None and frozen.promotes,
     )
     return params, spec
 
@@ -143,10 +167,12 @@ def _norm(name: str, norm: nn.Module | None) -> tuple[dict[str, Any], bool, floa
         return {}, False, 0.0
     if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
         return _batch_norm(norm)
-    if class_path(type(norm)) == FROZEN_NORM:
+    frozen = frozen_norm(type(norm))
+    if frozen is not None:
+        eps = norm.eps if frozen.eps is None else frozen.eps
         fields = ("running_mean", "running_var")
         affine = {"norm_weight": norm.weight, "norm_bias": norm.bias}
-        return affine | {field: getattr(norm, field) for field in fields}, False, float(norm.eps)  # type: ignore[arg-type]
+        return affine | {field: getattr(norm, field) for field in fields}, False, float(eps)  # type: ignore[arg-type]
     raise NotFusable(
         f"{name} is {type(norm).__name__}; accepted: nn.BatchNorm2d and nn.SyncBatchNorm themselves, FrozenBatchNorm2d"
     )

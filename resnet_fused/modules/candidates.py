@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from resnet_fused.modules import adapters
-from resnet_fused.modules.block_modules import FROZEN_NORM, class_path
+from resnet_fused.modules.block_modules import class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.stem import STEMS
 
@@ -77,7 +77,7 @@ def _is_network(module: nn.Module) -> bool:
 def _holds(modules: list[nn.Module]) -> bool:
     """A convolution and a batch norm."""
     conv = any(isinstance(module, nn.Conv2d) for module in modules)
-    return conv and any(isinstance(m, NORMS) or class_path(type(m)) == FROZEN_NORM for m in modules)
+    return conv and any(isinstance(m, NORMS) or frozen_norm(type(m)) is not None for m in modules)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""torchvision's FrozenBatchNorm2d: constants, whose expression promotes to float32 under autocast."""
+"""FrozenBatchNorm2d of torchvision and others: constants, whose expression may promote to float32 under autocast."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.training import assert_trains_as_eager
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def settled(model: nn.Module) -> nn.Module:
     """With constants that are not those of a fresh norm."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
-        if isinstance(module, Frozen):
+        if isinstance(module, (Frozen, Constants)):
             for name in ("weight", "running_var"):
                 getattr(module, name).uniform_(0.5, 1.5, generator=generator)
             for name in ("bias", "running_mean"):
@@ -57,6 +58,35 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class Constants(nn.Module):
+    """The four buffers that every library's class has."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+
+class DetrFrozenBatchNorm2d(Constants):
+    """As transformers' DETR: torchvision's expression, without an attribute for eps."""
+
+    __module__ = "transformers.models.detr.modeling_detr"
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (self.weight * (self.running_var + 1e-5).rsqrt())[:, None, None]
+        return x * scale + (self.bias[:, None, None] - self.running_mean[:, None, None] * scale)
+
+
+class FrozenBatchNorm2d(Constants):
+    """As detectron2's: a batch norm in evaluation, which keeps its input's dtype."""
+
+    __module__ = "detectron2.layers.batch_norm"
+    eps = 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 def pictures() -> Tensor:
     x = torch.randn(4, 8, 7, 6, generator=torch.Generator().manual_seed(0))
     return x.contiguous(memory_format=LAST)
@@ -79,6 +109,16 @@ def test_dtype_under_autocast_is_eagers(dtype: torch.dtype, grad: bool) -> None:
         x = pictures().to(dtype)
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
             assert fused(x).dtype == model(x).dtype
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("norm", [DetrFrozenBatchNorm2d, FrozenBatchNorm2d], ids=["transformers", "detectron2"])
+def test_other_libraries_frozen_norms(norm: type[nn.Module], autocast: torch.dtype | None) -> None:
+    torch.manual_seed(1)  # with 0 one sum is zero but for bfloat16's rounding, and one run's ReLU passes it
+    block = settled(tv.Bottleneck(8, 4, norm_layer=norm, downsample=projection(norm)))
+    assert_trains_as_eager(block, pictures(), autocast=autocast)
+    (row,) = explain(fuse(block))
+    assert (row.backend, row.reason) == ("native", "")
 
 
 def test_skip_path_keeps_its_width() -> None:
