@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_fused import explain, fuse
-from resnet_fused.models.resnet import BasicBlock, Bottleneck, PreBasicBlock
+from resnet_fused import BlockModules, StageModules, explain, fuse, register_block
+from resnet_fused.models.resnet import BasicBlock, Bottleneck, PreBasicBlock, ResNet
 
 WORLD = 2
 BLOCKS: dict[str, Any] = {
@@ -24,6 +24,9 @@ BLOCKS: dict[str, Any] = {
     "bottleneck with projection": lambda: Bottleneck(6, 3, stride=2, downsample=projection()),
     "pre-activation": lambda: PreBasicBlock(6, 6),
     "scaled": lambda: scaled(),
+    "gated": lambda: Gated(),
+    "network": lambda: network("post"),
+    "network, pre-activation": lambda: network("pre"),
 }
 
 
@@ -36,6 +39,33 @@ def scaled() -> nn.Module:
     block.branch_scale = nn.Parameter(torch.tensor(0.7))
     block.skip_scale = 0.5
     return block
+
+
+def network(order: Literal["post", "pre"]) -> nn.Module:
+    """With the stem and its pooling, and what stands behind the blocks."""
+    return ResNet(BasicBlock, (1, 1, 0, 0), num_classes=3, order=order, in_channels=6)
+
+
+class Gated(nn.Module):
+    """relu(gate(mean of branch) * branch + x), as squeeze-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 6)
+
+    def gate(self, means: Tensor) -> Tensor:
+        return self.fc(means).sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.bn(self.conv(x))
+        return (z * self.gate(z.mean((2, 3)))[:, :, None, None] + x).relu()
+
+
+register_block(
+    Gated,
+    lambda block: BlockModules((StageModules(block.conv, block.bn, "relu"),), "identity", gate=block.gate),  # type: ignore[arg-type]
+)
 
 
 @dataclass(frozen=True)
