@@ -5,6 +5,7 @@ A module of its own, because a spawned process has to import it by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -49,10 +50,10 @@ def network(order: Literal["post", "pre"]) -> nn.Module:
 class Gated(nn.Module):
     """relu(gate(mean of branch) * branch + x), as squeeze-excitation."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 6, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
-        self.fc = nn.Linear(6, 6)
+        self.conv, self.bn = nn.Conv2d(channels, channels, 3, padding=1), norm(channels)
+        self.fc = nn.Linear(channels, channels)
 
     def gate(self, means: Tensor) -> Tensor:
         return self.fc(means).sigmoid()
