@@ -20,19 +20,17 @@ from resnet_fused.modules.block_modules import require_no_hooks
 from resnet_fused.ops import (
     autograd,
     gated_block,
-    norm_operators,
     operators,
     reference,
     running_stats,
-    sync_batch_norm,
+    split_block,
     validation,
 )
 from resnet_fused.ops.gate import Gate
-from resnet_fused.ops.gated_join import JoinNorm
+from resnet_fused.ops.norm_act import norm_act
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec, batch_norm
 from resnet_fused.spec.activations import IDENTITY, RELU, activation
-from resnet_fused.spec.batch_norm import BatchNorm
 
 
 class Pool(NamedTuple):
@@ -104,7 +102,11 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     validation.check_input(x)
     dtype = autocast_dtype(x)
     refusal = refuses(x, params, spec)
-    if dtype is not None and refusal is not _MIXES:
+    split = splits(x, params, spec)
+    if split is not None and _takes_split(backend, x, params, refusal):
+        out = _split_block(x, params, spec, None, backend)
+        return out if pool is None else max_pool2d(out, *pool)
+    if dtype is not None and refusal is not _MIXES and split is None:
         x = x.to(dtype)
     counts = validation.check_once(x, params, spec, dtype)
     chosen = dispatch.select(backend, x, params, spec, refusal)
@@ -136,7 +138,10 @@ def _gated_block(
     validation.check_input(x)
     dtype = autocast_dtype(x)
     refusal = refuses(x, params, spec, gate, residual)
-    if dtype is not None and refusal is not _MIXES:
+    split = splits(x, params, spec)
+    if split is not None and _takes_split(backend, x, params, refusal):
+        return _split_block(x, params, spec, gate, backend)
+    if dtype is not None and refusal is not _MIXES and split is None:
         x = x.to(dtype)
     validation.check_once(x, params, spec, dtype)
     if residual is not None:
@@ -178,6 +183,27 @@ def _check_residual(x: Tensor, params: BlockParams, spec: BlockSpec, residual: T
             f"residual is {tuple(residual.shape)} on {residual.device}, the branch gives {shape} on {x.device}; they "
             "are added, so they must be alike"
         )
+
+
+def splits(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
+    """Why this block is computed in pieces now (`ops.split_block`), or None."""
+    return split_block.reason_to_split(params, spec, autocast_dtype(x) not in (None, torch.float32))
+
+
+def _takes_split(backend: str, x: Tensor, params: BlockParams, refusal: str | None) -> bool:
+    """Whether fused pieces run: an empty batch does where another process may wait for its part in the statistics."""
+    dispatch.check_name(backend)
+    return refusal is None and backend != "eager" and (x.numel() > 0 or params.shares_batch)
+
+
+def _split_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, backend: str) -> Tensor:
+    dtype = autocast_dtype(x)
+    validation.check(x, params, spec, dtype)
+
+    def fused(u: Tensor, chain: BlockParams, of_chain: BlockSpec) -> Tensor:
+        return residual_block(u, chain, of_chain, backend=backend)
+
+    return split_block.run(x, params, spec, gate, fused, dtype or x.dtype)
 
 
 def _result_shape(x: Tensor, params: BlockParams, spec: BlockSpec) -> tuple[int, int, int, int]:
@@ -242,23 +268,8 @@ def batch_norm_act(
     alone_and_empty = x.numel() == 0 and norm.group is None  # PyTorch's behaviour to keep
     if alone_and_empty or dispatch.select_norm(backend, x, _norm_refusal(x, bn, residual, act)) is None:
         return reference.batch_norm_act(x, bn, residual, act)
-    with torch.no_grad():
-        mean, var, count = _statistics(x, norm)
-    tensors = (x, residual, norm.weight, norm.bias)
-    relu = act == RELU
-    if act not in (IDENTITY, RELU):
-        out = gated_block.norm_act(x, JoinNorm(mean, var, norm.weight, norm.bias, norm.eps, count), residual, act)
-    elif autograd.needs_grad(tensors):
-        out = autograd.BatchNormAct.apply(*tensors, mean, var, count, norm.eps, relu, norm.group)
-    elif x.numel() == 0:
-        out = torch.empty_like(x)
-    else:
-        out, _ = norm_operators.normalize_act(
-            x, mean, var, norm.weight, norm.bias, residual, norm.eps, relu, save_mask=False
-        )
-    if count is not None:
-        running_stats.update_one(norm, mean, var, count)
-        running_stats.count_one(norm)
+    out, update = norm_act(x, norm, residual, act)
+    update()
     return out
 
 
@@ -283,27 +294,16 @@ def _norm_refusal(x: Tensor, bn: nn.Module, residual: Tensor | None, act: Activa
     return None
 
 
-def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]:
-    """Mean and variance to normalise with, and the values per channel behind them, None for the running ones."""
-    if norm.batch_stats:
-        count = x.numel() // x.shape[1]
-        if count:
-            stats = norm_operators.batch_statistics(x)
-        else:  # zeros that do not count, in the dtype of statistics
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            stats = x.new_zeros((2, x.shape[1]), dtype=wide)
-        if norm.group is not None:
-            stats, count = sync_batch_norm.merge_statistics(stats, count, norm.group)
-        mean, var = stats
-        return mean, var, count
-    assert norm.running_mean is not None and norm.running_var is not None  # by validation
-    return norm.running_mean, norm.running_var, None
-
-
 def refuses(
     x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None = None, residual: Tensor | None = None
 ) -> str | None:
     """Why only PyTorch's own operations compute this block, whatever the backend, or None."""
+    if (split := splits(x, params, spec)) is not None:
+        if not gated_block.has_join(x):
+            return f"{split}; the pieces run on the CPU only"
+        if residual is not None:
+            return f"{split}; the pieces add no residual that is given"
+        return differentiated_otherwise(x, params.tensors)
     if gate is not None and (reason := gated_block.reason_against(spec)) is not None:
         return reason
     if autocast_dtype(x) not in (None, x.dtype) and _keeps_width(spec):

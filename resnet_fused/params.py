@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from resnet_fused.spec.batch_norm import Processes
+
 Scale = float | Tensor
 
 
@@ -26,6 +28,7 @@ class StageParams:
     momentum:             of the running statistics; None for the cumulative average
     slope:                [1] or [C], of an activation that learns it (PReLU); in post-activation order the last stage's
                           has C_out channels
+    processes:            those with which a stage with `batch_stats` shares its batch, as in nn.SyncBatchNorm
     """
 
     weight: Tensor
@@ -37,6 +40,7 @@ class StageParams:
     num_batches_tracked: Tensor | None = None
     momentum: float | None = 0.1
     slope: Tensor | None = None
+    processes: Processes | None = None
 
 
 class Kept:
@@ -44,15 +48,17 @@ class Kept:
 
     checked: the results of `validation.check`, with the inputs for which they hold. folded: likewise the results of
     `backends.folding` or `prepared`. engine: `prepared.reason_against`, by dtype. gated: parts of `ops.gated_block`.
+    pieces: those of `ops.split_block`.
     """
 
-    __slots__ = ("checked", "engine", "folded", "gated")
+    __slots__ = ("checked", "engine", "folded", "gated", "pieces")
 
     def __init__(self) -> None:
         self.checked: Any = None
         self.folded: Any = None
         self.engine: dict[Any, Any] = {}
         self.gated: Any = None
+        self.pieces: Any = None
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
@@ -80,6 +86,11 @@ class BlockParams:
     def convs(self) -> tuple[StageParams, ...]:
         """The chain's stages, then the projection: the order of `BlockSpec.convs`."""
         return (*self.stages, self.projection) if self.projection is not None else self.stages
+
+    @property
+    def shares_batch(self) -> bool:
+        """Whether a norm takes its statistics over other processes' batches, too, at this moment."""
+        return any(stage.processes is not None and stage.processes.group is not None for stage in self.convs)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -26,11 +26,10 @@ from resnet_fused import functional
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import module_state
 from resnet_fused.modules.block_modules import (
-    FROZEN_NORM,
     BlockModules,
     StageModules,
-    class_path,
     describe,
+    frozen_norm,
     require_no_hooks,
 )
 from resnet_fused.modules.fused_block import Description
@@ -309,7 +308,7 @@ def _kind(module: nn.Module) -> str:
         return "act"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
-    if isinstance(module, nn.modules.batchnorm._NormBase) or class_path(type(module)) == FROZEN_NORM:
+    if isinstance(module, nn.modules.batchnorm._NormBase) or frozen_norm(type(module)) is not None:
         return "norm"
     raise NotFusable(
         f"a branch has {type(module).__name__}; accepted: nn.Conv2d, nn.BatchNorm2d, FrozenBatchNorm2d and the "

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
@@ -19,10 +18,35 @@ from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec, batch_norm
 from resnet_fused.spec.activations import KINDS, recognise
 
+
+class FrozenNorm(NamedTuple):
+    """What a class of batch norms whose four tensors are buffers computes.
+
+    promotes: as `StageSpec.promotes`. eps: None where the module has it as an attribute.
+    """
+
+    promotes: bool
+    eps: float | None = None
+
+
 FROZEN_NORM = "torchvision.ops.misc.FrozenBatchNorm2d"  # timm freezes with the same class
 NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # computes as nn.BatchNorm2d, then `drop` and `act`
 FROZEN_NORM_ACT = "timm.layers.norm_act.FrozenBatchNormAct2d"
 NORMS_WITH_ACT = (NORM_ACT, FROZEN_NORM_ACT)
+FROZEN_NORMS = {
+    FROZEN_NORM: FrozenNorm(promotes=True),
+    FROZEN_NORM_ACT: FrozenNorm(promotes=True),
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": FrozenNorm(promotes=False),  # F.batch_norm
+}
+OF_TRANSFORMERS = FrozenNorm(promotes=True, eps=1e-5)  # DETR's, of which each of its detectors has a copy
+
+
+def frozen_norm(cls: type) -> FrozenNorm | None:
+    """What this class computes, if it is a known one of constants."""
+    path = class_path(cls)
+    if path.startswith("transformers.models.") and path.endswith("FrozenBatchNorm2d"):
+        return OF_TRANSFORMERS
+    return FROZEN_NORMS.get(path)
 
 
 @dataclass(frozen=True)
@@ -145,8 +169,7 @@ def require_no_hooks(name: str, module: nn.Module) -> None:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a batch norm of any kind; `describe` says which are accepted."""
-    norms = (FROZEN_NORM, FROZEN_NORM_ACT)
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or class_path(type(module)) in norms
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or frozen_norm(type(module)) is not None
 
 
 def original_path(module: nn.Module) -> str:
@@ -162,7 +185,7 @@ def class_path(cls: type) -> str:
 def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
     conv = _conv(f"{name}.conv", modules.conv)
     given_norm, given_act = _norm_and_act(name, modules)
-    norm, batch_stats, eps = _norm(f"{name}.norm", given_norm, conv.weight.device.type)
+    norm, batch_stats, eps = _norm(f"{name}.norm", given_norm)
     act = _activation(f"{name}.act", given_act)
     slope = given_act.weight if isinstance(given_act, nn.PReLU) else None
     params = StageParams(conv.weight, conv.bias, **norm, slope=slope)
@@ -176,6 +199,7 @@ def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, Stage
         eps,
         act,
         conv.padding_mode,
+        promotes=(frozen := frozen_norm(type(given_norm))) is not None and frozen.promotes,
     )
     return params, spec
 
@@ -216,26 +240,28 @@ def _padding(name: str, conv: nn.Conv2d) -> IntPair:
     return padding  # type: ignore[return-value]
 
 
-def _norm(name: str, norm: nn.Module | None, device: str) -> tuple[dict[str, Any], bool, float]:
+def _norm(name: str, norm: nn.Module | None) -> tuple[dict[str, Any], bool, float]:
     """(fields of StageParams, batch_stats, eps); no fields stands for no norm."""
     if norm is None:
         return {}, False, 0.0
     require_no_hooks(name, norm)
     if type(norm) is nn.Identity:
         return {}, False, 0.0
-    if type(norm) is nn.BatchNorm2d or class_path(type(norm)) == NORM_ACT:
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or class_path(type(norm)) == NORM_ACT:
         return _batch_norm(norm)  # type: ignore[arg-type]
-    if class_path(type(norm)) in (FROZEN_NORM, FROZEN_NORM_ACT):
-        if torch.is_autocast_enabled(device):
-            raise NotFusable(f"{name} is {type(norm).__name__}, whose result is float32 under autocast")
+    frozen = frozen_norm(type(norm))
+    if frozen is not None:
+        eps = norm.eps if frozen.eps is None else frozen.eps
         fields = ("running_mean", "running_var")
         affine = {"norm_weight": norm.weight, "norm_bias": norm.bias}
-        return affine | {field: getattr(norm, field) for field in fields}, False, float(norm.eps)  # type: ignore[arg-type]
-    raise NotFusable(f"{name} is {type(norm).__name__}; accepted: nn.BatchNorm2d itself, FrozenBatchNorm2d")
+        return affine | {field: getattr(norm, field) for field in fields}, False, float(eps)  # type: ignore[arg-type]
+    raise NotFusable(
+        f"{name} is {type(norm).__name__}; accepted: nn.BatchNorm2d and nn.SyncBatchNorm themselves, FrozenBatchNorm2d"
+    )
 
 
-def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
-    """As ``nn.BatchNorm2d.forward`` decides from `training`, `track_running_stats` and the presence of buffers."""
+def _batch_norm(norm: nn.BatchNorm2d | nn.SyncBatchNorm) -> tuple[dict[str, Any], bool, float]:
+    """As the module's forward decides from `training`, `track_running_stats` and the presence of buffers."""
     state = batch_norm.state(norm)
     fields: dict[str, Any] = {
         "norm_weight": state.weight,
@@ -244,6 +270,7 @@ def _batch_norm(norm: nn.BatchNorm2d) -> tuple[dict[str, Any], bool, float]:
         "running_var": state.running_var,
         "num_batches_tracked": state.num_batches_tracked,
         "momentum": state.momentum,
+        "processes": state.processes,
     }
     return fields, state.batch_stats, state.eps
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
-from resnet_fused.modules.block_modules import FROZEN_NORM, called_by, class_path
+from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.stem import STEMS
 
@@ -94,7 +94,7 @@ def _is_network(module: nn.Module) -> bool:
 def _holds(modules: list[nn.Module]) -> bool:
     """A convolution and a batch norm."""
     conv = any(isinstance(module, nn.Conv2d) for module in modules)
-    return conv and any(isinstance(m, NORMS) or class_path(type(m)) == FROZEN_NORM for m in modules)
+    return conv and any(isinstance(m, NORMS) or frozen_norm(type(m)) is not None for m in modules)
 
 
 @cache

@@ -74,7 +74,11 @@ class FusedOwnResNet(FusedResNet):
     def _fused_end(self, features: Tensor) -> Tensor:
         if self.norm is None:
             return features
-        if type(self.norm) is not nn.BatchNorm2d or type(self.relu) is not nn.ReLU or _has_hooks(self.relu):
+        if (
+            type(self.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm)
+            or type(self.relu) is not nn.ReLU
+            or _has_hooks(self.relu)
+        ):
             return self.relu(self.norm(features))
         # a backend asked for by name may have no batch norm on its own
         backend = "eager" if self._fused_settings.backend == "eager" else "auto"

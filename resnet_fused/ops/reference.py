@@ -5,9 +5,11 @@ Short on purpose; every other implementation is held against this one.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_fused.ops import sync_batch_norm
 from resnet_fused.ops.gate import Gate, per_channel
 from resnet_fused.ops.running_stats import update_factor
 from resnet_fused.params import BlockParams, Scale, StageParams
@@ -29,7 +31,7 @@ def residual_block(
     if spec.order == "pre":
         u = x
         for i, (stage, tensors) in enumerate(stages):
-            u = _act(stage, tensors, _norm(stage, tensors, u))
+            u = _act(stage, tensors, norm(stage, tensors, u))
             if i == 0 and spec.projection is not None and params.projection is not None:
                 skip = _conv(spec.projection, params.projection, u)
             u = _conv(stage, tensors, u)
@@ -37,11 +39,11 @@ def residual_block(
 
     u = x
     for stage, tensors in stages[:-1]:
-        u = _act(stage, tensors, _norm(stage, tensors, _conv(stage, tensors, u)))
+        u = _act(stage, tensors, norm(stage, tensors, _conv(stage, tensors, u)))
     stage, tensors = stages[-1]
-    u = _norm(stage, tensors, _conv(stage, tensors, u))
+    u = norm(stage, tensors, _conv(stage, tensors, u))
     if spec.projection is not None and params.projection is not None:
-        skip = _norm(spec.projection, params.projection, _conv(spec.projection, params.projection, x))
+        skip = norm(spec.projection, params.projection, _conv(spec.projection, params.projection, x))
     if spec.order == "branch":
         return join(_act(stage, tensors, u), skip, params, spec, gate)
     return _act(stage, tensors, join(u, skip, params, spec, gate))
@@ -63,9 +65,14 @@ def _conv(stage: StageSpec, tensors: StageParams, x: Tensor) -> Tensor:
     return F.conv2d(x, tensors.weight, tensors.bias, stride, padding, dilation, stage.groups)
 
 
-def _norm(stage: StageSpec, tensors: StageParams, y: Tensor) -> Tensor:
+def norm(stage: StageSpec, tensors: StageParams, y: Tensor) -> Tensor:
     if not stage.norm:
         return y
+    if stage.promotes and tensors.running_mean is not None and torch.is_autocast_enabled(y.device.type):
+        y = y.to(torch.promote_types(y.dtype, tensors.running_mean.dtype))
+    group = None if tensors.processes is None else tensors.processes.group
+    if group is not None:
+        return sync_batch_norm.of_pytorch(y, stage, tensors, group)
     momentum = update_factor(tensors) if stage.batch_stats else 0.0
     return F.batch_norm(
         y,

@@ -8,6 +8,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules._functions import SyncBatchNorm
+
+from resnet_fused.ops.running_stats import update_factor
+from resnet_fused.params import StageParams
+from resnet_fused.spec import StageSpec
 
 
 def merge_statistics(stats: Tensor, count: int, group: dist.ProcessGroup) -> tuple[Tensor, int]:
@@ -44,3 +49,15 @@ def add_up(sums: Tensor, group: dist.ProcessGroup) -> Tensor:
     total = sums.clone()
     dist.all_reduce(total, group=group)
     return total
+
+
+def of_pytorch(y: Tensor, stage: StageSpec, tensors: StageParams, group: dist.ProcessGroup) -> Tensor:
+    """nn.SyncBatchNorm's own function, which updates the running statistics; raises ValueError on the CPU, as it."""
+    if y.device.type == "cpu":
+        raise ValueError(
+            "PyTorch's SyncBatchNorm takes no CPU tensors in training; give backend='auto' or 'native', whose "
+            "operators synchronise there"
+        )
+    weight, bias, mean, var = tensors.norm_weight, tensors.norm_bias, tensors.running_mean, tensors.running_var
+    size = dist.get_world_size(group)
+    return SyncBatchNorm.apply(y, weight, bias, mean, var, stage.eps, update_factor(tensors), group, size)

@@ -192,7 +192,8 @@ def _check_norm(name: str, x: Tensor, shape: Shape, stage: StageSpec, tensors: S
     if not stage.norm:
         return
     channels, height, width = shape
-    if stage.batch_stats and x.shape[0] * height * width == 1:
+    shared = tensors.processes is not None and tensors.processes.group is not None  # all count together, later
+    if stage.batch_stats and not shared and x.shape[0] * height * width == 1:
         raise ValueError(_one_value(name, [x.shape[0], channels, height, width]))
     if stage.batch_stats and stage.eps == 0:
         raise ValueError(f"the eps of {name} is 0 in training; accepted: a finite number > 0, or running statistics")

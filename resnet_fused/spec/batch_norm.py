@@ -9,6 +9,21 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Processes:
+    """Processes whose batches are one batch; None: all of torch.distributed's."""
+
+    given: dist.ProcessGroup | None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The group to synchronise with at this moment: None without torch.distributed, and alone in the group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.given or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+
+@dataclass(frozen=True)
 class BatchNorm:
     """The tensors and settings of one call, as the module's own forward decides them.
 
@@ -17,7 +32,7 @@ class BatchNorm:
     num_batches_tracked:       0-d int64, incremented in training; None: not counted
     momentum:                  of the running statistics; None for the cumulative average
     batch_stats:               normalise with the batch's statistics, otherwise with the running ones
-    group:                     the processes whose batches are one batch, None for this process alone
+    processes:                 those whose batches are one batch, None for this process alone
     """
 
     weight: Tensor | None
@@ -29,7 +44,11 @@ class BatchNorm:
     eps: float
     batch_stats: bool
     channels: int
-    group: dist.ProcessGroup | None = None
+    processes: Processes | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.processes is None else self.processes.group
 
 
 def read(module: nn.Module) -> BatchNorm:
@@ -60,13 +79,5 @@ def state(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
         module.eps,
         module.training or (mean is None and var is None),
         module.num_features,
-        _group(module) if type(module) is nn.SyncBatchNorm else None,
+        Processes(module.process_group) if type(module) is nn.SyncBatchNorm and module.training else None,
     )
-
-
-def _group(module: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
-    """The group to synchronise with: in training, where there are others in it."""
-    if not (module.training and dist.is_available() and dist.is_initialized()):
-        return None
-    group = module.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None

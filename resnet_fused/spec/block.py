@@ -61,6 +61,8 @@ class StageSpec:
                  An `Activation` or its name, see `spec.activations.KINDS`.
     padding_mode: what the padding holds, as in ``nn.Conv2d``; it surrounds what the convolution reads, so behind the
                  norm and activation before it, and never the skip path.
+    promotes:    under autocast the norm's result has the wider dtype of its input and its tensors, as the expression of
+                 FrozenBatchNorm2d; nn.BatchNorm2d's has its input's.
 
     Raises ValueError for a value out of range.
     """
@@ -74,6 +76,7 @@ class StageSpec:
     eps: float = 1e-5
     act: Activation | str = "relu"
     padding_mode: PaddingMode = "zeros"
+    promotes: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", _pair("stride", self.stride, 1))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.block_modules import FROZEN_NORM, class_path, stages_of
+from resnet_fused.modules.block_modules import frozen_norm, stages_of
 from resnet_fused.modules.candidates import CONTAINERS, NORMS, candidates, original_class
 from resnet_fused.modules.fuse import fuse, why_not
 from resnet_fused.modules.fused_block import FusedModule
@@ -158,7 +158,7 @@ def pairs(model: nn.Module, x: Tensor) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(lambda _, given, out, name=name: note(name, out)))
-        elif isinstance(module, NORMS) or class_path(type(module)) == FROZEN_NORM:
+        elif isinstance(module, NORMS) or frozen_norm(type(module)) is not None:
             handles.append(module.register_forward_pre_hook(lambda _, given: follow(given[0])))
     try:
         with torch.no_grad():

@@ -128,7 +128,8 @@ def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[st
     if x is None:
         x = _stand_in(call, params.stages[0].weight)
     asked = module._fused_settings.backend
-    if gate is not None:
+    split = functional.splits(x, params, spec)
+    if split is not None or gate is not None:
         if (refusal := functional.refuses(x, params, spec, gate)) is not None:
             return "eager", [refusal]
         params, spec = gated_block.chosen_for(params, spec, gate)
@@ -137,6 +138,8 @@ def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[st
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
         notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
     evaluates = not (module.training or spec.batch_stats)
+    if split is not None:
+        return backend, notes if backend == "eager" else [*notes, split]
     if backend == "native" and x.device.type == "cpu" and evaluates:
         against = prepared.reason_against(x, params, spec)
         finite = prepared.prepared(params, x, spec).finite if against is None else folded(params, x, spec).finite

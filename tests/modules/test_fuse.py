@@ -359,21 +359,6 @@ def test_norms_behave_as_batch_norm(arguments: dict, state: Callable[[nn.BatchNo
     assert_trains_as_eager(block, pictures(3, 4, 5, 6), steps=3)
 
 
-@pytest.mark.parametrize("frozen", [0.0, 1.0], ids=["float32", "autocast"])
-def test_frozen_batch_norm(frozen: float, messages: Callable[[], list[str]]) -> None:
-    """Its buffers are constants; under autocast it promotes to float32, so the block then runs unfused."""
-    misc = pytest.importorskip("torchvision.ops.misc")
-    torch.manual_seed(0)
-    block = Bottleneck(8, 4, 1, norm_layer=misc.FrozenBatchNorm2d, downsample=projection(8, 16))
-    for module in block.modules():
-        if isinstance(module, misc.FrozenBatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.running_mean)
-    assert_trains_as_eager(block, pictures(), autocast=torch.bfloat16 if frozen else None)
-    reason = "Bottleneck runs unfused: stages[0].norm is FrozenBatchNorm2d, whose result is float32 under autocast"
-    assert messages() == ([reason] if frozen else [])
-
-
 # --- describe --------------------------------------------------------------------------------------------------------
 
 
@@ -397,7 +382,6 @@ REFUSED = {
     r"conv is LazyConv2d": lambda: stage(nn.LazyConv2d(4, 3)),
     r"padding='same' with an even kernel": lambda: stage(nn.Conv2d(4, 4, (3, 2), padding="same")),
     r"stages\[0\].norm is GroupNorm; accepted: nn.BatchNorm2d": lambda: stage(CONV, nn.GroupNorm(2, 4)),
-    r"norm is SyncBatchNorm": lambda: stage(CONV, nn.SyncBatchNorm(4)),
     r"stages\[0\].act is SELU; accepted: nn.Identity, nn.ReLU": lambda: stage(CONV, None, nn.SELU()),
     r"act is 'prelu'": lambda: stage(CONV, None, "prelu"),
     r"stages\[0\].conv \(Conv2d\) has hooks": lambda: stage(with_hook(nn.Conv2d(4, 4, 3))),
@@ -505,10 +489,16 @@ def test_a_replaced_child_is_used(name: str, child: nn.Module) -> None:
     assert type(child).__name__ in explain(fused)[1].reason
 
 
-def test_sync_batch_norm_runs_unfused() -> None:
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(fuse(net())).eval()
-    torch.testing.assert_close(model(pictures()), net().eval()(pictures()))
-    assert {row.backend for row in explain(model)} == {"eager"}
+@pytest.mark.parametrize("training", [True, False])
+def test_sync_batch_norm_alone_is_an_ordinary_batch_norm(training: bool) -> None:
+    """Without other processes, whether converted before or after `fuse`, the block is fused as a whole."""
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    expected = fuse(net()).train(training)(pictures())
+    for model in (convert(fuse(net())), fuse(convert(net()))):
+        assert torch.equal(model.train(training)(pictures()), expected)
+        assert [tuple(row[2:]) for row in explain(model)] == [
+            tuple(row[2:]) for row in explain(fuse(net()).train(training))
+        ]
 
 
 class Wider(BasicBlock):
@@ -659,7 +649,9 @@ def mixed() -> nn.Sequential:
 
 def test_explain_before_and_after_fusing(mixed: nn.Sequential, capsys: pytest.CaptureFixture[str]) -> None:
     not_yet = "not fused; call fuse(model)"
-    group_norm = "stages[0].norm is GroupNorm; accepted: nn.BatchNorm2d itself, FrozenBatchNorm2d"
+    group_norm = (
+        "stages[0].norm is GroupNorm; accepted: nn.BatchNorm2d and nn.SyncBatchNorm themselves, FrozenBatchNorm2d"
+    )
     unknown = "unknown block class; register_block(cls, adapter) teaches it"
     left_alone = [("2", "BasicBlock", "eager", group_norm), ("3", "Unknown", "eager", unknown)]
     before = [("0", "Bottleneck", "eager", not_yet), ("1", "BasicBlock", "eager", not_yet)]
