@@ -4,7 +4,7 @@
 
 `fuse` and `unfuse` switch a model in place, `explain` says what runs where, `verify` compares with PyTorch,
 `tune` measures on a GPU what backend "auto" then follows, `register_block` teaches a new block class, `functional` has
-the operators, `models` the ResNet family.
+the operators, `models` the ResNet family. Exported graphs run without this package; `export_fused` keeps its operators.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from resnet_fused.errors import BackendError, NotFusable
 from resnet_fused.modules.adapters import register_block
 from resnet_fused.modules.block_modules import BlockModules, CompositeModules, StageModules
 from resnet_fused.modules.fuse import fuse, unfuse
+from resnet_fused.ops.export import export_fused
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec, StageSpec
 from resnet_fused.tools.explain import explain
@@ -35,6 +36,7 @@ __all__ = [
     "StageSpec",
     "backends",
     "explain",
+    "export_fused",
     "functional",
     "fuse",
     "models",

@@ -2,7 +2,8 @@
 
 A backend asked for by name runs or raises `BackendError` with its reason; "auto" takes the first that can and does not
 decline, in the order below, and otherwise plain PyTorch. On a GPU every backend declines, except one that `tune` has
-measured to be the fastest and faster than PyTorch. `explain` shows the reasons that `auto` met.
+measured to be the fastest and faster than PyTorch. `explain` shows the reasons that `auto` met. While a graph is
+exported or traced "auto" is plain PyTorch: the graph runs where this package is absent.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from resnet_fused.backends import native, triton
 from resnet_fused.backends.how import Way
 from resnet_fused.errors import BackendError
+from resnet_fused.ops.export import exports_plain
 from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
@@ -81,7 +83,7 @@ def select(backend: str, x: Tensor, params: BlockParams, spec: BlockSpec, refusa
     An empty batch always runs in plain PyTorch, so that it behaves as there. Raises ValueError, BackendError.
     """
     check_name(backend)
-    if backend == "eager" or x.numel() == 0:
+    if backend == "eager" or x.numel() == 0 or _is_exported(backend):
         return None
     if backend != "auto":
         known = BACKENDS[backend]
@@ -120,7 +122,7 @@ def takes_gate(backend: str, x: Tensor, refusal: str | None = None) -> bool:
     check_name(backend)
     if refusal is not None and backend not in ("auto", "eager"):
         raise BackendError(f"backend {backend!r} cannot run this block: {refusal}. Accepted here: 'auto', 'eager'")
-    return backend != "eager" and refusal is None and x.numel() > 0
+    return backend != "eager" and refusal is None and x.numel() > 0 and not _is_exported(backend)
 
 
 def select_norm(backend: str, x: Tensor, refusal: str | None = None) -> Backend | None:
@@ -132,7 +134,7 @@ def select_norm(backend: str, x: Tensor, refusal: str | None = None) -> Backend 
 def _select_native(operator: str, backend: str, refusal: str | None, triton_refusal: str) -> Backend | None:
     """The native backend or None for plain PyTorch, for an operator that no other backend has."""
     check_name(backend)
-    if backend == "eager":
+    if backend == "eager" or _is_exported(backend):
         return None
     chosen = BACKENDS["native"]
     reason = triton_refusal if backend == "triton" else chosen.unavailable() or refusal
@@ -142,6 +144,10 @@ def _select_native(operator: str, backend: str, refusal: str | None, triton_refu
         raise BackendError(f"backend {backend!r} cannot run {operator}: {reason}. Accepted here: 'auto', 'eager'")
     _log(chosen.name, reason)
     return None
+
+
+def _is_exported(backend: str) -> bool:
+    return backend == "auto" and exports_plain()
 
 
 def _reason(backend: Backend, x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:

@@ -20,6 +20,7 @@ from resnet_fused.modules import adapters, module_state
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import BlockModules, CompositeModules
 from resnet_fused.modules.plan import Described, Plan, describe_all
+from resnet_fused.ops.export import exports_plain
 from resnet_fused.spec import Memory
 
 log = logging.getLogger("resnet_fused")
@@ -107,8 +108,8 @@ class FusedModule(nn.Module):
 
     def _fused_or_none(self, x: Tensor) -> Described | Plan | None:
         """`fused_describe`, kept while it holds. Where the original has to run, logs the reason and returns None."""
-        # torch.fx (its x is a Proxy) and torch.jit trace the original
-        if not isinstance(x, Tensor) or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        # torch.fx (its x is a Proxy), torch.jit.trace and torch.export get the original: it runs without this package
+        if not isinstance(x, Tensor) or exports_plain():
             return None
         if torch.compiler.is_compiling():  # has its own guards
             return self._fused_describe_or_log()
@@ -138,7 +139,7 @@ class FusedModule(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
             f"torch.jit.script cannot compile {type(self).__name__}: call resnet_fused.unfuse(model) first, or use "
-            "torch.jit.trace, which takes the block's own forward, or torch.export, which keeps the fused operators"
+            "torch.jit.trace or torch.export, which take the block's own forward"
         )
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -70,7 +70,7 @@ def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors) -> tuple
     for i, stage in enumerate(spec.convs):
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
             tensors.running_means[i] = tensors.running_vars[i] = None
-    if torch.compiler.is_exporting():  # an exported program is for inference, and holds operators and no Function
+    if torch.compiler.is_exporting():  # export_fused: a program for inference, which holds operators and no Function
         out, _, batch_stats = backend.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))
         return out, tuple(stats.detach() for stats in batch_stats)
     given = tensors.flat

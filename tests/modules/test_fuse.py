@@ -305,7 +305,8 @@ def test_exported_and_compiled_graphs_hold_the_fused_operators() -> None:
     model, x = fuse(net()).eval(), pictures()
     with torch.no_grad():
         expected = net().eval()(x)
-        exported = torch.export.export(model, (x,)).module()
+        with resnet_fused.export_fused():
+            exported = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(exported(x), expected)
     compiled = torch.compile(fuse(net()), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net()(x))

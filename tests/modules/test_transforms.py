@@ -119,9 +119,9 @@ def test_feature_extractor_of_torchvision() -> None:
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
-def test_exported_programs_can_be_saved(grad: bool, train: bool) -> None:
+def test_exported_programs_with_fused_operators_can_be_saved(grad: bool, train: bool) -> None:
     eager, fused = (model.train(train) for model in both())
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), resnet_fused.export_fused():
         program = torch.export.export(fused, (picture(),))
         assert any("resnet_fused" in str(node.target) for node in program.graph.nodes)
         file = io.BytesIO()
