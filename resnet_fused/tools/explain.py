@@ -113,7 +113,8 @@ def _of_plan(module: FusedModule, plan: Plan, x: Tensor | None) -> tuple[str, st
         for note in notes
         if not note.startswith("engine: ")  # of an input that only stands for the part's own
     ]
-    return fused, "; ".join([f"{len(plan.calls)} fused calls", *dict.fromkeys(notes)])
+    calls = "one fused call" if len(plan.calls) == 1 else f"{len(plan.calls)} fused calls"
+    return fused, "; ".join([f"{calls} beside PyTorch's own modules", *dict.fromkeys(notes)])
 
 
 def _stand_in(call: Described, like: Tensor) -> Tensor:
