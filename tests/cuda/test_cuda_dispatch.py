@@ -256,7 +256,7 @@ def test_frozen_norms_in_training_do_not_follow_the_evaluation() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_explain_names_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fuse(BasicBlock(8, 8))
-    monkeypatch.setattr(type(model), "fused_describe", lambda self: on("cuda")[1:])
+    monkeypatch.setattr(type(model), "fused_describe", lambda self: (*on("cuda")[1:], None))
     (row,) = explain(model)
     assert row.backend == "eager"
     assert row.reason.startswith("native: not measured on this GPU; resnet_fused.tune(model, x) measures; triton: ")
@@ -271,7 +271,9 @@ def test_explain_names_the_precision_of_float32(precision: str, monkeypatch: pyt
         (torch.float32, f"; float32 products in {precision}, as PyTorch's convolutions"),
         (torch.half, ""),
     ):
-        monkeypatch.setattr(type(model), "fused_describe", lambda self, dtype=dtype: on("cuda", dtype=dtype)[1:])
+        monkeypatch.setattr(
+            type(model), "fused_describe", lambda self, dtype=dtype: (*on("cuda", dtype=dtype)[1:], None)
+        )
         assert explain(model)[0].reason == f"asked for by name{note}"
 
 

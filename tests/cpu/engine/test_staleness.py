@@ -86,7 +86,7 @@ def assert_fresh(fused: nn.Module, x: Tensor) -> None:
 
 
 def engine_ran(fused: nn.Module) -> bool:
-    params, _ = fused._fused_description.block  # type: ignore[union-attr, misc]
+    params = fused._fused_description.block.params  # type: ignore[union-attr]
     kept = params.kept.folded
     return kept is not None and isinstance(kept.made, prepared.Prepared)
 
