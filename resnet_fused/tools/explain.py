@@ -21,6 +21,8 @@ from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.plan import Described, Plan
 from resnet_fused.modules.stem import FusedStem, pool_reason
 from resnet_fused.ops import gated_block
+from resnet_fused.params import BlockParams
+from resnet_fused.spec import BlockSpec
 from resnet_fused.tools.tables import table
 
 
@@ -104,7 +106,9 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
 def _of_plan(module: FusedModule, plan: Plan, x: Tensor | None) -> tuple[str, str]:
     """The backend of those calls that are fused; where they differ, the reasons of each."""
     like = None if x is None else x[:1, :1, :8, :8]
-    answers = [_of_call(module, call, None if like is None else _stand_in(call, like)) for call in plan.calls]
+    answers = [
+        _of_call(module, call, None if like is None else _stand_in(call.params, call.spec, like)) for call in plan.calls
+    ]
     backends = [backend for backend, _ in answers]
     fused = next((backend for backend in backends if backend != "eager"), "eager")
     notes = [
@@ -113,20 +117,20 @@ def _of_plan(module: FusedModule, plan: Plan, x: Tensor | None) -> tuple[str, st
         for note in notes
         if not note.startswith("engine: ")  # of an input that only stands for the part's own
     ]
-    return fused, "; ".join([f"{len(plan.calls)} fused calls", *dict.fromkeys(notes)])
+    calls = "one fused call" if len(plan.calls) == 1 else f"{len(plan.calls)} fused calls"
+    return fused, "; ".join([f"{calls} beside PyTorch's own modules", *dict.fromkeys(notes)])
 
 
-def _stand_in(call: Described, like: Tensor) -> Tensor:
-    """For the input of one fused call of a plan: its channels, `like`'s device and dtype."""
-    weight = call.params.stages[0].weight
-    return like.new_empty(1, weight.shape[1] * call.spec.stages[0].groups, 8, 8)
+def _stand_in(params: BlockParams, spec: BlockSpec, like: Tensor) -> Tensor:
+    """For the input of a fused call: its channels, `like`'s device and dtype."""
+    return like.new_empty(1, params.stages[0].weight.shape[1] * spec.stages[0].groups, 8, 8)
 
 
 def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[str, list[str]]:
     params, spec, gate = call
     given = x is not None
     if x is None:
-        x = _stand_in(call, params.stages[0].weight)
+        x = _stand_in(params, spec, params.stages[0].weight)
     asked = module._fused_settings.backend
     split = functional.splits(x, params, spec)
     if split is not None or gate is not None:

@@ -142,6 +142,9 @@ def test_every_pair_is_fused_and_trains_as_eager(name: str) -> None:
     assert len(described.calls) == calls
     shown = {row.backend for row in explain(model) if "SelectiveKernelAttn" not in row.block}
     assert shown == {"native"}
+    if isinstance(described, Plan):
+        count = "one fused call" if calls == 1 else f"{calls} fused calls"
+        assert f"{count} beside PyTorch's own modules" in explain(model)[0].reason
 
 
 AUTOCAST = ["anti-aliasing", "RegNet Y, average pooling", "ResNet v2, average pooling", "SE-ResNet, basic block"]
