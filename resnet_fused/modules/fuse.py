@@ -31,8 +31,8 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> 
     `register_block` has added. Parameters, buffers, names, hooks on the block and `state_dict` stay as they are.
     A block of another class, or one with a part that has no fused form, is left alone: `explain(model)` says why.
     A block that loses its fused form later runs its original forward, and the reason is logged to "resnet_fused".
-    Fusing again changes the settings. Exported and traced graphs are the unfused model's (`export_fused` keeps the fused
-    operators). Not supported: ``torch.jit.script`` of a fused model (unfuse it first).
+    Fusing again changes the settings. Exported and traced graphs are the unfused model's; `export_fused` keeps the
+    fused operators. Not supported: ``torch.jit.script`` of a fused model (unfuse it first).
 
     backend: "auto", or a name from `resnet_fused.backends()`; one that cannot run raises BackendError in forward.
     memory:  "default", or "low" to recompute in backward instead of keeping (`BlockSpec.memory`).
