@@ -90,7 +90,9 @@ class BlockParams:
     @property
     def shares_batch(self) -> bool:
         """Whether a norm takes its statistics over other processes' batches, too, at this moment."""
-        return any(stage.processes is not None and stage.processes.group is not None for stage in self.convs)
+        if "_processes" not in self.__dict__:
+            self.__dict__["_processes"] = tuple(p.processes for p in self.convs if p.processes is not None)
+        return any(processes.group is not None for processes in self.__dict__["_processes"])
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -38,8 +38,9 @@ def reason_to_split(params: BlockParams, spec: BlockSpec, autocast: bool) -> str
             "SyncBatchNorm shares its statistics between processes: one operator for each convolution, one pass for "
             "each norm with its activation (and the addition)"
         )
-    ends = [spec.stages[-1], *([] if spec.projection is None else [spec.projection])]
-    if autocast and spec.order != "pre" and any(stage.promotes for stage in ends):
+    if not autocast or spec.order == "pre":
+        return None
+    if spec.stages[-1].promotes or (spec.projection is not None and spec.projection.promotes):
         return (
             "under autocast FrozenBatchNorm2d's result is float32: the chain is fused in autocast's dtype; the last "
             "norm, the addition and the activation are one float32 pass"
