@@ -20,6 +20,7 @@ from resnet_fused.backends.how import How, Library, Mode, Wish
 from resnet_fused.backends.measured import Decision
 from resnet_fused.errors import BackendError
 from resnet_fused.models.resnet import BasicBlock
+from resnet_fused.modules.plan import Described
 from resnet_fused.ops import autograd, operators
 from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
@@ -256,7 +257,7 @@ def test_frozen_norms_in_training_do_not_follow_the_evaluation() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_explain_names_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fuse(BasicBlock(8, 8))
-    monkeypatch.setattr(type(model), "fused_describe", lambda self: (*on("cuda")[1:], None))
+    monkeypatch.setattr(type(model), "fused_describe", lambda self: Described(*on("cuda")[1:], None))
     (row,) = explain(model)
     assert row.backend == "eager"
     assert row.reason.startswith("native: not measured on this GPU; resnet_fused.tune(model, x) measures; triton: ")
@@ -272,7 +273,7 @@ def test_explain_names_the_precision_of_float32(precision: str, monkeypatch: pyt
         (torch.half, ""),
     ):
         monkeypatch.setattr(
-            type(model), "fused_describe", lambda self, dtype=dtype: (*on("cuda", dtype=dtype)[1:], None)
+            type(model), "fused_describe", lambda self, dtype=dtype: Described(*on("cuda", dtype=dtype)[1:], None)
         )
         assert explain(model)[0].reason == f"asked for by name{note}"
 

@@ -155,6 +155,6 @@ def test_a_v2_projection_with_a_norm_stays_unfused() -> None:
     expected = copy.deepcopy(model).eval()(pictures(2, 8))
     rows = explain(fuse(model))
     (row,) = (row for row in rows if row.name == "layer2.0")
-    assert "downsample has a norm; accepted in pre-activation order: nn.Sequential(conv)" in row.reason
+    assert "downsample has more than one part; accepted in pre-activation order: nn.Sequential(conv)" in row.reason
     torch.testing.assert_close(model.eval()(pictures(2, 8)), expected, rtol=1e-4, atol=1e-4)  # fp32
     assert not any(isinstance(m, FusedModule) for m in unfuse(model).modules())
