@@ -28,7 +28,8 @@ from resnet_fused.spec import Activation
 class JoinNorm:
     """norm(y) = (y - mean) / sqrt(var + eps) * weight + bias; all [C], weight and bias may be None.
 
-    count: the values per channel behind mean and var, where they are the batch's; None where they are constants.
+    count:   the values per channel behind mean and var, where they are the batch's; None where they are constants.
+    changes: whether it is anything but y itself.
     """
 
     mean: Tensor
@@ -37,11 +38,12 @@ class JoinNorm:
     bias: Tensor | None
     eps: float
     count: int | None
+    changes: bool = True
 
     @classmethod
     def identity(cls, y: Tensor) -> JoinNorm:
         zeros = y.new_zeros(y.shape[1], dtype=operators.arithmetic_dtype(y))
-        return cls(zeros, torch.ones_like(zeros), None, None, 0.0, None)
+        return cls(zeros, torch.ones_like(zeros), None, None, 0.0, None, changes=False)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -80,6 +82,17 @@ def _scale(norm: JoinNorm) -> Tensor:
     return scale if norm.weight is None else scale * norm.weight.double()
 
 
+def _affine(norm: JoinNorm, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, 3, C]: center, scale and shift of gate * norm."""
+    if not norm.changes:
+        factor = gate.to(dtype)
+        zeros = torch.zeros_like(factor)
+        return torch.stack([zeros, factor, zeros], 1)
+    factor = gate.double()
+    shift = torch.zeros_like(factor) if norm.bias is None else factor * norm.bias.double()
+    return torch.stack([norm.mean.double().expand_as(factor), factor * _scale(norm), shift], 1).to(dtype)
+
+
 class PooledNorm(torch.autograd.Function):
     """``apply(y, weight, bias, norm, image_means)``; weight and bias are norm's, named for their gradients."""
 
@@ -91,7 +104,9 @@ class PooledNorm(torch.autograd.Function):
         ctx.settings = norm.eps, norm.count
         ctx.set_materialize_grads(False)
         pooled = None
-        if image_means is not None:
+        if image_means is not None and not norm.changes:
+            pooled = image_means.to(y.dtype)
+        elif image_means is not None:
             centred = (image_means.double() - norm.mean) * _scale(norm)
             pooled = (centred if bias is None else centred + bias).to(y.dtype)
         handoff = torch.zeros((3, *y.shape[:2]), dtype=torch.float64, device=y.device)
@@ -165,11 +180,7 @@ class GatedJoin(torch.autograd.Function):
         norm: JoinNorm,
         act: Activation,
     ) -> Tensor:
-        factor = gate.double()
-        scale = _scale(norm)
-        shift = torch.zeros_like(factor) if norm.bias is None else factor * norm.bias.double()
-        center = norm.mean.double().expand_as(factor)
-        affine = torch.stack([center, factor * scale, shift], 1).to(operators.arithmetic_dtype(y))
+        affine = _affine(norm, gate, operators.arithmetic_dtype(y))
         out = operators.gated_join(y, affine, skip, act, slope)
         reads = act.reads
         ctx.save_for_backward(

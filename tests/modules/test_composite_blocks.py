@@ -93,7 +93,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "torchvision's RegNet Y, identity": (lambda: torchvision_block(16, 1, 0.5), 2),
     "timm's layer": (lambda: ConvNormAct(8, 16, 3, stride=2), 1),
     "timm's layer, anti-aliased": (lambda: ConvNormAct(8, 16, 3, stride=2, aa_layer=BlurPool2d), 1),
-    "torchvision's layer": (lambda: torchvision.ops.Conv2dNormActivation(8, 16, activation_layer=nn.Hardswish), 1),
+    "torchvision's layer": (lambda: torchvision.ops.Conv2dNormActivation(8, 16), 1),
     "timm's configurable bottleneck": (lambda: byob("eca", "avg"), 3),
     "timm's configurable bottleneck, attention at its end": (lambda: byob("se", "", attn_last=True), 1),
     "selective kernels": (lambda: sknet.SelectiveKernelBottleneck(8, 4, 2, down(8, 16)), 3),
@@ -309,6 +309,13 @@ def test_pieces_of_a_block_that_is_left_alone_are_fused() -> None:
     model = fuse(nn.Sequential(regnet_y(drop_block=lambda: DropBlock2d(0.2))))
     rows = {row.name: row for row in explain(model)}
     assert rows["0"].backend == "eager" and rows["0.conv1"].backend == "native"
-    assert isinstance(model[0].conv3, FusedModule) and not isinstance(model[0], FusedModule)
-    described = model[0].conv3.fused_describe()
+    assert isinstance(model[0].conv1, FusedModule) and not isinstance(model[0], FusedModule)
+    assert not isinstance(model[0].conv3, FusedModule)  # a layer on its own without an activation
+    described = model[0].conv1.fused_describe()
     assert isinstance(described, Described)
+
+
+@pytest.mark.parametrize("changes", [{"activation_layer": nn.ReLU6}, {"groups": 8}, {"activation_layer": None}])
+def test_a_layer_that_pytorch_runs_faster_is_left_alone(changes: dict[str, Any]) -> None:
+    (row,) = explain(fuse(nn.Sequential(torchvision.ops.Conv2dNormActivation(8, 16, **changes))))
+    assert row.backend == "eager" and "a layer on its own is faster in PyTorch" in row.reason

@@ -30,7 +30,7 @@ BUILT_IN: dict[str, Adapter] = {
     "torchvision.models.segmentation.fcn.FCNHead": sequential.chain,
     "torchvision.models.segmentation.deeplabv3.ASPPConv": sequential.chain,
     "torchvision.models.segmentation.deeplabv3.DeepLabHead": sequential.chain,
-    "torchvision.ops.misc.Conv2dNormActivation": sequential.chain,
+    "torchvision.ops.misc.Conv2dNormActivation": sequential.layer,
     "timm.models.resnet.BasicBlock": timm.basic_block,
     "timm.models.resnet.Bottleneck": timm.bottleneck,
     "timm.models.resnet.ResNet": timm.stem,

@@ -90,6 +90,7 @@ def pools_with_convolution(model: nn.Module) -> bool:
 def conv_norm_act(module: nn.Module) -> Modules:
     """timm's layer on its own."""
     modules, aa = _conv_norm_act("", module)
+    sequential.require_gain(modules)
     block = BlockModules((modules,), "none")
     return block if aa is None else CompositeModules((block, aa))
 
