@@ -221,6 +221,11 @@ def packages(folder: str) -> list[str]:
     return sorted(".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / folder).rglob("__init__.py"))
 
 
+def readme() -> str:
+    """README.md for a package index, where pictures by a relative path do not show: their captions remain."""
+    return re.sub(r"!\[[^]]*\]\((?!https://)[^)]*\) ?", "", (ROOT / "README.md").read_text())
+
+
 VERSION = found(r'__version__ = "(.+)"', (ROOT / "resnet_fused" / "__init__.py").read_text())
 
 extension = CppExtension(
@@ -245,6 +250,8 @@ extension = CppExtension(
 if __name__ == "__main__":
     setup(
         version=VERSION,
+        long_description=readme(),
+        long_description_content_type="text/markdown",
         packages=[*packages("resnet_fused"), *(f"resnet_fused.{name}" for name in packages("triton_kernels"))],
         # The folder stays at the top, the package does not: a top-level `triton_kernels` would shadow Triton's own.
         package_dir={"resnet_fused.triton_kernels": "triton_kernels"},
