@@ -129,7 +129,7 @@ class Branch(nn.Module):
 
     def require_fixed_norms(self, what: str) -> None:
         """Raises ValueError where a norm takes the batch's statistics: F is then no function of one sample alone."""
-        for i, stage in enumerate(self._known.of(self, None).spec.stages):
+        for i, stage in enumerate(self._known.of(self).spec.stages):
             if stage.norm and stage.batch_stats:
                 raise ValueError(
                     f"{what} evaluates F again and again, and the norm of stage {i} takes the batch's statistics, "
@@ -139,7 +139,7 @@ class Branch(nn.Module):
 
     def output_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of F(x) for x [N, C, H, W], from sizes alone."""
-        known = self._known.of(self, x)
+        known = self._known.of(self)
         size = (x.shape[2], x.shape[3])
         for stage, params in zip(known.spec.stages, known.params.stages, strict=True):
             size = stage.output_size(size, (params.weight.shape[2], params.weight.shape[3]))
@@ -156,7 +156,7 @@ class Branch(nn.Module):
     ) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        variants = self._known.of(self, x)
+        variants = self._known.of(self)
         time: tuple[list[Tensor], Time] | None = None
         if self.time_biases is not None:
             _require_one_time(t)
@@ -187,15 +187,14 @@ class _Known:
         self._description = Description()
         self._variants: _Variants | None = None
 
-    def of(self, branch: Branch, x: Tensor | None) -> _Variants:
+    def of(self, branch: Branch) -> _Variants:
         if _is_traced():  # has its own guards
             return _Variants(*branch.describe())
-        narrowed = x is not None and torch.is_autocast_enabled(x.device.type)
-        _, holds = self._description.recall(branch, narrowed)
+        _, holds = self._description.recall(branch)
         if not holds or self._variants is None:
             block = branch.describe()
             self._variants = _Variants(*block)
-            self._description.keep(Described(*block, None), module_state.snapshot(branch.modules()), narrowed)
+            self._description.keep(Described(*block, None), module_state.snapshot(branch.modules()))
         return self._variants
 
     def __reduce__(self) -> tuple[type[_Known], tuple[()]]:

@@ -47,29 +47,26 @@ class Description:
         self.forget()
 
     def forget(self) -> None:
-        self._last: tuple[Described | Plan | None, module_state.Snapshot | None, bool] = (None, None, False)
+        self._last: tuple[Described | Plan | None, module_state.Snapshot | None] = (None, None)
 
     @property
     def block(self) -> Described | Plan | None:
         return self._last[0]
 
-    def recall(self, module: nn.Module, narrowed: bool) -> tuple[Described | Plan | None, bool]:
-        """The last description, and whether it describes this very module in its present state.
-
-        narrowed: under autocast, on which the fate of a FrozenBatchNorm2d depends.
-        """
-        block, snapshot, before = self._last
+    def recall(self, module: nn.Module) -> tuple[Described | Plan | None, bool]:
+        """The last description, and whether it describes this very module in its present state."""
+        block, snapshot = self._last
         # a shallow copy, as nn.DataParallel makes them, brings the original's description along
-        if snapshot is None or snapshot[0][0] is not module or before != narrowed:
+        if snapshot is None or snapshot[0][0] is not module:
             return block, False
         return block, module_state.unchanged(snapshot)
 
-    def keep(self, block: Described | Plan | None, snapshot: module_state.Snapshot | None, narrowed: bool) -> None:
+    def keep(self, block: Described | Plan | None, snapshot: module_state.Snapshot | None) -> None:
         """All at once, since threads may share a module.
 
         snapshot: it begins with the module; None: the description is for this call only.
         """
-        self._last = block, snapshot, narrowed
+        self._last = block, snapshot
 
     def __reduce__(self) -> tuple[type[Description], tuple[()]]:
         return Description, ()  # a copy has other tensors
@@ -113,8 +110,8 @@ class FusedModule(nn.Module):
             return None
         if torch.compiler.is_compiling():  # has its own guards
             return self._fused_describe_or_log()
-        kept, narrowed = self._fused_description, torch.is_autocast_enabled(x.device.type)
-        last, holds = kept.recall(self, narrowed)
+        kept = self._fused_description
+        last, holds = kept.recall(self)
         if holds:
             return last
         block = self._fused_describe_or_log()
@@ -122,7 +119,7 @@ class FusedModule(nn.Module):
             block = block.remember(last)
         # a registered adapter may read anything, so it is asked every time
         lasts = adapters.is_built_in(self._fused_from)
-        kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None, narrowed)
+        kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None)
         return block
 
     def _fused_describe_or_log(self) -> Described | Plan | None:
