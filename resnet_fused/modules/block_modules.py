@@ -6,7 +6,7 @@ statistics and hooks are seen at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,9 +82,6 @@ class BlockModules:
     gate: Callable[[Tensor], Tensor] | None = None
 
 
-StepModules = BlockModules | nn.Module  # a fused call, or a module that is called as it is
-
-
 @dataclass(frozen=True)
 class CompositeModules:
     """The children of a block that takes several fused calls: what an adapter returns where a part between convolutions
@@ -95,6 +92,8 @@ class CompositeModules:
     end:  the last fused call of the branch, with `skip` "none"; what the skip path gives is added before its last
           activation (in branch order behind it). None: `branch` is all, and there is no skip path.
     skip: () for x itself, None for no skip path.
+
+    A step may itself be composite, as where three branches are added.
 
     Modules among the steps are called, so their hooks run. Raises ValueError for parts that do not fit together.
     """
@@ -114,19 +113,33 @@ class CompositeModules:
     @property
     def blocks(self) -> tuple[BlockModules, ...]:
         """The fused calls."""
-        steps = (*self.before, *self.branch, self.end, *(self.skip or ()), *self.after)
-        return tuple(step for step in steps if isinstance(step, BlockModules))
+        return tuple(step for step in self._steps() if isinstance(step, BlockModules))
+
+    @property
+    def called(self) -> tuple[nn.Module, ...]:
+        """The modules that are called as they are."""
+        return tuple(step for step in self._steps() if isinstance(step, nn.Module))
+
+    def _steps(self) -> Iterator[BlockModules | nn.Module]:
+        end = () if self.end is None else (self.end,)
+        for step in (*self.before, *self.branch, *end, *(self.skip or ()), *self.after):
+            if isinstance(step, CompositeModules):
+                yield from step._steps()
+            else:
+                yield step
 
 
-def called_by(modules: BlockModules | CompositeModules) -> list[nn.Module]:
+Modules = BlockModules | CompositeModules
+StepModules = Modules | nn.Module  # fused calls, or a module that is called as it is
+Adapter = Callable[[nn.Module], Modules]
+
+
+def called_by(modules: Modules) -> list[nn.Module]:
     """The modules that are called as they are."""
-    if isinstance(modules, BlockModules):
-        return []
-    steps = (*modules.before, *modules.branch, *(modules.skip or ()), *modules.after)
-    return [step for step in steps if isinstance(step, nn.Module)]
+    return [] if isinstance(modules, BlockModules) else list(modules.called)
 
 
-def stages_of(modules: BlockModules | CompositeModules) -> list[StageModules]:
+def stages_of(modules: Modules) -> list[StageModules]:
     """Every stage that is computed fused, projections included."""
     blocks = (modules,) if isinstance(modules, BlockModules) else modules.blocks
     return [stage for each in blocks for stage in (*each.stages, each.projection) if stage is not None]

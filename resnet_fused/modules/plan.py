@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from resnet_fused import functional
-from resnet_fused.modules.block_modules import BlockModules, CompositeModules, StepModules, describe
+from resnet_fused.modules.block_modules import BlockModules, Modules, StepModules, describe
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
@@ -39,9 +39,6 @@ class Described(NamedTuple):
         return [self]
 
 
-Step = Described | nn.Module
-
-
 class Plan(NamedTuple):
     """`CompositeModules`, described. ``after(end(branch(before(x))) + skip(before(x)))``."""
 
@@ -63,10 +60,16 @@ class Plan(NamedTuple):
         """As `Described.remember`, call by call."""
         if not isinstance(last, Plan) or len(last.calls) != len(self.calls):
             return self
-        before = iter(last.calls)
+        return self._carry(iter(last.calls))
 
+    def _carry(self, before: Iterator[Described]) -> Plan:
         def carry(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-            return tuple(step.remember(next(before)) if isinstance(step, Described) else step for step in steps)
+            return tuple(one(step) for step in steps)
+
+        def one(step: Step) -> Step:
+            if isinstance(step, Plan):
+                return step._carry(before)
+            return step.remember(next(before)) if isinstance(step, Described) else step
 
         return Plan(
             carry(self.before),
@@ -83,18 +86,21 @@ class Plan(NamedTuple):
 
     def _calls(self) -> Iterator[Described]:
         for steps in (self.before, self.branch, (self.end,), self.skip or (), self.after):
-            yield from (step for step in steps if isinstance(step, Described))
+            for step in steps:
+                if isinstance(step, (Described, Plan)):
+                    yield from step.calls
 
 
-def describe_all(modules: BlockModules | CompositeModules, memory: Memory) -> Described | Plan:
+Step = Described | Plan | nn.Module
+
+
+def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
     """`describe`, for every fused call. Raises NotFusable."""
     if isinstance(modules, BlockModules):
         return Described(*describe(modules, memory), modules.gate)
 
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
-        return tuple(
-            Described(*describe(step, memory), step.gate) if isinstance(step, BlockModules) else step for step in given
-        )
+        return tuple(step if isinstance(step, nn.Module) else describe_all(step, memory) for step in given)
 
     end = None if modules.end is None else Described(*describe(modules.end, memory), modules.end.gate)
     skip = None if modules.skip is None else steps(modules.skip)
@@ -103,5 +109,5 @@ def describe_all(modules: BlockModules | CompositeModules, memory: Memory) -> De
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:
     for step in steps:
-        x = step.run(x, backend) if isinstance(step, Described) else step(x)
+        x = step(x) if isinstance(step, nn.Module) else step.run(x, backend)
     return x

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.adapters.timm import pools_with_convolution
+from resnet_fused.modules.adapters.timm.resnet import pools_with_convolution
 from resnet_fused.modules.block_modules import require_no_hooks
 from resnet_fused.modules.fused_block import FusedModule
 

@@ -14,7 +14,7 @@ from resnet_fused.backends import dispatch, how, prepared
 from resnet_fused.backends.folding import folded
 from resnet_fused.backends.tune import block_inputs
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.adapters.timm import pools_with_convolution
+from resnet_fused.modules.adapters.timm.resnet import pools_with_convolution
 from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fuse import require_module, why_not
 from resnet_fused.modules.fused_block import FusedModule

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import (
+    Adapter,
     BlockModules,
     CompositeModules,
+    Modules,
     StageModules,
     StepModules,
     require_no_hooks,
 )
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import Scale
-
-Modules = BlockModules | CompositeModules
 
 
 def basic_block(block: nn.Module) -> Modules:
@@ -134,3 +134,16 @@ def skip_parts(downsample: nn.Module) -> tuple[tuple[nn.Module, ...], StageModul
         require_no_hooks("a part of downsample", part)
     pools = tuple(part for part in parts[:conv] if type(part) is not nn.Identity)
     return pools, StageModules(rest[0], rest[1] if len(rest) == 2 else None, act=None)
+
+
+BLOCKS: dict[str, Adapter] = {
+    "resnet_fused.models.resnet.BasicBlock": own_basic_block,
+    "resnet_fused.models.resnet.Bottleneck": own_bottleneck,
+    "resnet_fused.models.resnet.PreBasicBlock": pre_basic_block,
+    "resnet_fused.models.resnet.PreBottleneck": pre_bottleneck,
+    "resnet_fused.models.resnet.ResNet": stem,
+    "torchvision.models.resnet.BasicBlock": basic_block,
+    "torchvision.models.resnet.Bottleneck": bottleneck,
+    "torchvision.models.resnet.ResNet": stem,
+    "torchvision.models._utils.IntermediateLayerGetter": stem,
+}

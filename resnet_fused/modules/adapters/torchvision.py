@@ -1,4 +1,4 @@
-"""torchvision's RegNets. Its ResNets are in `resnet`, its heads and layers in `sequential`."""
+"""torchvision's RegNets, heads and layers. Its ResNets are in `resnet`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import (
+    Adapter,
     BlockModules,
     CompositeModules,
     StepModules,
@@ -47,3 +48,17 @@ def _require_squeeze_excitation(se: nn.Module) -> None:
         raise NotFusable(f"f.se is {type(se).__name__}; accepted: SqueezeExcitation itself")
     require_no_hooks("f.se", se)
     require_no_hooks("f.se.avgpool", se.avgpool)  # type: ignore[arg-type]
+
+
+BLOCKS: dict[str, Adapter] = {
+    "torchvision.models.regnet.ResBottleneckBlock": regnet_block,
+    "torchvision.models.regnet.SimpleStemIN": sequential.chain,
+    "torchvision.models.segmentation.fcn.FCNHead": sequential.chain,
+    "torchvision.models.segmentation.deeplabv3.ASPPConv": sequential.chain,
+    "torchvision.models.segmentation.deeplabv3.DeepLabHead": sequential.chain,
+    "torchvision.ops.misc.Conv2dNormActivation": sequential.layer,
+}
+LAYERS = ("torchvision.ops.misc.Conv2dNormActivation",)
+SEQUENTIALS: dict[str, tuple[str, ...]] = {
+    "torchvision.models.segmentation.deeplabv3.ASPP": ("convs.0", "project"),
+}

@@ -1,0 +1,19 @@
+"""timm's blocks. Attention and stochastic depth are a gate; what has no fused form is called between fused parts."""
+
+from resnet_fused.modules.adapters.timm import byobnet, layers, regnet, resnet, resnetv2, senet, sknet
+from resnet_fused.modules.block_modules import Adapter
+
+BLOCKS: dict[str, Adapter] = {
+    **resnet.BLOCKS,
+    **resnetv2.BLOCKS,
+    **regnet.BLOCKS,
+    **senet.BLOCKS,
+    **byobnet.BLOCKS,
+    **sknet.BLOCKS,
+    **layers.BLOCKS,
+}
+LAYERS = (layers.CONV_NORM_ACT,)
+SEQUENTIALS: dict[str, tuple[str, ...]] = {
+    "timm.models.senet.SENet": ("layer0",),
+    "timm.models.resnetv2.ResNetV2": ("stem",),
+}
