@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make format | make bench | make sanitize | make gpu | make clean
+# make demo | make test | make lint | make format | make bench | make sanitize | make soak | make gpu | make clean
 #
 # Everything runs in .venv, made on first use. An existing environment that has torch can be named instead:
 #   make demo PYTHON=/path/to/python
@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/engine/*.cpp)
 
-.PHONY: setup demo test lint format bench sanitize gpu clean
+.PHONY: setup demo test lint format bench sanitize soak gpu clean
 setup: $(READY)
 
 # torch comes first and pinned: the extension is compiled against it, without build isolation.
@@ -62,6 +62,11 @@ sanitize:
 	build/sanitize/memory 200
 	$(SANITIZE) -fsanitize=thread $(SANITIZED) -o build/sanitize/threads
 	build/sanitize/threads 100
+
+# Leaks, threads, processes, interruptions, and thousands of blocks drawn at random, for that many minutes.
+MINUTES ?= 20
+soak: $(READY)
+	PYTHONPATH=tests $(RUN) -m soak --minutes $(MINUTES) --out benches/results/soak.md
 
 # Compiling Triton's kernels takes most of the tests' time, so they run in parts side by side; what counts launches or
 # needs most of the memory follows alone, then small blocks of the native kernels under compute-sanitizer, where there is
