@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make format | make bench | make sanitize | make gpu | make clean
+# make demo | make test | make lint | make format | make bench | make sanitize | make aarch64 | make gpu | make clean
 #
 # Everything runs in .venv, made on first use. An existing environment that has torch can be named instead:
 #   make demo PYTHON=/path/to/python
@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/engine/*.cpp)
 
-.PHONY: setup demo test lint format bench sanitize gpu clean
+.PHONY: setup demo test lint format bench sanitize aarch64 gpu clean
 setup: $(READY)
 
 # torch comes first and pinned: the extension is compiled against it, without build isolation.
@@ -62,6 +62,19 @@ sanitize:
 	build/sanitize/memory 200
 	$(SANITIZE) -fsanitize=thread $(SANITIZED) -o build/sanitize/threads
 	build/sanitize/threads 100
+
+# On ARM plain C++ does what x86-64's kernels do here: every source against torch's headers, and the engine's convolutions
+# in an emulator. Debian: g++-aarch64-linux-gnu, qemu-user.
+ARM := aarch64-linux-gnu-g++ -std=c++20 -w -fno-trapping-math
+ARM_INCLUDES = $$($(RUN) -c 'import pybind11, sysconfig; from torch.utils.cpp_extension import include_paths; \
+  print(*("-isystem " + p for p in [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]))')
+aarch64: $(READY)
+	mkdir -p build
+	$(ARM) -O1 -static -pthread $(SANITIZED) -o build/sanitize_aarch64
+	qemu-aarch64 build/sanitize_aarch64 100
+	includes="$(ARM_INCLUDES)"; printf '%s\n' $(filter %.cpp,$(SOURCES)) | xargs -P "$$(nproc)" -I{} \
+	  $(ARM) -fopenmp -fsyntax-only $$includes -DRESNET_FUSED_VERSION='"0"' -DRESNET_FUSED_BUILT_WITH='"0"' \
+	  -DTORCH_EXTENSION_NAME=_C {}
 
 # Compiling Triton's kernels takes most of the tests' time, so they run in parts side by side; what counts launches or
 # needs most of the memory follows alone, then small blocks of the native kernels under compute-sanitizer, where there is
