@@ -1,4 +1,4 @@
-"""Whether an installed wheel works: ``python smoke.py``, in an environment with torch and the wheel, outside the sources.
+"""Whether an installed wheel works: ``python smoke.py`` where torch and the wheel are installed, outside the sources.
 
 A step of training with the fused operators gives eager's loss and gradients, and evaluation eager's output.
 """
