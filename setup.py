@@ -6,6 +6,7 @@ No build isolation: the extension must be compiled against the torch that will l
 part of it where there is nvcc, in CUDA_HOME or on PATH, whether that torch knows CUDA or not. RESNET_FUSED_ARCHS names
 the GPUs to compile them for, as in "80,90"; "none" leaves them out. What nvcc made is kept in RESNET_FUSED_CACHE
 (default: ~/.cache/resnet_fused/build), named by the content it was made of; "none": in build/cuda.
+RESNET_FUSED_RELEASE=1 makes a wheel to hand on (`make wheels`): its version and its needs name this torch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.errors import CompileError
 
-NEEDED = "pip install 'torch>=2.11,<2.16' setuptools wheel ninja pybind11"
+TORCH = "torch>=2.11,<2.16"
+NEEDED = f"pip install '{TORCH}' setuptools wheel ninja pybind11"
 
 try:
     import torch
@@ -43,6 +45,7 @@ SOURCES = Path("csrc")
 
 ARCHS = "RESNET_FUSED_ARCHS"
 CACHE = "RESNET_FUSED_CACHE"
+RELEASE = "RESNET_FUSED_RELEASE"
 KEPT_DAYS = 30
 DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # code for 80 and 86 also runs on 87, for 100 on 103, and so on
 OLDEST_ARCHITECTURE = 80  # cp.async, and mma on bf16 and tf32
@@ -226,6 +229,13 @@ def readme() -> str:
     return re.sub(r"!\[[^]]*\]\((?!https://)[^)]*\) ?", "", (ROOT / "README.md").read_text())
 
 
+def release(version: str, torch_version: str, archs: str) -> tuple[str, str]:
+    """(version, need of torch) of a wheel to hand on: the extension loads under this minor version of torch alone, and
+    the wheels for several of them stand side by side."""
+    minor = found(r"^(\d+\.\d+)", torch_version)
+    return f"{version}+torch{minor}{'.cpu' if archs == 'none' else ''}", f"torch=={minor}.*"
+
+
 VERSION = found(r'__version__ = "(.+)"', (ROOT / "resnet_fused" / "__init__.py").read_text())
 
 extension = CppExtension(
@@ -248,8 +258,12 @@ extension = CppExtension(
 )
 
 if __name__ == "__main__":
+    version, needs = VERSION, TORCH
+    if os.environ.get(RELEASE, "").strip() not in ("", "0"):
+        version, needs = release(VERSION, torch.__version__, os.environ.get(ARCHS, "").strip())
     setup(
-        version=VERSION,
+        version=version,
+        install_requires=[needs],
         long_description=readme(),
         long_description_content_type="text/markdown",
         packages=[*packages("resnet_fused"), *(f"resnet_fused.{name}" for name in packages("triton_kernels"))],

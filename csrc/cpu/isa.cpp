@@ -6,7 +6,7 @@
 #include <cstring>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(RESNET_FUSED_X86) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,7 +16,7 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_portable"};
 
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 // Linux gives a process the tile registers only on request.
 bool has_tiles() {
 #if defined(__linux__)
@@ -33,7 +33,7 @@ bool has_tiles() {
 #endif
 
 Isa best() {
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) return has_tiles() ? Isa::amx : Isa::avx512_bf16;

@@ -1,6 +1,8 @@
 // Which instruction sets the CPU's kernels use: decided at the first call. RESNET_FUSED_ISA lowers the choice.
 #pragma once
 
+#include "x86.h"
+
 namespace resnet_fused::cpu {
 
 // In ascending order. amx_portable is no instruction set: the kernels of amx with tile operations in plain C++.

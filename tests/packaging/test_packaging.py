@@ -19,15 +19,19 @@ from resnet_fused.ops import operators
 ROOT = Path(__file__).parents[2]
 
 
+def built_for() -> str:
+    """The value of RESNET_FUSED_ARCHS that gives the installed extension."""
+    built = {} if operators.load_error() else operators.build_info()
+    return built.get("cuda architectures", "none").removesuffix(" + PTX")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built in the source folder, with the architectures of the installed extension, whose objects are at hand."""
     (ROOT / "build").mkdir(exist_ok=True)
     target = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps"]
-    built = {} if operators.load_error() else operators.build_info()
-    archs = built.get("cuda architectures", "none").removesuffix(" + PTX")
-    environment = os.environ | {"RESNET_FUSED_ARCHS": archs}
+    environment = os.environ | {"RESNET_FUSED_ARCHS": built_for()}
     with (ROOT / "build" / "wheel.lock").open("w") as lock:  # of test workers that build in the same folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run([*pip, "-w", str(target), str(ROOT)], check=True, timeout=900, env=environment)
@@ -50,6 +54,21 @@ def test_wheel_is_complete(wheel: zipfile.ZipFile) -> None:
     assert any(name.startswith("resnet_fused/_C") and name.endswith(".so") for name in names)
     assert "resnet_fused/py.typed" in names
     assert wheel.read("resnet_fused/_built_with.py").decode() == f'TORCH = "{torch.__version__}"\n'
+
+
+def test_wheel_is_small(wheel: zipfile.ZipFile) -> None:
+    """3 MB without CUDA kernels, and in any case what PyPI takes."""
+    limit = 3e6 if built_for() == "none" else 100e6
+    assert Path(str(wheel.filename)).stat().st_size < limit
+
+
+def test_a_wheel_to_hand_on_names_its_torch() -> None:
+    """Wheels for several versions of torch lie side by side, and an installer takes the one that fits."""
+    script = "import sys, setup; print(*setup.release(*sys.argv[1:]))"
+    for archs, expected in (("none", "0.1.0+torch2.13.cpu torch==2.13.*"), ("90", "0.1.0+torch2.13 torch==2.13.*")):
+        command = [sys.executable, "-c", script, "0.1.0", "2.13.1+cu130", archs]
+        told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert told.strip() == expected
 
 
 def test_metadata_can_be_shown_by_an_index(wheel: zipfile.ZipFile) -> None:

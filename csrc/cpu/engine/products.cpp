@@ -12,7 +12,7 @@ const engine::Products<bf16>& products(bf16);
 namespace amx_portable {
 const engine::Products<bf16>& products(bf16);
 }
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 namespace avx2 {
 const engine::Products<float>& products(float);
 const engine::Products<bf16>& products(bf16);
@@ -33,7 +33,7 @@ namespace engine {
 
 template <>
 const Products<float>& products<float>() {
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
   if (vector_isa() >= Isa::avx512) return avx512::products(float{});
   if (vector_isa() >= Isa::avx2) return avx2::products(float{});
 #endif
@@ -45,7 +45,7 @@ const Products<bf16>& products<bf16>() {
   switch (isa()) {
     case Isa::amx_portable:
       return amx_portable::products(bf16{});
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
     case Isa::amx:
       return amx::products(bf16{});
     case Isa::avx512_bf16:

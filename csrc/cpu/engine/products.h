@@ -8,6 +8,7 @@
 
 #include "../../block/activations.h"
 #include "../kernels/scalar_types.h"
+#include "../x86.h"
 
 namespace resnet_fused::cpu::engine {
 

@@ -1,7 +1,7 @@
 // The products compiled for AVX2.
 #include "products.h"
 
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 #include <immintrin.h>
 #pragma GCC target("avx2,fma,f16c")
 #define KERNELS_ISA avx2

@@ -1,7 +1,7 @@
 // The products compiled for AVX-512 without bfloat16.
 #include "products.h"
 
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 #include <immintrin.h>
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw,prefer-vector-width=512")
 #define KERNELS_ISA avx512

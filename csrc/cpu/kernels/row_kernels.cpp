@@ -13,7 +13,7 @@ namespace resnet_fused::cpu {
   const RowKernels<f16>& kernels(f16);       \
   }
 DECLARE_TABLES(baseline)
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 DECLARE_TABLES(avx2)
 DECLARE_TABLES(avx512)
 #endif
@@ -21,7 +21,7 @@ DECLARE_TABLES(avx512)
 
 template <class T>
 const RowKernels<T>& row_kernels() {
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
   if (vector_isa() >= Isa::avx512) return avx512::kernels(T{});
   if (vector_isa() >= Isa::avx2) return avx2::kernels(T{});
 #endif

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "../../block/activations.h"
+#include "../x86.h"
 #include "scalar_types.h"
 
 namespace resnet_fused::cpu {

@@ -1,7 +1,7 @@
 // The row kernels compiled for avx512.
 #include "row_kernels.h"
 
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #define KERNELS_ISA avx512
 #include "row_kernels_impl.h"

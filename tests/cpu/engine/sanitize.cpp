@@ -4,7 +4,8 @@
 // isa.cpp.
 //
 // What AMX loads is not seen by a sanitizer; amx_portable reads the same in C++.
-#if defined(__x86_64__)
+#include "../../../csrc/cpu/x86.h"
+#if defined(RESNET_FUSED_X86)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -31,7 +32,7 @@ namespace resnet_fused::cpu {
 TABLE(baseline, float)
 TABLE(baseline, bf16)
 TABLE(amx_portable, bf16)
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 TABLE(avx2, float)
 TABLE(avx2, bf16)
 TABLE(avx512, float)
@@ -273,7 +274,7 @@ void check(const char* isa, const Products<T>& products) {
       }
 }
 
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 bool has_tiles() {
   constexpr long request_permission = 0x1023, tile_data = 18;
   return __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
@@ -285,7 +286,7 @@ int main_of(int64_t each) {
     check<float>("baseline", baseline::products(float{}));
     check<bf16>("baseline", baseline::products(bf16{}));
     if (i % 4 == 0) check<bf16>("amx_portable", amx_portable::products(bf16{}));
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       check<float>("avx2", avx2::products(float{}));
       check<bf16>("avx2", avx2::products(bf16{}));
