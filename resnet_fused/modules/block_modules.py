@@ -212,6 +212,15 @@ def require_no_hooks(name: str, module: nn.Module) -> None:
         raise NotFusable(f"{name} ({type(module).__name__}) has its forward replaced on the instance")
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its class's forward."""
+    try:
+        require_no_hooks("", module)
+    except NotFusable:
+        return True
+    return False
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a batch norm of any kind; `describe` says which are accepted."""
     return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or frozen_norm(type(module)) is not None

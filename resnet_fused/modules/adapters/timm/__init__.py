@@ -1,6 +1,7 @@
 """timm's blocks. Attention and stochastic depth are a gate; what has no fused form is called between fused parts."""
 
-from resnet_fused.modules.adapters.timm import byobnet, layers, regnet, resnet, resnetv2, senet, sknet
+from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.adapters.timm import byobnet, cspnet, layers, regnet, resnet, resnetv2, senet, sknet
 from resnet_fused.modules.block_modules import Adapter
 
 BLOCKS: dict[str, Adapter] = {
@@ -9,11 +10,13 @@ BLOCKS: dict[str, Adapter] = {
     **regnet.BLOCKS,
     **senet.BLOCKS,
     **byobnet.BLOCKS,
+    **cspnet.BLOCKS,
     **sknet.BLOCKS,
     **layers.BLOCKS,
 }
-LAYERS = (layers.CONV_NORM_ACT,)
+LAYERS = (sequential.CONV_NORM_ACT,)
 SEQUENTIALS: dict[str, tuple[str, ...]] = {
+    **cspnet.SEQUENTIALS,
     "timm.models.senet.SENet": ("layer0",),
     "timm.models.resnetv2.ResNetV2": ("stem",),
 }

@@ -9,7 +9,7 @@ from torch import nn
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.adapters.resnet import chain, with_skip
-from resnet_fused.modules.adapters.timm.attention import gate_of
+from resnet_fused.modules.adapters.timm.attention import gate_and_tail
 from resnet_fused.modules.block_modules import (
     Adapter,
     BlockModules,
@@ -46,7 +46,8 @@ def _resnet_block(block: nn.Module, acts: tuple[str, ...], middle: int) -> Modul
             require_no_hooks(name, slot)
     branch: tuple[StepModules, ...] = (BlockModules(first, "none"), *between) if between else ()
     end = stages[middle:] if between else stages
-    return with_skip(end, block.downsample, branch=branch, gate=gate_of(block))  # type: ignore[arg-type]
+    gate, tail = gate_and_tail(block.se, block.drop_path, "se")  # type: ignore[arg-type]
+    return with_skip(end, block.downsample, branch=branch, gate=gate, tail=tail)  # type: ignore[arg-type]
 
 
 def _does_nothing(module: object) -> bool:
