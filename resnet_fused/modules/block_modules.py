@@ -149,9 +149,19 @@ class SplitModules:
             raise ValueError(f"cascade={self.cascade}; accepted: 0 to {len(self.paths)}, the number of paths")
 
 
+@dataclass(frozen=True)
+class DenseModules:
+    """A step of which each path reads everything before it: the input and what the other paths gave (DenseNet).
+
+        out_0 = x,   out_i = path_i(concat(out_0, …, out_{i-1})),   out = concat(out_0, …, out_n)
+    """
+
+    paths: tuple[tuple[StepModules, ...], ...]
+
+
 Modules = BlockModules | CompositeModules
 # a fused call, steps of several, or what is called as it is: a module, or a function
-StepModules = Modules | SplitModules | nn.Module | Callable[[Tensor], Tensor]
+StepModules = Modules | SplitModules | DenseModules | nn.Module | Callable[[Tensor], Tensor]
 Adapter = Callable[[nn.Module], Modules]
 
 
@@ -160,7 +170,7 @@ def _flat(steps: Iterable[StepModules]) -> Iterator[BlockModules | Callable[[Ten
     for step in steps:
         if isinstance(step, CompositeModules):
             yield from step._steps()
-        elif isinstance(step, SplitModules):
+        elif isinstance(step, (SplitModules, DenseModules)):
             yield from _flat(chain.from_iterable(step.paths))
         else:
             yield step

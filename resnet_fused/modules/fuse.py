@@ -14,6 +14,7 @@ from resnet_fused.modules import adapters
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import called_by, class_path
 from resnet_fused.modules.candidates import candidates, original_class
+from resnet_fused.modules.forwards import FORWARDS
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
 from resnet_fused.modules.plan import describe_all
 from resnet_fused.modules.stem import STEMS
@@ -23,6 +24,7 @@ from resnet_fused.spec import Memory
 __all__ = ["FusedBlock", "fuse", "require_module", "unfuse", "why_not"]
 
 Model = TypeVar("Model", bound=nn.Module)
+MIXINS = STEMS | FORWARDS  # of classes that are no plain blocks
 SHOWN = 3  # reasons in a warning
 
 
@@ -59,7 +61,7 @@ def _fuse(module: nn.Module, settings: Settings) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
     block that is left alone may hold others."""
     if isinstance(module, FusedModule) or why_not(module) is None:
-        inject(module, STEMS.get(class_path(type(module)), FusedBlock), settings)
+        inject(module, MIXINS.get(class_path(type(module)), FusedBlock), settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
     for called in _called(module):
         _fuse(called, settings)

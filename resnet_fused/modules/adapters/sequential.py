@@ -22,7 +22,9 @@ from resnet_fused.spec.activations import RELU, recognise
 
 CONV_NORM_ACT = "timm.layers.conv_bn_act.ConvNormAct"
 # containers that hold a convolution, its norm with an activation or before one, and perhaps what blurs
-SINGLE = (CONV_NORM_ACT, "torchvision.ops.misc.Conv2dNormActivation")
+SINGLE: tuple[str, ...] = (CONV_NORM_ACT, "torchvision.ops.misc.Conv2dNormActivation")
+# those of a convolution and a norm, whose forward ends in F.relu
+BASIC: tuple[str, ...] = ("torchvision.models.googlenet.BasicConv2d", "torchvision.models.inception.BasicConv2d")
 ALONE = "a layer on its own is faster in PyTorch; accepted: a convolution of one group, norm and ReLU"
 
 
@@ -50,6 +52,11 @@ def layer(container: nn.Module) -> BlockModules:
     found = stage("it", container)
     require_gain(found)
     return BlockModules((found,), "none")
+
+
+def basic(module: nn.Module) -> StageModules:
+    """Of the Inceptions' BasicConv2d, a stage whose activation is a function."""
+    return StageModules(module.conv, module.bn, "relu")  # type: ignore[arg-type]
 
 
 def require_gain(stage: StageModules) -> None:
@@ -117,8 +124,10 @@ def _opened(modules: list[nn.Module]) -> list[nn.Module]:
 
 def _of_layer(module: nn.Module) -> tuple[StageModules, nn.Module | None] | None:
     """(the stage of a layer, what blurs behind it)."""
-    if original_path(module) not in SINGLE or has_hooks(module):
+    if original_path(module) not in (*SINGLE, *BASIC) or has_hooks(module):
         return None
+    if original_path(module) in BASIC:
+        return basic(module), None
     children = list(module.children())
     found, length = _stage(children)
     rest = children[length:]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
@@ -84,7 +84,7 @@ def shortcut_parts(downsample: nn.Module) -> SkipPath:
     return tuple(pool for pool in pools if type(pool) is not nn.Identity), stage
 
 
-Part = StageModules | Factor | nn.Module
+Part = StageModules | Factor | nn.Module | Callable[[Tensor], Tensor]
 
 
 def parts_of(name: str, module: nn.Module) -> tuple[Part, ...]:
@@ -107,7 +107,7 @@ def with_shortcut(
     act: behind the addition. None: the last part's own stands before it.
     attention, drop_path: what follows the last part, in this order.
     """
-    branch, end = _branch(parts)
+    branch, end = branch_and_end(parts)
     if not end:
         raise NotFusable("its branch ends in something else than a convolution with a norm")
     if act is not None:
@@ -118,7 +118,7 @@ def with_shortcut(
     return added(end, skip, branch=branch, gate=gate, tail=tail, order=order)
 
 
-def _branch(parts: Iterable[Part | None]) -> tuple[tuple[StepModules, ...], tuple[StageModules, ...]]:
+def branch_and_end(parts: Iterable[Part | None]) -> tuple[tuple[StepModules, ...], tuple[StageModules, ...]]:
     """(everything up to the last part that is no stage, the stages behind it); a factor ends the fused call before."""
     steps: list[StepModules] = []
     run: tuple[StageModules, ...] = ()

@@ -36,10 +36,10 @@ def _resnet_block(block: nn.Module, acts: tuple[str, ...], middle: int) -> Modul
     drop_block, aa = getattr(block, "drop_block", None), getattr(block, "aa", None)
     first = stages[:middle]
     between: list[nn.Module] = []
-    if not _does_nothing(drop_block):
+    if not does_nothing(drop_block):
         between += [drop_block, first[-1].act]  # type: ignore[list-item]
         first = (*first[:-1], replace(first[-1], act=None))
-    if not _does_nothing(aa):
+    if not does_nothing(aa):
         between.append(aa)  # type: ignore[arg-type]
     for name, slot in (("drop_block", drop_block), ("aa", aa)):
         if slot is not None and slot not in between:
@@ -50,7 +50,7 @@ def _resnet_block(block: nn.Module, acts: tuple[str, ...], middle: int) -> Modul
     return with_skip(end, block.downsample, branch=branch, gate=gate, tail=tail)  # type: ignore[arg-type]
 
 
-def _does_nothing(module: object) -> bool:
+def does_nothing(module: object) -> bool:
     """An empty slot, or dropped regions outside of training."""
     if module is None or type(module) is nn.Identity:
         return True
