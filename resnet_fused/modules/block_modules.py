@@ -153,7 +153,7 @@ class SplitModules:
 class DenseModules:
     """A step of which each path reads everything before it: the input and what the other paths gave (DenseNet).
 
-        out_0 = x,   out_i = path_i(concat(out_0, …, out_{i-1})),   out = concat(out_0, …, out_n)
+    out_0 = x,   out_i = path_i(concat(out_0, …, out_{i-1})),   out = concat(out_0, …, out_n)
     """
 
     paths: tuple[tuple[StepModules, ...], ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ FORWARDS: dict[str, type[FusedModule]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _without_skip(spec: BlockSpec) -> BlockSpec:
     """The same object for equal specs: what is kept of a block is known by its spec's identity."""
     return replace(spec, skip="none")

@@ -19,7 +19,6 @@ from resnet_fused.modules.block_modules import (
 )
 from resnet_fused.spec.activations import RELU, recognise
 
-
 CONV_NORM_ACT = "timm.layers.conv_bn_act.ConvNormAct"
 # containers that hold a convolution, its norm with an activation or before one, and perhaps what blurs
 SINGLE: tuple[str, ...] = (CONV_NORM_ACT, "torchvision.ops.misc.Conv2dNormActivation")

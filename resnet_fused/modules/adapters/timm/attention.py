@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import class_path, require_no_hooks
 
-
 Gated = Callable[[Tensor], Tensor]  # pooled [N, C] -> [N, C] or [N, 1]
 
 

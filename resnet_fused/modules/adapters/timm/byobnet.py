@@ -18,8 +18,6 @@ from resnet_fused.modules.block_modules import (
     Modules,
     StageModules,
     StepModules,
-    original_path,
-    require_no_hooks,
 )
 
 
@@ -84,26 +82,30 @@ def _attention(block: Any) -> Part | None:
 def _added_branches(block: Any, branches: list[StageModules]) -> Modules:
     """Convolutions of x with a norm each, and the norm of x itself, added, before attention and activation."""
     if any(_is_depthwise(branch.conv) for branch in branches):
-        raise NotFusable("its convolutions are depthwise, and each with its norm is faster in PyTorch; accepted: others")
+        raise NotFusable(
+            "its convolutions are depthwise, and each with its norm is faster in PyTorch; accepted: others"
+        )
     attended = type(block.attn) is not nn.Identity
     act = None if attended else block.act
     after: tuple[nn.Module, ...] = (block.attn, block.act) if attended else ()
     if block.identity is None or drop_path_of(block.drop_path) is None:
         return _sum(branches, () if block.identity is None else (block.identity,), act, after)
     dropped = (_sum(branches, (), None, ()), block.drop_path)
-    return CompositeModules(dropped, None, (block.identity,), after=after or (block.act,))
+    return CompositeModules(dropped, None, (block.identity,), after=after or (block.act,), in_place_add=True)
 
 
 def _sum(
     branches: list[StageModules], rest: tuple[StepModules, ...], act: nn.Module | None, after: tuple[nn.Module, ...]
 ) -> Modules:
-    """act(the first branch + (the second + (… + rest)))."""
+    """act(the first branch + (the second + (… + rest))), in the branches' dtype: x's own norm may have another."""
     first = replace(branches[0], act=act)
-    end = BlockModules((first,), "none")
+    end = BlockModules((first,), "none", in_place_add=True)
     if len(branches) == 1:
+        if not rest:
+            sequential.require_gain(first)
         return CompositeModules((), end, rest or None, after=after) if rest or after else end
     if len(branches) == 2 and not rest and not after:
-        return BlockModules((first,), "projection", branches[1])
+        return BlockModules((first,), "projection", branches[1], in_place_add=True)
     return CompositeModules((), end, (_sum(branches[1:], rest, None, ()),), after=after)
 
 

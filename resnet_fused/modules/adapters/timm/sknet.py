@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from resnet_fused.modules.adapters.resnet import with_skip
 from resnet_fused.modules.adapters.timm.attention import gate_and_tail
 from resnet_fused.modules.adapters.timm.layers import stage_of
-from resnet_fused.modules.block_modules import Adapter, BlockModules, CompositeModules, Modules, StageModules, StepModules
+from resnet_fused.modules.block_modules import (
+    Adapter,
+    BlockModules,
+    CompositeModules,
+    Modules,
+    StageModules,
+    StepModules,
+)
 
 
 def bottleneck(block: nn.Module) -> Modules:
