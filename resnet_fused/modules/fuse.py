@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from functools import cache
 from typing import TypeVar, get_args
@@ -66,7 +67,8 @@ def _fuse(module: nn.Module, settings: Settings) -> None:
     for called in _called(module):
         _fuse(called, settings)
     for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
-        _fuse_sequential(module, name, settings)
+        for child in _named(module, name):
+            _fuse_sequential(child, settings)
     for child in module.children():
         if id(child) not in within:
             _fuse(child, settings)
@@ -81,15 +83,21 @@ def _called(module: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _fuse_sequential(module: nn.Module, name: str, settings: Settings) -> None:
-    """A child of `module` that is a plain nn.Sequential, if it holds a chain that can be described."""
-    try:
-        child = module.get_submodule(name)
-        if type(child) is nn.Sequential:
-            describe_all(sequential.chain(child), "default")
-            inject(child, FusedSequential, settings)
-    except (AttributeError, NotFusable):  # replaced, or pruned
+def _named(module: nn.Module, name: str) -> list[nn.Module]:
+    """The children of a dotted name, in which * stands for any one part; none where it was replaced, or pruned."""
+    found = [module]
+    for part in name.split("."):
+        found = [child for each in found for own, child in each.named_children() if part in (own, "*")]
+    return found
+
+
+def _fuse_sequential(child: nn.Module, settings: Settings) -> None:
+    """A plain nn.Sequential that a known model calls, if it holds a chain that can be described."""
+    if type(child) is not nn.Sequential:
         return
+    with contextlib.suppress(NotFusable):
+        describe_all(sequential.chain(child), "default")
+        inject(child, FusedSequential, settings)
 
 
 def unfuse(model: Model) -> Model:

@@ -65,6 +65,10 @@ def aspp_pooling(container: nn.Module) -> CompositeModules:
     return sequential.composite(sequential.chains(list(container.children())))
 
 
+def shuffle_unit(unit: nn.Module) -> BlockModules:
+    raise NotFusable("its branches are depthwise between 1x1 convolutions, where fusing has not been measured to gain")
+
+
 def feature_pyramid(pyramid: Any) -> BlockModules:
     """Its layers are fused by themselves, where PyTorch does not run them faster."""
     for each in (*pyramid.inner_blocks, *pyramid.layer_blocks):
@@ -95,6 +99,7 @@ BLOCKS: dict[str, Adapter] = {
     "torchvision.models.densenet._DenseBlock": dense_block,
     "torchvision.models.googlenet.BasicConv2d": basic_conv,
     "torchvision.models.inception.BasicConv2d": basic_conv,
+    "torchvision.models.shufflenetv2.InvertedResidual": shuffle_unit,
     "torchvision.models.segmentation.fcn.FCNHead": sequential.chain,
     "torchvision.models.segmentation.deeplabv3.ASPPConv": sequential.chain,
     "torchvision.models.segmentation.deeplabv3.DeepLabHead": sequential.chain,

@@ -1,4 +1,4 @@
-"""timm's networks of layers in a row or side by side: DenseNet, DLA, SelecSLS, VGG."""
+"""timm's networks of layers in a row or side by side: DenseNet, DLA, HRNet, SelecSLS, VGG."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ BLOCKS: dict[str, Adapter] = {
 SEQUENTIALS: dict[str, tuple[str, ...]] = {
     "timm.models.densenet.DenseNet": ("features",),
     "timm.models.dla.DLA": ("base_layer", "level0", "level1"),
+    "timm.models.hrnet.HighResolutionModule": ("fuse_layers.*.*",),
+    "timm.models.hrnet.HighResolutionNet": (
+        *(f"transition{i}.*" for i in (1, 2, 3)),
+        "downsamp_modules.*",
+        "final_layer",
+    ),
     "timm.models.selecsls.SelecSls": ("stem", "head"),
     "timm.models.selecsls.SelecSlsBlock": tuple(f"conv{i}" for i in range(1, 7)),
     "timm.models.vgg.VGG": ("features",),
