@@ -14,6 +14,7 @@ from support.training import assert_trains_as_eager
 from torch import Tensor, nn
 
 from resnet_fused import explain, fuse
+from resnet_fused.modules.block_modules import CompositeModules, SplitModules
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.testing import assert_equivalent
 from resnet_fused.tools.coverage import fuse_quietly, pairs, unfused
@@ -158,10 +159,31 @@ def test_trains_as_eager(name: str) -> None:
     assert explain(model)[0].backend == "native"
 
 
-@pytest.mark.parametrize("name", ["attention over places, last", "RepVGG, three branches", "cross stage", "ResNeSt"])
+AUTOCAST = ["CBAM", "RepVGG, three branches", "RepVGG, stochastic depth", "cross stage", "ResNeSt"]
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
 def test_under_autocast(name: str) -> None:
     model = made(BLOCKS[name][0])
     assert_trains_as_eager(model, given(model), autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["Res2Net, a cascade", "RepVGG, three branches", "timm's dense block"])
+def test_what_is_known_of_nested_calls_outlasts_a_change(name: str) -> None:
+    model = fuse(made(BLOCKS[name][0]).eval())
+    x = given(model)
+
+    def known() -> list[object]:
+        with torch.no_grad():
+            model(x)
+        return [call.params.kept for call in model[0]._fused_description.block.calls]
+
+    before = known()
+    described = model[0]._fused_description.block
+    model[0].note = "another attribute"
+    after = known()
+    assert model[0]._fused_description.block is not described
+    assert len(before) == BLOCKS[name][1] and all(a is b for a, b in zip(before, after, strict=True))
 
 
 class First(nn.Module):
@@ -253,15 +275,9 @@ def test_a_model_of_trees_is_equivalent() -> None:
 
 def test_a_model_of_cascades_is_equivalent() -> None:
     torch.manual_seed(0)
-    model = resnet.ResNet(
-        res2net.Bottle2neck,
-        (1, 1, 1, 1),
-        channels=(8, 8, 16, 16),
-        num_classes=5,
-        block_args={"scale": 4},
-        base_width=32,
-    )
-    assert_equivalent(model, torch.randn(4, 3, 48, 48), seeds=1, min_fused=1.0)
+    arguments = {"block_args": {"scale": 4}, "base_width": 32, "zero_init_last": False}
+    model = resnet.ResNet(res2net.Bottle2neck, (2, 1, 1, 1), channels=(8, 8, 16, 16), num_classes=5, **arguments)
+    assert_equivalent(model, torch.randn(4, 3, 32, 32), seeds=1, min_fused=1.0)
 
 
 def test_dropped_features_of_a_dense_layer() -> None:
@@ -328,3 +344,12 @@ def test_a_slice_of_a_fused_sequential_is_plain() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.features[:3](x), model.features[2](model.features[1](model.features[0](x))))
     assert type(model.features[:3]) is nn.Sequential and isinstance(model.features, FusedModule)
+
+
+def test_steps_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 paths; accepted: two or more"):
+        SplitModules(((),))
+    with pytest.raises(ValueError, match="cascade=3; accepted: 0 to 2"):
+        SplitModules(((), ()), cascade=3)
+    with pytest.raises(ValueError, match="a skip path needs a branch that it is added to"):
+        CompositeModules(skip=())
