@@ -14,7 +14,7 @@ from resnet_fused.modules.block_modules import Adapter, class_path
 BUILT_IN: dict[str, Adapter] = {**resnet.BLOCKS, **torchvision.BLOCKS, **timm.BLOCKS}
 # known classes that are pieces of blocks
 LAYERS = (*torchvision.LAYERS, *timm.LAYERS)
-# plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
+# plain nn.Sequentials that a model calls, by their names in it (* is any one part): chains by what they hold
 SEQUENTIALS: dict[str, tuple[str, ...]] = {**torchvision.SEQUENTIALS, **timm.SEQUENTIALS}
 _registered: dict[type[nn.Module], Adapter] = {}
 
