@@ -8,14 +8,40 @@ from __future__ import annotations
 
 from torch import nn
 
-from resnet_fused.modules.adapters import resnet, timm, torchvision
+from resnet_fused.modules.adapters import (
+    clip,
+    detectron2,
+    insightface,
+    kornia,
+    monai,
+    openmmlab,
+    pl_bolts,
+    resnet,
+    timm,
+    torchvision,
+    ultralytics,
+    wespeaker,
+)
 from resnet_fused.modules.block_modules import Adapter, class_path
 
-BUILT_IN: dict[str, Adapter] = {**resnet.BLOCKS, **torchvision.BLOCKS, **timm.BLOCKS}
+BUILT_IN: dict[str, Adapter] = {
+    **resnet.BLOCKS,
+    **torchvision.BLOCKS,
+    **timm.BLOCKS,
+    **clip.BLOCKS,
+    **detectron2.BLOCKS,
+    **insightface.BLOCKS,
+    **kornia.BLOCKS,
+    **monai.BLOCKS,
+    **openmmlab.BLOCKS,
+    **pl_bolts.BLOCKS,
+    **ultralytics.BLOCKS,
+    **wespeaker.BLOCKS,
+}
 # known classes that are pieces of blocks
-LAYERS = (*torchvision.LAYERS, *timm.LAYERS)
+LAYERS = (*torchvision.LAYERS, *timm.LAYERS, *kornia.LAYERS, *ultralytics.LAYERS)
 # plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
-SEQUENTIALS: dict[str, tuple[str, ...]] = {**torchvision.SEQUENTIALS, **timm.SEQUENTIALS}
+SEQUENTIALS: dict[str, tuple[str, ...]] = {**torchvision.SEQUENTIALS, **timm.SEQUENTIALS, **openmmlab.SEQUENTIALS}
 _registered: dict[type[nn.Module], Adapter] = {}
 
 
