@@ -16,6 +16,7 @@ from resnet_fused.modules.adapters import (
     monai,
     openmmlab,
     pl_bolts,
+    pytorchcv,
     resnet,
     timm,
     torchvision,
@@ -35,11 +36,19 @@ BUILT_IN: dict[str, Adapter] = {
     **monai.BLOCKS,
     **openmmlab.BLOCKS,
     **pl_bolts.BLOCKS,
+    **pytorchcv.BLOCKS,
     **ultralytics.BLOCKS,
     **wespeaker.BLOCKS,
 }
 # known classes that are pieces of blocks
-LAYERS = (*torchvision.LAYERS, *timm.LAYERS, *kornia.LAYERS, *ultralytics.LAYERS)
+LAYERS = (
+    *torchvision.LAYERS,
+    *timm.LAYERS,
+    *kornia.LAYERS,
+    *openmmlab.LAYERS,
+    *pytorchcv.LAYERS,
+    *ultralytics.LAYERS,
+)
 # plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
 SEQUENTIALS: dict[str, tuple[str, ...]] = {**torchvision.SEQUENTIALS, **timm.SEQUENTIALS, **openmmlab.SEQUENTIALS}
 _registered: dict[type[nn.Module], Adapter] = {}
