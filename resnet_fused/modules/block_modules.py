@@ -6,8 +6,9 @@ statistics and hooks are seen at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -98,10 +99,12 @@ class CompositeModules:
         x = before(x),   out = after(end(branch(x)) + skip(x))
 
     end:  the last fused call of the branch, with `skip` "none"; what the skip path gives is added before its last
-          activation (in branch order behind it). None: `branch` is all, and there is no skip path.
+          activation (in branch order behind it). None: `branch` is all, and PyTorch adds the skip path.
     skip: () for x itself, None for no skip path.
+    in_place_add: without an end, the sum keeps the branch's dtype, as `BlockModules.in_place_add`.
 
-    A step may itself be composite, as where three branches are added.
+    A step may itself be composite, as where three branches are added; or a function of one tensor, for what the block's
+    forward computes between its children.
 
     Modules among the steps are called, so their hooks run. Raises ValueError for parts that do not fit together.
     """
@@ -111,10 +114,11 @@ class CompositeModules:
     skip: tuple[StepModules, ...] | None = None
     before: tuple[StepModules, ...] = ()
     after: tuple[StepModules, ...] = ()
+    in_place_add: bool = False
 
     def __post_init__(self) -> None:
-        if self.end is None and self.skip is not None:
-            raise ValueError("a skip path needs the fused call that it is added to: give end")
+        if self.end is None and self.skip is not None and not self.branch:
+            raise ValueError("a skip path needs a branch that it is added to: give branch, end or both")
         if self.end is not None and self.end.skip != "none":
             raise ValueError(f"end has skip={self.end.skip!r}; accepted: 'none', the composite's own skip is added")
 
@@ -128,18 +132,46 @@ class CompositeModules:
         """The modules that are called as they are."""
         return tuple(step for step in self._steps() if isinstance(step, nn.Module))
 
-    def _steps(self) -> Iterator[BlockModules | nn.Module]:
+    def _steps(self) -> Iterator[BlockModules | Callable[[Tensor], Tensor]]:
         end = () if self.end is None else (self.end,)
-        for step in (*self.before, *self.branch, *end, *(self.skip or ()), *self.after):
-            if isinstance(step, CompositeModules):
-                yield from step._steps()
-            else:
-                yield step
+        return _flat((*self.before, *self.branch, *end, *(self.skip or ()), *self.after))
+
+
+@dataclass(frozen=True)
+class SplitModules:
+    """A step whose input is split along the channels, a share for each path, and put together again behind them.
+
+        x_1, …, x_n = split(x),   u_i = x_i + [1 < i <= cascade] out_{i-1},   out_i = path_i(u_i),   out = concat(out_i)
+
+    cascade: how many paths, from the first on, are a cascade, each reading what the one before it gave (Res2Net).
+    Raises ValueError for fewer than two paths, or a cascade of more than there are.
+    """
+
+    paths: tuple[tuple[StepModules, ...], ...]
+    cascade: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.paths) < 2:
+            raise ValueError(f"{len(self.paths)} paths; accepted: two or more")
+        if not 0 <= self.cascade <= len(self.paths):
+            raise ValueError(f"cascade={self.cascade}; accepted: 0 to {len(self.paths)}, the number of paths")
 
 
 Modules = BlockModules | CompositeModules
-StepModules = Modules | nn.Module  # fused calls, or a module that is called as it is
+# a fused call, steps of several, or what is called as it is: a module, or a function
+StepModules = Modules | SplitModules | nn.Module | Callable[[Tensor], Tensor]
 Adapter = Callable[[nn.Module], Modules]
+
+
+def _flat(steps: Iterable[StepModules]) -> Iterator[BlockModules | Callable[[Tensor], Tensor]]:
+    """The fused calls, and what is called as it is, at any depth."""
+    for step in steps:
+        if isinstance(step, CompositeModules):
+            yield from step._steps()
+        elif isinstance(step, SplitModules):
+            yield from _flat(chain.from_iterable(step.paths))
+        else:
+            yield step
 
 
 def called_by(modules: Modules) -> list[nn.Module]:

@@ -6,13 +6,14 @@ such parts is a fused call each, and the last one adds the skip path to its bran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.modules.block_modules import BlockModules, Modules, StepModules, describe
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules, Modules, SplitModules, StepModules, describe
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
@@ -47,51 +48,65 @@ class Plan(NamedTuple):
     end: Described | None
     skip: tuple[Step, ...] | None
     after: tuple[Step, ...]
+    in_place_add: bool = False
 
     def run(self, x: Tensor, backend: str) -> Tensor:
         x = _run(self.before, x, backend)
         out = _run(self.branch, x, backend)
+        skip = None if self.skip is None else _run(self.skip, x, backend)
         if self.end is not None:
-            skip = None if self.skip is None else _run(self.skip, x, backend)
             out = self.end.run(out, backend, skip)
+        elif skip is not None:
+            out = (out + skip).to(out.dtype) if self.in_place_add else out + skip
         return _run(self.after, out, backend)
 
     def remember(self, last: Described | Plan | None) -> Plan:
         """As `Described.remember`, call by call."""
         if not isinstance(last, Plan) or len(last.calls) != len(self.calls):
             return self
-        return self._carry(iter(last.calls))
+        return self.carry(iter(last.calls))
 
-    def _carry(self, before: Iterator[Described]) -> Plan:
-        def carry(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-            return tuple(one(step) for step in steps)
-
-        def one(step: Step) -> Step:
-            if isinstance(step, Plan):
-                return step._carry(before)
-            return step.remember(next(before)) if isinstance(step, Described) else step
-
+    def carry(self, before: Iterator[Described]) -> Plan:
+        """With what is known of the tensors of `before`, one for each call."""
         return Plan(
-            carry(self.before),
-            carry(self.branch),
+            _carry(self.before, before),
+            _carry(self.branch, before),
             None if self.end is None else self.end.remember(next(before)),
-            None if self.skip is None else carry(self.skip),
-            carry(self.after),
+            None if self.skip is None else _carry(self.skip, before),
+            _carry(self.after, before),
+            self.in_place_add,
         )
 
     @property
     def calls(self) -> list[Described]:
         """The fused ones, in the order of the fields."""
-        return list(self._calls())
-
-    def _calls(self) -> Iterator[Described]:
-        for steps in (self.before, self.branch, (self.end,), self.skip or (), self.after):
-            for step in steps:
-                if isinstance(step, (Described, Plan)):
-                    yield from step.calls
+        end = () if self.end is None else (self.end,)
+        return _calls((*self.before, *self.branch, *end, *(self.skip or ()), *self.after))
 
 
-Step = Described | Plan | nn.Module
+class Split(NamedTuple):
+    """`SplitModules`, described."""
+
+    paths: tuple[tuple[Step, ...], ...]
+    cascade: int
+
+    def run(self, x: Tensor, backend: str) -> Tensor:
+        outs: list[Tensor] = []
+        for i, (path, part) in enumerate(zip(self.paths, x.chunk(len(self.paths), 1), strict=True)):
+            outs.append(_run(path, outs[-1] + part if 0 < i < self.cascade else part, backend))
+        return torch.cat(outs, 1)
+
+    def carry(self, before: Iterator[Described]) -> Split:
+        """As `Plan.carry`."""
+        return Split(tuple(_carry(path, before) for path in self.paths), self.cascade)
+
+    @property
+    def calls(self) -> list[Described]:
+        """The fused ones, path by path."""
+        return [call for path in self.paths for call in _calls(path)]
+
+
+Step = Described | Plan | Split | Callable[[Tensor], Tensor]
 
 
 def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
@@ -99,15 +114,35 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
     if isinstance(modules, BlockModules):
         return Described(*describe(modules, memory), modules.gate)
 
+    def step(given: StepModules) -> Step:
+        if isinstance(given, SplitModules):
+            return Split(tuple(steps(path) for path in given.paths), given.cascade)
+        return describe_all(given, memory) if isinstance(given, (BlockModules, CompositeModules)) else given
+
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
-        return tuple(step if isinstance(step, nn.Module) else describe_all(step, memory) for step in given)
+        return tuple(step(each) for each in given)
 
     end = None if modules.end is None else Described(*describe(modules.end, memory), modules.end.gate)
     skip = None if modules.skip is None else steps(modules.skip)
-    return Plan(steps(modules.before), steps(modules.branch), end, skip, steps(modules.after))
+    return Plan(
+        steps(modules.before), steps(modules.branch), end, skip, steps(modules.after), in_place_add=modules.in_place_add
+    )
 
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:
     for step in steps:
-        x = step(x) if isinstance(step, nn.Module) else step.run(x, backend)
+        x = step.run(x, backend) if isinstance(step, (Described, Plan, Split)) else step(x)
     return x
+
+
+def _calls(steps: Iterable[Step]) -> list[Described]:
+    return [call for step in steps if isinstance(step, (Described, Plan, Split)) for call in step.calls]
+
+
+def _carry(steps: tuple[Step, ...], before: Iterator[Described]) -> tuple[Step, ...]:
+    def one(step: Step) -> Step:
+        if isinstance(step, Described):
+            return step.remember(next(before))
+        return step.carry(before) if isinstance(step, (Plan, Split)) else step
+
+    return tuple(one(step) for step in steps)
