@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -25,9 +27,9 @@ def deformable_bottleneck(block: nn.Module) -> BlockModules:
 
 
 def stem(module: nn.Module) -> CompositeModules:
-    """Its max pooling is a function call in its forward."""
     stage = StageModules(module.conv1, None, F.relu)  # type: ignore[arg-type]
-    return CompositeModules((BlockModules((stage,), "none"), nn.MaxPool2d(3, 2, 1)))
+    pool = partial(F.max_pool2d, kernel_size=3, stride=2, padding=1)
+    return CompositeModules((BlockModules((stage,), "none"), pool))
 
 
 def _block(block: nn.Module, convs: int) -> BlockModules:

@@ -36,7 +36,10 @@ def resnet_d_block(block: nn.Module) -> Modules:
         return BlockModules(tuple(stages), "identity")
     if type(shortcut) is not nn.Sequential:
         return BlockModules(tuple(stages), "projection", _stage("short", shortcut))
-    pool, conv = shortcut.children()
+    if len(shortcut) != 2:
+        names = ", ".join(type(part).__name__ for part in shortcut)
+        raise NotFusable(f"short is Sequential({names}); accepted: a pooling and ConvNormAct, ConvNormAct, nn.Identity")
+    pool, conv = shortcut
     steps = skip_steps((pool,), _stage("short.conv", conv))
     return CompositeModules((), BlockModules(tuple(stages), "none"), steps)
 

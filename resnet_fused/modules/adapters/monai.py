@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor, nn
+from torch import nn
 
 from resnet_fused.modules.adapters.resnet import chain, with_skip
 from resnet_fused.modules.block_modules import Adapter, BlockModules, CompositeModules, Modules
-
-
-class Call(nn.Module):
-    """A function as a step of a composite block."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def basic_block(block: nn.Module) -> Modules:
@@ -35,7 +22,7 @@ def _block(block: nn.Module, acts: tuple[str, ...]) -> Modules:
     if downsample is None or isinstance(downsample, nn.Module):
         return with_skip(stages, downsample)
     end = BlockModules(stages, "none", in_place_add=True)
-    return CompositeModules((), end, (Call(downsample),))  # type: ignore[arg-type]
+    return CompositeModules((), end, (downsample,))  # type: ignore[arg-type]
 
 
 BLOCKS: dict[str, Adapter] = {

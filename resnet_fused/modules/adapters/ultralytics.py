@@ -26,11 +26,10 @@ REP_CONV = "ultralytics.nn.modules.conv.RepConv"
 
 def bottleneck(block: nn.Module) -> Modules:
     """YOLO's: the activation stands before the addition. Of C2f, C3 and others, which call it."""
-    second = _stage("cv2", block.cv2)  # type: ignore[arg-type]
     if original_path(block.cv1) == REP_CONV:  # type: ignore[arg-type]
-        end = BlockModules((second,), "none", order="branch")
+        end = BlockModules((_stage("cv2", block.cv2),), "none", order="branch")  # type: ignore[arg-type]
         return CompositeModules((block.cv1,), end, () if block.add else None)  # type: ignore[arg-type]
-    stages = (_stage("cv1", block.cv1), second)  # type: ignore[arg-type]
+    stages = tuple(_stage(f"cv{i}", getattr(block, f"cv{i}")) for i in (1, 2))
     return BlockModules(stages, "identity" if block.add else "none", order="branch")
 
 
