@@ -14,7 +14,7 @@ from resnet_fused import explain, fuse
 from resnet_fused.modules.fuse import why_not
 
 pytest.importorskip("pytorchcv")
-from pytorchcv.models import (  # noqa: E402
+from pytorchcv.models import (
     cbamresnet,
     preresnet,
     regnet,
@@ -44,7 +44,7 @@ UNITS: dict[str, tuple[Callable[[], list[nn.Module]], list[int]]] = {
             senet.SENetUnit(64, 64, 2, 4, 16, True),
         ],
         [1, 1, 1],
-    ),  # fmt: skip
+    ),
     "RegNet": (lambda: [regnet.RegNetUnit(8, 16, 2, 8, True), regnet.RegNetUnit(16, 16, 1, 8, False)], [3, 1]),
     "ResNet v2": (
         lambda: [preresnet.PreResUnit(8, 16, 2), preresnet.PreResUnit(16, 16, 1, bottleneck=False), nn.ReLU()],
