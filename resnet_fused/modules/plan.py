@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.modules.block_modules import (
-    BlockModules,
-    CompositeModules,
-    Modules,
-    SplitModules,
-    StepModules,
-    describe,
-)
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules, Modules, SplitModules, StepModules, describe
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
