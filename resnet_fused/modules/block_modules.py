@@ -39,6 +39,14 @@ FROZEN_NORMS = {
     FROZEN_NORM_ACT: FrozenNorm(promotes=True),
     "detectron2.layers.batch_norm.FrozenBatchNorm2d": FrozenNorm(promotes=False),  # F.batch_norm
 }
+# batch norms that compute as nn.BatchNorm2d and nn.SyncBatchNorm, of which they have another check of the input alone
+BATCH_NORMS = (
+    "mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm",
+    "mmengine.model.utils._BatchNormXd",  # what revert_sync_batchnorm leaves
+    "mmcv.utils.parrots_wrapper.SyncBatchNorm",
+)
+CONVS = ("mmcv.cnn.bricks.wrappers.Conv2d",)  # computes as nn.Conv2d
+CONV_NORM_ACT = "detectron2.layers.wrappers.Conv2d"  # convolves, then `norm` and `activation`, where they are not None
 OF_TRANSFORMERS = FrozenNorm(promotes=True, eps=1e-5)  # DETR's, of which each of its detectors has a copy
 
 
@@ -233,7 +241,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a batch norm of any kind; `describe` says which are accepted."""
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or frozen_norm(type(module)) is not None
+    known = isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) or class_path(type(module)) in BATCH_NORMS
+    return known or frozen_norm(type(module)) is not None
 
 
 def original_path(module: nn.Module) -> str:
@@ -248,7 +257,7 @@ def class_path(cls: type) -> str:
 
 def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, StageSpec]:
     conv = _conv(f"{name}.conv", modules.conv)
-    given_norm, given_act = _norm_and_act(name, modules)
+    given_norm, given_act = _norm_and_act(name, _unpacked(name, modules))
     norm, batch_stats, eps = _norm(f"{name}.norm", given_norm)
     act = _activation(f"{name}.act", given_act)
     slope = given_act.weight if isinstance(given_act, nn.PReLU) else None
@@ -266,6 +275,21 @@ def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, Stage
         promotes=(frozen := frozen_norm(type(given_norm))) is not None and frozen.promotes,
     )
     return params, spec
+
+
+def _unpacked(name: str, modules: StageModules) -> StageModules:
+    """With the norm and the activation that its convolution holds itself."""
+    conv = modules.conv
+    if class_path(type(conv)) != CONV_NORM_ACT:
+        return modules
+    norm, act = conv.norm, conv.activation
+    if conv.padding_mode != "zeros":
+        raise NotFusable(f"{name}.conv pads with zeros though padding_mode is {conv.padding_mode!r}; accepted: 'zeros'")
+    if modules.norm is not None and (norm is not None or act is not None):
+        raise NotFusable(f"{name}.conv has a norm or an activation, and another norm follows it")
+    if modules.act is not None and act is not None:
+        raise NotFusable(f"{name}.conv has an activation, {_called(act)}, and another follows it")
+    return StageModules(conv, modules.norm if norm is None else norm, modules.act if act is None else act)  # type: ignore[arg-type]
 
 
 def _norm_and_act(name: str, modules: StageModules) -> tuple[nn.Module | None, Any]:
@@ -286,10 +310,10 @@ def _norm_and_act(name: str, modules: StageModules) -> tuple[nn.Module | None, A
 
 
 def _conv(name: str, conv: nn.Module) -> nn.Conv2d:
-    if type(conv) is not nn.Conv2d:  # a subclass may compute anything
+    if type(conv) is not nn.Conv2d and class_path(type(conv)) not in (*CONVS, CONV_NORM_ACT):  # it may compute anything
         raise NotFusable(f"{name} is {type(conv).__name__}; accepted: nn.Conv2d itself")
     require_no_hooks(name, conv)
-    return conv
+    return conv  # type: ignore[return-value]
 
 
 def _padding(name: str, conv: nn.Conv2d) -> IntPair:
@@ -311,7 +335,7 @@ def _norm(name: str, norm: nn.Module | None) -> tuple[dict[str, Any], bool, floa
     require_no_hooks(name, norm)
     if type(norm) is nn.Identity:
         return {}, False, 0.0
-    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or class_path(type(norm)) == NORM_ACT:
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or class_path(type(norm)) in (NORM_ACT, *BATCH_NORMS):
         return _batch_norm(norm)  # type: ignore[arg-type]
     frozen = frozen_norm(type(norm))
     if frozen is not None:
@@ -345,6 +369,9 @@ def _activation(name: str, act: object) -> Activation:
     found = recognise(act)
     if found is not None and not (found.kind.learned and not isinstance(act, nn.Module)):
         return found
-    given = type(act).__name__ if isinstance(act, nn.Module) else repr(act)
     modules = ", ".join(f"nn.{module.__name__}" for kind in KINDS.values() for module in kind.modules)
-    raise NotFusable(f"{name} is {given}; accepted: {modules}, their functions and names, or None")
+    raise NotFusable(f"{name} is {_called(act)}; accepted: {modules}, their functions and names, or None")
+
+
+def _called(act: object) -> str:
+    return type(act).__name__ if isinstance(act, nn.Module) else repr(act)

@@ -65,7 +65,7 @@ def read(module: nn.Module) -> BatchNorm:
 
 
 def state(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
-    """`read`, of a module that is known to decide as these two do."""
+    """`read`, of a module that is known to decide as these two do, such as some libraries' subclasses."""
     mean, var = module.running_mean, module.running_var
     tracked = module.training and module.track_running_stats
     used = not module.training or tracked
@@ -79,5 +79,5 @@ def state(module: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
         module.eps,
         module.training or (mean is None and var is None),
         module.num_features,
-        Processes(module.process_group) if type(module) is nn.SyncBatchNorm and module.training else None,
+        Processes(module.process_group) if isinstance(module, nn.SyncBatchNorm) and module.training else None,
     )

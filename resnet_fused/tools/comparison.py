@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import stages_of
 from resnet_fused.modules.fused_block import FusedModule
@@ -300,7 +301,10 @@ def _straightened(module: nn.Module) -> nn.Module | None:
     for name, child in list(module.named_children()):
         if any(child is act for act in acts):
             setattr(module, name, nn.Identity())
-    stages = stages_of(adapter(module))
+    try:
+        stages = stages_of(adapter(module))
+    except NotFusable:  # a layer on its own, which is worth fusing with its activation only
+        return None
     curved = [stage for stage in stages if not (stage.act is None or type(stage.act) is nn.Identity)]
     own = [stage for stage in stages if type(getattr(stage.norm, "act", None)) not in (type(None), nn.Identity)]
     return None if curved or own else module

@@ -8,14 +8,45 @@ from __future__ import annotations
 
 from torch import nn
 
-from resnet_fused.modules.adapters import resnet, timm, torchvision
+from resnet_fused.modules.adapters import (
+    clip,
+    detectron2,
+    insightface,
+    kornia,
+    monai,
+    openmmlab,
+    pl_bolts,
+    pytorchcv,
+    resnet,
+    timm,
+    torchvision,
+    ultralytics,
+    wespeaker,
+)
 from resnet_fused.modules.block_modules import Adapter, class_path
 
-BUILT_IN: dict[str, Adapter] = {**resnet.BLOCKS, **torchvision.BLOCKS, **timm.BLOCKS}
+LIBRARIES = (
+    resnet,
+    torchvision,
+    timm,
+    clip,
+    detectron2,
+    insightface,
+    kornia,
+    monai,
+    openmmlab,
+    pl_bolts,
+    pytorchcv,
+    ultralytics,
+    wespeaker,
+)
+BUILT_IN: dict[str, Adapter] = {path: adapter for library in LIBRARIES for path, adapter in library.BLOCKS.items()}
 # known classes that are pieces of blocks
-LAYERS = (*torchvision.LAYERS, *timm.LAYERS)
+LAYERS: tuple[str, ...] = tuple(path for library in LIBRARIES for path in getattr(library, "LAYERS", ()))
 # plain nn.Sequentials that a model calls, by their names in it (* is any one part): chains by what they hold
-SEQUENTIALS: dict[str, tuple[str, ...]] = {**torchvision.SEQUENTIALS, **timm.SEQUENTIALS}
+SEQUENTIALS: dict[str, tuple[str, ...]] = {
+    path: names for library in LIBRARIES for path, names in getattr(library, "SEQUENTIALS", {}).items()
+}
 _registered: dict[type[nn.Module], Adapter] = {}
 
 

@@ -20,6 +20,8 @@ from resnet_fused.modules.block_modules import (
 from resnet_fused.params import Scale
 from resnet_fused.spec import Order, Skip
 
+Act = str | Callable[[Tensor], Tensor] | None
+
 
 def basic_block(block: nn.Module) -> Modules:
     return with_skip(chain(block, ("relu", "relu")), block.downsample)  # type: ignore[arg-type]
@@ -53,9 +55,9 @@ def stem(model: nn.Module) -> BlockModules:
     return BlockModules((_stage(model, 1, "relu"),), skip="none")
 
 
-def chain(block: nn.Module, acts: tuple[str, ...]) -> tuple[StageModules, ...]:
-    """conv1, bn1, acts[0], conv2, ..."""
-    return tuple(_stage(block, i, act) for i, act in enumerate(acts, start=1))
+def chain(block: nn.Module, acts: tuple[Act, ...], norm: str = "bn") -> tuple[StageModules, ...]:
+    """conv1, bn1, acts[0], conv2, ...; acts: names of children, functions, or None for none."""
+    return tuple(_stage(block, i, act, norm) for i, act in enumerate(acts, start=1))
 
 
 def with_skip(
@@ -139,8 +141,16 @@ def _scale(value: Scale) -> Scale:
     return value if isinstance(value, Tensor) else float(value)
 
 
-def _stage(module: nn.Module, i: int, act: str) -> StageModules:
-    return StageModules(getattr(module, f"conv{i}"), getattr(module, f"bn{i}"), getattr(module, act))
+def _stage(module: nn.Module, i: int, act: Act, norm: str = "bn") -> StageModules:
+    given = getattr(module, act) if isinstance(act, str) else act
+    return StageModules(getattr(module, f"conv{i}"), getattr(module, f"{norm}{i}"), given)
+
+
+def shortcut_or_none(shortcut: nn.Module) -> nn.Module | None:
+    """For `with_skip`, of a block that spells the identity as an empty nn.Sequential or nn.Identity."""
+    require_no_hooks("shortcut", shortcut)
+    empty = type(shortcut) is nn.Sequential and len(shortcut) == 0
+    return None if empty or type(shortcut) is nn.Identity else shortcut
 
 
 def skip_parts(downsample: nn.Module) -> tuple[tuple[nn.Module, ...], StageModules]:
