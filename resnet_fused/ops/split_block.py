@@ -61,7 +61,15 @@ class Pieces(NamedTuple):
     projection: Piece | None
 
 
-def run(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, fused: Fused, dtype: torch.dtype) -> Tensor:
+def run(
+    x: Tensor,
+    params: BlockParams,
+    spec: BlockSpec,
+    gate: Gate | None,
+    residual: Tensor | None,
+    fused: Fused,
+    dtype: torch.dtype,
+) -> Tensor:
     """The block of `spec`, as `reference.residual_block`; the running statistics are updated at the end.
 
     fused: runs a chain. dtype: that of the convolutions.
@@ -80,7 +88,7 @@ def run(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, fuse
         for piece in pieces.chain[:-1]:
             u = _norm_act(fused(u, *piece.chain), piece, None, updates)
         u = fused(u, *last.chain)
-    skip = None if spec.skip == "none" else x
+    skip = residual if spec.skip == "none" else x
     if pieces.projection is not None:
         skip = fused(source, *pieces.projection.chain)
         if spec.order != "pre":
