@@ -118,9 +118,23 @@ class ResidualBlock(torch.autograd.Function):
                 _placed(ctx.count, ctx.places, saved[:a]),
                 ctx.needs,
             )
+            _stride_as(grads.weights, list(_placed(ctx.count, ctx.places, saved[:a]).weights))
         flat = grads.flat
         given = refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], [dout, *saved[:a]])
         return None, None, None, None, *given
+
+
+def _stride_as(grads: list[Tensor | None], weights: list[Tensor | None]) -> None:
+    """Gives each gradient its weight's own strides where they differ in dimensions of one value only, as those of 1x1
+    kernels may: DistributedDataParallel compares all of them, and warns."""
+    if torch.compiler.is_compiling():
+        return
+    for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        if grad is None or weight is None or grad.stride() == weight.stride():
+            continue
+        sizes = zip(grad.shape, grad.stride(), weight.stride(), strict=True)
+        if all(size == 1 or given == wanted for size, given, wanted in sizes):
+            grads[i] = grad.as_strided(grad.shape, weight.stride())
 
 
 def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) -> Tensors:
