@@ -12,9 +12,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from resnet_fused import functional
+from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import BlockModules, Modules, StepModules, describe
 from resnet_fused.ops.gate import Gate
-from resnet_fused.params import BlockParams, same
+from resnet_fused.params import BlockParams, is_wrapper, same
 from resnet_fused.spec import BlockSpec, Memory
 
 
@@ -105,6 +106,14 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
     end = None if modules.end is None else Described(*describe(modules.end, memory), modules.end.gate)
     skip = None if modules.skip is None else steps(modules.skip)
     return Plan(steps(modules.before), steps(modules.branch), end, skip, steps(modules.after))
+
+
+def require_plain(described: Described | Plan) -> None:
+    """Raises NotFusable where a tensor is made of others, as tensor parallelism and quantisation have them."""
+    for call in described.calls:
+        for tensor in call.params.tensors:
+            if is_wrapper(tensor):
+                raise NotFusable(f"a parameter or buffer is a {type(tensor).__name__}, which the kernels do not read")
 
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:

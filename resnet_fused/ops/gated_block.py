@@ -75,7 +75,7 @@ def _parts(params: BlockParams, spec: BlockSpec) -> Parts:
     norm, bare = None, evaluated
     if spec.order == "post" and last.norm:
         norm = last, tensors
-        bare = chain(replace(last, norm=False, act=IDENTITY), StageParams(tensors.weight, tensors.bias))
+        bare = chain(replace(last, norm=False, act=IDENTITY), tensors.convolution)
     projection = None
     if spec.projection is not None and params.projection is not None:
         projection = BlockParams((params.projection,)), BlockSpec((spec.projection,), memory=spec.memory)

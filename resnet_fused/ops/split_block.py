@@ -188,5 +188,5 @@ def _piece(spec: BlockSpec, params: BlockParams, start: int, end: int) -> Piece:
     stage, tensors = spec.stages[end], params.stages[end]
     bare = replace(stage, norm=False, batch_stats=False, act=IDENTITY, promotes=False)
     stages = (*spec.stages[start:end], bare)
-    of_stages = (*params.stages[start:end], StageParams(tensors.weight, tensors.bias))
+    of_stages = (*params.stages[start:end], tensors.convolution)
     return Piece((BlockParams(of_stages), BlockSpec(stages, memory=spec.memory)), stage, tensors)
