@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -126,8 +127,8 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     else:
         if dtype is not None:
             params = _autocast(params, dtype)
-        out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
-        running_stats.update(params, spec, batch_stats, counts)
+        update = partial(running_stats.update, params, spec, counts)
+        out = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x), update)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
 
 
@@ -272,9 +273,7 @@ def batch_norm_act(
     alone_and_empty = x.numel() == 0 and norm.group is None  # PyTorch's behaviour to keep
     if alone_and_empty or dispatch.select_norm(backend, x, _norm_refusal(x, bn, residual, act)) is None:
         return reference.batch_norm_act(x, bn, residual, act)
-    out, update = norm_act(x, norm, residual, act)
-    update()
-    return out
+    return norm_act(x, norm, residual, act)
 
 
 _MIXES = "under autocast x is wider than the convolutions and reaches the block's norm or skip path as it is"

@@ -154,8 +154,7 @@ def _norm_act(y: Tensor, piece: Piece, residual: Tensor | None, updates: list[Up
         z = reference.norm(stage, tensors, y)
         return act(z if residual is None else z + residual, tensors.slope)
     in_pass = act in (IDENTITY, RELU)
-    out, update = norm_act(y, norm, residual, act if in_pass else IDENTITY)
-    updates.append(update)
+    out = norm_act(y, norm, residual, act if in_pass else IDENTITY, updates)
     return out if in_pass else act(out, tensors.slope)
 
 

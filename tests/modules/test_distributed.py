@@ -30,17 +30,24 @@ def assert_same(got: Results, expected: Results) -> None:
         )
 
 
+def without_buffers(results: Results) -> Results:
+    return {name: value for name, value in results.items() if "running" not in name}
+
+
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "unfused"])
 def test_trains_as_the_unfused_model(name: str, runs: list[dict[str, Results]]) -> None:
-    """Losses of each process, and parameters, which all processes share."""
+    """Parameters, and of each process losses and buffers, of which DistributedDataParallel sends the first one's."""
+    sends = not name.startswith(("sharded", "replicated"))
     for rank in RANKS:
-        assert_same(runs[rank][name], runs[rank]["unfused"])
-        assert_same(runs[rank][name], {k: v for k, v in runs[0]["unfused"].items() if k != "losses"})
+        expected = runs[rank]["unfused"]
+        assert_same(runs[rank][name], expected if sends or rank == 0 else without_buffers(expected))
 
 
 @pytest.mark.parametrize(
     ("name", "unfused"),
     [
+        ("checkpointed", "checkpointed, unfused"),
+        ("synchronised, sharded", "synchronised, unfused"),
         ("accumulated", "accumulated, unfused"),
         ("accumulated, sharded", "accumulated, unfused"),
         ("joined", "joined, unfused"),
@@ -52,11 +59,18 @@ def test_gives_what_the_unfused_model_gives(name: str, unfused: str, runs: list[
         assert_same(runs[rank][name], runs[rank][unfused])
 
 
+def test_shards_are_computed_again_as_the_unfused_model(runs: list[dict[str, Results]]) -> None:
+    for rank in RANKS:
+        expected = runs[rank]["checkpointed, unfused"]
+        got = runs[rank]["checkpointed, sharded"]
+        assert_same(got, expected if rank == 0 else without_buffers(expected))
+
+
 def test_compressed_gradients_are_as_exact(runs: list[dict[str, Results]]) -> None:
     """Sent in float16, of fp64 models: what is left of the parameters' exact step."""
 
     def step(name: str) -> torch.Tensor:
-        return torch.cat([value.flatten() for key, value in runs[0][name].items() if key != "losses"])
+        return torch.cat([value.flatten() for key, value in runs[0][name].items() if key.endswith(("weight", "bias"))])
 
     assert_as_accurate("parameters", *map(step, ("compressed", "compressed, unfused", "compressed, exact")))
 
@@ -107,5 +121,5 @@ def test_states_are_the_unfused_models(name: str, way: str, runs: list[dict[str,
         got, saved = results[f"{way} {name}"], results["saved"]
         assert got.keys() == saved.keys()
         for key, value in saved.items():
-            if "running" not in key:  # each process has its own, and saves those of one
+            if "running" not in key:  # each process has its own, and those of one are saved
                 assert torch.equal(got[key], value), key

@@ -42,9 +42,9 @@ def net(seed: int = 0) -> nn.Module:
     return ResNet(BasicBlock, (1, 1, 0, 0), num_classes=3, in_channels=6).double()
 
 
-def pictures(step: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Of this process."""
-    generator = torch.Generator().manual_seed(WORLD * step + dist.get_rank())
+def pictures(step: int, dtype: torch.dtype = torch.float64, rank: int | None = None) -> Tensor:
+    """Of this process, or another."""
+    generator = torch.Generator().manual_seed(WORLD * step + (dist.get_rank() if rank is None else rank))
     return torch.randn(3, 6, 16, 16, dtype=torch.float64, generator=generator).to(dtype)
 
 
@@ -61,7 +61,7 @@ def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, steps: int = 3) -> Results:
-    """Each step's loss and the parameters that were learned."""
+    """Each step's loss, the parameters that were learned and this process's buffers."""
     optimizer = optimizer or sgd(model.parameters())
     losses = []
     for step in range(steps):
@@ -70,7 +70,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, step
         value.backward()
         optimizer.step()
         losses.append(value.detach())
-    return {"losses": torch.stack(losses)} | whole(model.named_parameters())
+    return {"losses": torch.stack(losses)} | whole(model.named_parameters()) | whole(model.named_buffers())
 
 
 def whole(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -144,14 +144,12 @@ TRAINED: dict[str, Callable[[], nn.Module]] = {
     "unused parameters": lambda: ddp(with_spare_block(fuse(net())), find_unused_parameters=True),
     "bucket views": lambda: ddp(fuse(net().to(memory_format=torch.channels_last)), gradient_as_bucket_view=True),
     "communication hook": lambda: hooked(fuse(net()), default_hooks.allreduce_hook),
-    "checkpointed": lambda: ddp(checkpointed(fuse(net()))),
     "sharded": lambda: sharded(fuse(net())),
     "sharded before": lambda: fuse(sharded(net())),
     "sharded and kept": lambda: sharded(fuse(net()), reshard_after_forward=False),
     "sharded, low memory": lambda: sharded(fuse(net(), memory="low")),
     "sharded as a whole": lambda: root_alone(fuse(net())),
     "sharded by layers": lambda: sharded_by_layers(),
-    "sharded and checkpointed": lambda: sharded(checkpointed(fuse(net()))),
     "sharded, then unfused": lambda: unfuse(fuse(sharded(net()))),
     "replicated": lambda: fuse(replicate(net(), mesh=mesh)),
 }
@@ -179,6 +177,17 @@ def accumulated(model: nn.Module, sharding: bool = False) -> Results:
         model.set_requires_gradient_sync(True)  # type: ignore[operator]
     loss(model, pictures(2)).backward()
     return whole((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+
+
+def synchronised_alone() -> Results:
+    """One process with everybody's pictures, whose losses all count alike."""
+    model = net()
+    optimizer = sgd(model.parameters())
+    for step in range(3):
+        optimizer.zero_grad()
+        loss(model, torch.cat([pictures(step, rank=rank) for rank in range(WORLD)])).backward()
+        optimizer.step()
+    return whole(model.named_parameters()) | whole(model.named_buffers())
 
 
 def joined(model: nn.Module) -> Results:
@@ -291,6 +300,11 @@ def states() -> Results:
 folder_of_runs: str
 RUNS: dict[str, Callable[[], Results]] = {
     **{name: lambda make=make: train(make()) for name, make in TRAINED.items()},  # type: ignore[misc]
+    "checkpointed, unfused": lambda: train(ddp(checkpointed(net()))),
+    "checkpointed": lambda: train(ddp(checkpointed(fuse(net())))),
+    "checkpointed, sharded": lambda: train(sharded(checkpointed(fuse(net())))),
+    "synchronised, unfused": synchronised_alone,
+    "synchronised, sharded": lambda: train(sharded(fuse(nn.SyncBatchNorm.convert_sync_batchnorm(net())))),
     "accumulated, unfused": lambda: accumulated(ddp(net())),
     "accumulated": lambda: accumulated(ddp(fuse(net()))),
     "accumulated, sharded": lambda: accumulated(sharded(fuse(net())), sharding=True),
