@@ -98,6 +98,9 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
             require_plain(described)
     except NotFusable as reason:
         return "eager", str(reason)
+    if any(conv.weight.dim() != 4 for call in described.calls for conv in call.params.convs):
+        flat = "parameters are flattened outside of forward (FullyShardedDataParallel); explain the unwrapped model"
+        return module._fused_settings.backend, flat
     if isinstance(described, Plan):
         return _of_plan(module, described, x)
     backend, notes = _of_call(module, described, x)

@@ -66,6 +66,11 @@ def test_shards_are_computed_again_as_the_unfused_model(runs: list[dict[str, Res
         assert_same(got, expected if rank == 0 else without_buffers(expected))
 
 
+def test_flattened_parameters_train_as_the_unfused_model(runs: list[dict[str, Results]]) -> None:
+    for rank in RANKS:
+        assert_same(runs[rank]["flattened"], {"losses": runs[rank]["unfused"]["losses"]})
+
+
 def test_compressed_gradients_are_as_exact(runs: list[dict[str, Results]]) -> None:
     """Sent in float16, of fp64 models: what is left of the parameters' exact step."""
 
@@ -102,6 +107,7 @@ def test_explain_knows_shards(runs: list[dict[str, Results]]) -> None:
     assert told["classes"] == ["FSDPFusedResNet", "FSDPFusedBasicBlock", "FSDPFusedBasicBlock"]
     assert told["unfused"] == told["never fused"]
     assert all(backend == "eager" and "FSDPConv2d" in reason for backend, reason in told["layers"])
+    assert all(backend == "auto" and "flattened outside of forward" in reason for backend, reason in told["flattened"])
 
 
 def test_distributed_parameters_run_unfused(runs: list[dict[str, Results]]) -> None:

@@ -22,7 +22,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.nn.parallel import DistributedDataParallel
@@ -129,6 +130,12 @@ def layers_sharded(model: nn.Module) -> nn.Module:
     for conv in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
         fully_shard(conv, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def flattened(model: nn.Module) -> nn.Module:
+    """By the first FullyShardedDataParallel, between whose calls no parameter has its shape."""
+    policy = ModuleWrapPolicy({BasicBlock})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
@@ -256,6 +263,7 @@ def explained() -> Results:
         "unfused": [type(module).__name__ for module in unfuse(shards).modules()],
         "never fused": [type(module).__name__ for module in sharded(net()).modules()],
         "layers": rows(sharded_by_layers()),
+        "flattened": rows(flattened(fuse(net()))),
         "distributed": rows(distributed),
         "distributed, fused": distributed(x).full_tensor(),
         "distributed, unfused": unfuse(distributed)(x).full_tensor(),
@@ -303,6 +311,7 @@ RUNS: dict[str, Callable[[], Results]] = {
     "checkpointed, unfused": lambda: train(ddp(checkpointed(net()))),
     "checkpointed": lambda: train(ddp(checkpointed(fuse(net())))),
     "checkpointed, sharded": lambda: train(sharded(checkpointed(fuse(net())))),
+    "flattened": lambda: {"losses": train(flattened(fuse(net())))["losses"]},
     "synchronised, unfused": synchronised_alone,
     "synchronised, sharded": lambda: train(sharded(fuse(nn.SyncBatchNorm.convert_sync_batchnorm(net())))),
     "accumulated, unfused": lambda: accumulated(ddp(net())),
