@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     refusal = refuses(x, params, spec)
     split = splits(x, params, spec)
     if split is not None and _takes_split(backend, x, params, refusal):
-        out = _split_block(x, params, spec, None, backend)
+        out = _split_block(x, params, spec, None, None, backend)
         return out if pool is None else max_pool2d(out, *pool)
     if dtype is not None and refusal is not _MIXES and split is None:
         x = x.to(dtype)
@@ -126,8 +127,8 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     else:
         if dtype is not None:
             params = _autocast(params, dtype)
-        out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
-        running_stats.update(params, spec, batch_stats, counts)
+        update = partial(running_stats.update, params, spec, counts)
+        out = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x), update)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
 
 
@@ -140,7 +141,7 @@ def _gated_block(
     refusal = refuses(x, params, spec, gate, residual)
     split = splits(x, params, spec)
     if split is not None and _takes_split(backend, x, params, refusal):
-        return _split_block(x, params, spec, gate, backend)
+        return _split_block(x, params, spec, gate, residual, backend)
     if dtype is not None and refusal is not _MIXES and split is None:
         x = x.to(dtype)
     validation.check_once(x, params, spec, dtype)
@@ -196,14 +197,18 @@ def _takes_split(backend: str, x: Tensor, params: BlockParams, refusal: str | No
     return refusal is None and backend != "eager" and (x.numel() > 0 or params.shares_batch)
 
 
-def _split_block(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, backend: str) -> Tensor:
+def _split_block(
+    x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, residual: Tensor | None, backend: str
+) -> Tensor:
     dtype = autocast_dtype(x)
     validation.check(x, params, spec, dtype)
+    if residual is not None:
+        _check_residual(x, params, spec, residual)
 
     def fused(u: Tensor, chain: BlockParams, of_chain: BlockSpec) -> Tensor:
         return residual_block(u, chain, of_chain, backend=backend)
 
-    return split_block.run(x, params, spec, gate, fused, dtype or x.dtype)
+    return split_block.run(x, params, spec, gate, residual, fused, dtype or x.dtype)
 
 
 def _result_shape(x: Tensor, params: BlockParams, spec: BlockSpec) -> tuple[int, int, int, int]:
@@ -268,9 +273,7 @@ def batch_norm_act(
     alone_and_empty = x.numel() == 0 and norm.group is None  # PyTorch's behaviour to keep
     if alone_and_empty or dispatch.select_norm(backend, x, _norm_refusal(x, bn, residual, act)) is None:
         return reference.batch_norm_act(x, bn, residual, act)
-    out, update = norm_act(x, norm, residual, act)
-    update()
-    return out
+    return norm_act(x, norm, residual, act)
 
 
 _MIXES = "under autocast x is wider than the convolutions and reaches the block's norm or skip path as it is"
@@ -301,9 +304,7 @@ def refuses(
     if (split := splits(x, params, spec)) is not None:
         if not gated_block.has_join(x):
             return f"{split}; the pieces run on the CPU only"
-        if residual is not None:
-            return f"{split}; the pieces add no residual that is given"
-        return differentiated_otherwise(x, params.tensors)
+        return differentiated_otherwise(x, (*params.tensors, residual))
     if gate is not None and (reason := gated_block.reason_against(spec)) is not None:
         return reason
     if autocast_dtype(x) not in (None, x.dtype) and _keeps_width(spec):

@@ -29,6 +29,8 @@ class StageParams:
     slope:                [1] or [C], of an activation that learns it (PReLU); in post-activation order the last stage's
                           has C_out channels
     processes:            those with which a stage with `batch_stats` shares its batch, as in nn.SyncBatchNorm
+    gathered:             the tensors are written anew before each call, as fully_shard does, and no version counter
+                          shows it
     """
 
     weight: Tensor
@@ -41,6 +43,17 @@ class StageParams:
     momentum: float | None = 0.1
     slope: Tensor | None = None
     processes: Processes | None = None
+    gathered: bool = False
+
+    @property
+    def convolution(self) -> StageParams:
+        """Without norm and activation."""
+        return StageParams(self.weight, self.bias, gathered=self.gathered)
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether it is made of other tensors, as a DTensor is: it has no values of its own that kernels could read."""
+    return type(tensor) is not Tensor and hasattr(type(tensor), "__tensor_flatten__")
 
 
 class Kept:
@@ -86,6 +99,11 @@ class BlockParams:
     def convs(self) -> tuple[StageParams, ...]:
         """The chain's stages, then the projection: the order of `BlockSpec.convs`."""
         return (*self.stages, self.projection) if self.projection is not None else self.stages
+
+    @property
+    def gathered(self) -> bool:
+        """Whether a stage's tensors are written anew before each call."""
+        return any(p.gathered for p in self.convs)
 
     @property
     def shares_batch(self) -> bool:

@@ -6,7 +6,8 @@ The result is kept with the parameters (`params.Kept`) while their fingerprint h
 on the CPU, values. Of each weight 1 KiB is compared, of each norm everything, and after any optimizer's step every
 value. So writes that move no version counter are seen too: those of fused optimizers and collectives, through
 ``tensor.data`` or a NumPy array. Not seen is such a write to a few elements of a weight; on other devices, any such
-write except an optimizer's. A fused module drops what is kept when it changes between training and evaluation.
+write except an optimizer's. Parameters that fully_shard gathers for each call are compared whole; on other devices
+nothing of theirs is kept. A fused module drops what is kept when it changes between training and evaluation.
 
 Weights that oneDNN will run are also converted to its blocked layout, once instead of at every call.
 """
@@ -89,7 +90,9 @@ def kept_or_made(source: BlockParams, x: Tensor, spec: BlockSpec, key: tuple[Any
     """
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return make()  # into the graph, so that its replays see the weights of their time
-    samples = operators.fingerprint(source.tensors, "samples")
+    if source.gathered and x.device.type != "cpu":
+        return make()
+    samples = operators.fingerprint(source.tensors, "everything" if source.gathered else "samples")
     if samples is None:
         return make()
     kept: _Kept | None = source.kept.folded

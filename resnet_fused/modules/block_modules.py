@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.module_state import GLOBAL_HOOKS, HOOKS
+from resnet_fused.modules.overlay import is_gathered
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec, batch_norm
 from resnet_fused.spec.activations import KINDS, recognise
@@ -261,7 +262,7 @@ def describe_stage(name: str, modules: StageModules) -> tuple[StageParams, Stage
     norm, batch_stats, eps = _norm(f"{name}.norm", given_norm)
     act = _activation(f"{name}.act", given_act)
     slope = given_act.weight if isinstance(given_act, nn.PReLU) else None
-    params = StageParams(conv.weight, conv.bias, **norm, slope=slope)
+    params = StageParams(conv.weight, conv.bias, **norm, slope=slope, gathered=is_gathered(conv))
     spec = StageSpec(
         conv.stride,  # type: ignore[arg-type]  # typed tuple[int, ...]
         _padding(f"{name}.conv", conv),

@@ -15,6 +15,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.overlay import beneath
 from resnet_fused.modules.stem import STEMS
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
@@ -43,8 +44,8 @@ def candidates(model: nn.Module) -> list[Candidate]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class before `fuse`."""
-    return module._fused_from if isinstance(module, FusedModule) else type(module)
+    """The class before `fuse`, and before an overlay of torch.distributed."""
+    return module._fused_from if isinstance(module, FusedModule) else beneath(type(module))
 
 
 def _within(name: str, module: nn.Module) -> Iterator[Candidate]:

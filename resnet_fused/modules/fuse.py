@@ -43,8 +43,8 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> 
     backend: "auto", or a name from `resnet_fused.backends()`; one that cannot run raises BackendError in forward.
     memory:  "default", or "low" to recompute in backward instead of keeping (`BlockSpec.memory`).
 
-    Warns where nothing is fused, and gives the first reasons; where a block is sharded already, which hides its class;
-    and once where backend is "auto" and the C++ extension is missing, so that PyTorch runs.
+    Warns where nothing is fused, and gives the first reasons; and once where backend is "auto" and the C++ extension is
+    missing, so that PyTorch runs.
     Raises TypeError if model is not a module, ValueError for an unknown backend or memory.
     """
     require_module(model)
@@ -62,7 +62,7 @@ def _fuse(module: nn.Module, settings: Settings) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
     block that is left alone may hold others."""
     if isinstance(module, FusedModule) or why_not(module) is None:
-        inject(module, MIXINS.get(class_path(type(module)), FusedBlock), settings)
+        inject(module, MIXINS.get(class_path(original_class(module)), FusedBlock), settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
     for called in _called(module):
         _fuse(called, settings)
@@ -93,7 +93,7 @@ def _named(module: nn.Module, name: str) -> list[nn.Module]:
 
 def _fuse_sequential(child: nn.Module, settings: Settings) -> None:
     """A plain nn.Sequential that a known model calls, if it holds a chain that can be described."""
-    if type(child) is not nn.Sequential:
+    if original_class(child) is not nn.Sequential:
         return
     with contextlib.suppress(NotFusable):
         describe_all(sequential.chain(child), "default")
@@ -103,8 +103,7 @@ def _fuse_sequential(child: nn.Module, settings: Settings) -> None:
 def unfuse(model: Model) -> Model:
     """Give every fused module of the model its original class back, in place, and return the model.
 
-    Raises TypeError if model is not a module, or where a fused module's class was changed again since (parametrized,
-    sharded).
+    Raises TypeError if model is not a module, or where a fused module's class was changed again since (parametrized).
     """
     require_module(model)
     for module in model.modules():
@@ -115,9 +114,7 @@ def unfuse(model: Model) -> Model:
 
 def why_not(module: nn.Module) -> str | None:
     """Why `fuse` leaves this (unfused) module alone, or None."""
-    adapter = adapters.find(type(module))
-    if adapter is None and _is_sharded(module):
-        return "sharded by fully_shard, which has changed its class: call fuse before fully_shard"
+    adapter = adapters.find(original_class(module))
     if adapter is None:
         return "unknown block class; register_block(cls, adapter) teaches it"
     try:
@@ -133,25 +130,17 @@ def require_module(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
-def _is_sharded(module: nn.Module) -> bool:
-    """By ``torch.distributed.fsdp.fully_shard``; told by name, so that nothing distributed is imported."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-
-
 def _warn_of_what_is_left(model: nn.Module) -> None:
-    """Where nothing is fused, or a block is sharded. That only some parts of a model are fused is usual."""
-    fused = any(isinstance(module, FusedModule) for module in model.modules())
-    if fused and not any(_is_sharded(module) for module in model.modules()):
+    """Where nothing is fused. That only some parts of a model are fused is usual."""
+    if any(isinstance(module, FusedModule) for module in model.modules()):
         return
-    left = [candidate for candidate in candidates(model) if not isinstance(candidate.module, FusedModule)]
-    if fused:
-        left = [candidate for candidate in left if _is_sharded(candidate.module)]
+    left = candidates(model)
     if left:
         reasons = [f"{name or '(model)'} ({type(module).__name__}): {why_not(module)}" for name, module, _ in left]
         more = ["and more, see resnet_fused.explain(model)"] if len(reasons) > SHOWN else []
         told = "; ".join([*reasons[:SHOWN], *more])
         warnings.warn(f"fuse left blocks of this {type(model).__name__} unfused: {told}", stacklevel=3)
-    elif not fused:
+    else:
         warnings.warn(
             f"fuse found no block in this {type(model).__name__}: no convolution with a batch norm", stacklevel=3
         )

@@ -20,8 +20,10 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters, module_state
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import BlockModules, CompositeModules
-from resnet_fused.modules.plan import Described, Plan, describe_all
+from resnet_fused.modules.overlay import beneath, exchange
+from resnet_fused.modules.plan import Described, Plan, describe_all, require_plain
 from resnet_fused.ops.export import exports_plain
+from resnet_fused.params import is_wrapper
 from resnet_fused.spec import Memory
 
 log = logging.getLogger("resnet_fused")
@@ -113,6 +115,9 @@ class FusedModule(nn.Module):
         # torch.fx (its x is a Proxy), torch.jit.trace and torch.export get the original: it runs without this package
         if not isinstance(x, Tensor) or exports_plain():
             return None
+        if is_wrapper(x):
+            _log_once(self._fused_from.__name__, f"its input is a {type(x).__name__}, which the kernels do not read")
+            return None
         if torch.compiler.is_compiling():  # has its own guards
             return self._fused_describe_or_log()
         kept = self._fused_description
@@ -129,7 +134,9 @@ class FusedModule(nn.Module):
 
     def _fused_describe_or_log(self) -> Described | Plan | None:
         try:
-            return self.fused_describe()
+            described = self.fused_describe()
+            require_plain(described)
+            return described
         except NotFusable as reason:
             _log_once(self._fused_from.__name__, str(reason))
             return None
@@ -176,19 +183,18 @@ class FusedSequential(FusedBlock):
 def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> None:
     """Fuse one module, or give a fused one new settings."""
     if not isinstance(module, FusedModule):
-        module.__class__ = _make_class(mixin, type(module))  # type: ignore[arg-type]
+        fused = _make_class(mixin, beneath(type(module)))  # type: ignore[arg-type]
+        module.__class__ = exchange(type(module), fused)  # type: ignore[arg-type]
     module._fused_settings = settings  # type: ignore[assignment]
     module._fused_description = Description()  # type: ignore[assignment]
 
 
 def eject(module: FusedModule) -> None:
     """Undo `inject`. Raises TypeError where something else has changed the class since."""
-    if type(module) is not module._fused_class:
-        raise TypeError(
-            f"the fused module has become {type(module).__name__} (parametrized or sharded?); undo that before unfuse"
-        )
+    if beneath(type(module)) is not module._fused_class:
+        raise TypeError(f"the fused module has become {type(module).__name__} (parametrized?); undo that before unfuse")
     del module._fused_settings, module._fused_description
-    module.__class__ = module._fused_from  # type: ignore[assignment]
+    module.__class__ = exchange(type(module), module._fused_from)  # type: ignore[arg-type, assignment]
 
 
 @cache

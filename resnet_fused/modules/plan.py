@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import functional
+from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import (
     BlockModules,
     CompositeModules,
@@ -23,7 +24,7 @@ from resnet_fused.modules.block_modules import (
     describe,
 )
 from resnet_fused.ops.gate import Gate
-from resnet_fused.params import BlockParams, same
+from resnet_fused.params import BlockParams, is_wrapper, same
 from resnet_fused.spec import BlockSpec, Memory
 
 
@@ -160,6 +161,14 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
     return Plan(
         steps(modules.before), steps(modules.branch), end, skip, steps(modules.after), in_place_add=modules.in_place_add
     )
+
+
+def require_plain(described: Described | Plan) -> None:
+    """Raises NotFusable where a tensor is made of others, as tensor parallelism and quantisation have them."""
+    for call in described.calls:
+        for tensor in call.params.tensors:
+            if is_wrapper(tensor):
+                raise NotFusable(f"a parameter or buffer is a {type(tensor).__name__}, which the kernels do not read")
 
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:

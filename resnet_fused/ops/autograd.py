@@ -7,6 +7,7 @@ Saved for a batch norm with activation and residual: x, and a bit per value for 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ from resnet_fused.params import BlockParams, Scale
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.facts import join_reads
 from resnet_fused.spec.tensors import BlockTensors
+
+Update = Callable[[Sequence[Tensor]], None]
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,36 +68,54 @@ def _scale(scale: Scale, x: Tensor) -> Tensor | None:
     return torch.full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
-def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(out, batch statistics), with gradients for each of `tensors`, which are `tensors_of(params, x)`."""
+def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors, update: Update) -> Tensor:
+    """out, with gradients for each of `tensors`, which are `tensors_of(params, x)`.
+
+    update: called with the batch statistics after everything is computed, and before autograd saves anything: where a
+            checkpoint computes the block again, it may end there, and eager's norms have been updated by then.
+    """
     for i, stage in enumerate(spec.convs):
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
             tensors.running_means[i] = tensors.running_vars[i] = None
     if torch.compiler.is_exporting():  # export_fused: a program for inference, which holds operators and no Function
         out, _, batch_stats = backend.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))
-        return out, tuple(stats.detach() for stats in batch_stats)
+        update([stats.detach() for stats in batch_stats])
+        return out
     given = tensors.flat
     places = tuple(i for i, t in enumerate(given) if t is not None)
-    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, *(t for t in given if t is not None))
-    return out, tuple(stats)
+    traced = torch.compiler.is_compiling()  # whose Functions write to nothing but their results
+    within = None if traced else update
+    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, within, *(t for t in given if t is not None))
+    if traced:
+        update(stats)
+    return out
 
 
 class ResidualBlock(torch.autograd.Function):
-    """One residual block; ``apply(spec, backend, count, places, *tensors)`` -> (out, *batch statistics).
+    """One residual block; ``apply(spec, backend, count, places, update, *tensors)`` -> (out, *batch statistics).
 
     count, places: how many tensors a block has, and which of them `tensors` are (in the order of `BlockTensors.flat`);
     autograd charges for every argument.
+    update:        as for `residual_block`, or None.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, spec: BlockSpec, backend: Backend, count: int, places: tuple[int, ...], *tensors: Tensor
+        ctx: Any,
+        spec: BlockSpec,
+        backend: Backend,
+        count: int,
+        places: tuple[int, ...],
+        update: Update | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         wanted = [False] * count
-        for place, need in zip(places, ctx.needs_input_grad[4:], strict=True):
+        for place, need in zip(places, ctx.needs_input_grad[5:], strict=True):
             wanted[place] = need
         needs = BlockTensors.of(wanted)
         out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
+        if update is not None:
+            update(batch_stats)
         reads_out = join_reads(spec) == "output"
         ctx.save_for_backward(*tensors, out if reads_out else None, *conv_outputs, *batch_stats)
         ctx.spec, ctx.backend, ctx.count, ctx.places, ctx.needs = spec, backend, count, places, needs
@@ -118,9 +139,23 @@ class ResidualBlock(torch.autograd.Function):
                 _placed(ctx.count, ctx.places, saved[:a]),
                 ctx.needs,
             )
+            _stride_as(grads.weights, list(_placed(ctx.count, ctx.places, saved[:a]).weights))
         flat = grads.flat
         given = refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], [dout, *saved[:a]])
-        return None, None, None, None, *given
+        return None, None, None, None, None, *given
+
+
+def _stride_as(grads: list[Tensor | None], weights: list[Tensor | None]) -> None:
+    """Gives each gradient its weight's own strides where they differ in dimensions of one value only, as those of 1x1
+    kernels may: DistributedDataParallel compares all of them, and warns."""
+    if torch.compiler.is_compiling():
+        return
+    for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        if grad is None or weight is None or grad.stride() == weight.stride():
+            continue
+        sizes = zip(grad.shape, grad.stride(), weight.stride(), strict=True)
+        if all(size == 1 or given == wanted for size, given, wanted in sizes):
+            grads[i] = grad.as_strided(grad.shape, weight.stride())
 
 
 def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) -> Tensors:

@@ -75,7 +75,7 @@ def _parts(params: BlockParams, spec: BlockSpec) -> Parts:
     norm, bare = None, evaluated
     if spec.order == "post" and last.norm:
         norm = last, tensors
-        bare = chain(replace(last, norm=False, act=IDENTITY), StageParams(tensors.weight, tensors.bias))
+        bare = chain(replace(last, norm=False, act=IDENTITY), tensors.convolution)
     projection = None
     if spec.projection is not None and params.projection is not None:
         projection = BlockParams((params.projection,)), BlockSpec((spec.projection,), memory=spec.memory)
@@ -116,11 +116,10 @@ def join(
     if skip is not None:
         skip = reference.scaled(skip, params.skip_scale)
         skip = skip.contiguous(memory_format=torch.channels_last)
-    out = gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
-    if batch is not None and tensors is not None:
+    if batch is not None and tensors is not None:  # before autograd saves, as `autograd.residual_block`
         running_stats.update_one(tensors, batch[0], batch[1], y.numel() // y.shape[1])
         running_stats.count_one(tensors)
-    return out
+    return gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
 
 
 def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:

@@ -16,14 +16,29 @@ from resnet_fused.spec.batch_norm import BatchNorm
 Update = Callable[[], None]
 
 
-def norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activation) -> tuple[Tensor, Update]:
-    """(out, update): update writes the norm's buffers, and is to be called after everything has succeeded.
+def norm_act(
+    x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activation, updates: list[Update] | None = None
+) -> Tensor:
+    """act(norm(x) + residual).
 
     All tensors are as `validation.check_batch_norm_act` wants them, residual in x's dtype. x may be empty where the
     norm has a group.
+
+    updates: takes what writes the norm's buffers, to be called after everything has succeeded. None: it is called once
+             the statistics are known, as `autograd.residual_block` does.
     """
     with torch.no_grad():
         mean, var, count = _statistics(x, norm)
+
+    def update() -> None:
+        if count is not None:
+            running_stats.update_one(norm, mean, var, count)
+            running_stats.count_one(norm)
+
+    if updates is None:
+        update()
+    else:
+        updates.append(update)
     tensors = (x, residual, norm.weight, norm.bias)
     relu = act == RELU
     if act not in (IDENTITY, RELU):
@@ -36,13 +51,7 @@ def norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activatio
         out, _ = norm_operators.normalize_act(
             x, mean, var, norm.weight, norm.bias, residual, norm.eps, relu, save_mask=False
         )
-
-    def update() -> None:
-        if count is not None:
-            running_stats.update_one(norm, mean, var, count)
-            running_stats.count_one(norm)
-
-    return out, update
+    return out
 
 
 def _statistics(x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor, int | None]:

@@ -35,11 +35,11 @@ def update_factor(tensors: Running) -> float:
     return 1.0 / (int(tensors.num_batches_tracked) + 1)
 
 
-def update(params: BlockParams, spec: BlockSpec, batch_stats: Sequence[Tensor], counts: Sequence[int]) -> None:
+def update(params: BlockParams, spec: BlockSpec, counts: Sequence[int], batch_stats: Sequence[Tensor]) -> None:
     """Blend each norm's batch statistics into its running ones, and count the batch, in place.
 
+    counts:      values per channel; the running variance uses the unbiased estimate.
     batch_stats: [2, C] (mean, biased variance) for every stage with `batch_stats`, in the order of `spec.convs`.
-    counts:      values per channel behind each; the running variance uses the unbiased estimate.
     """
     if not spec.batch_stats:
         return

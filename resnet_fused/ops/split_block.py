@@ -61,7 +61,15 @@ class Pieces(NamedTuple):
     projection: Piece | None
 
 
-def run(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, fused: Fused, dtype: torch.dtype) -> Tensor:
+def run(
+    x: Tensor,
+    params: BlockParams,
+    spec: BlockSpec,
+    gate: Gate | None,
+    residual: Tensor | None,
+    fused: Fused,
+    dtype: torch.dtype,
+) -> Tensor:
     """The block of `spec`, as `reference.residual_block`; the running statistics are updated at the end.
 
     fused: runs a chain. dtype: that of the convolutions.
@@ -80,7 +88,7 @@ def run(x: Tensor, params: BlockParams, spec: BlockSpec, gate: Gate | None, fuse
         for piece in pieces.chain[:-1]:
             u = _norm_act(fused(u, *piece.chain), piece, None, updates)
         u = fused(u, *last.chain)
-    skip = None if spec.skip == "none" else x
+    skip = residual if spec.skip == "none" else x
     if pieces.projection is not None:
         skip = fused(source, *pieces.projection.chain)
         if spec.order != "pre":
@@ -146,8 +154,7 @@ def _norm_act(y: Tensor, piece: Piece, residual: Tensor | None, updates: list[Up
         z = reference.norm(stage, tensors, y)
         return act(z if residual is None else z + residual, tensors.slope)
     in_pass = act in (IDENTITY, RELU)
-    out, update = norm_act(y, norm, residual, act if in_pass else IDENTITY)
-    updates.append(update)
+    out = norm_act(y, norm, residual, act if in_pass else IDENTITY, updates)
     return out if in_pass else act(out, tensors.slope)
 
 
@@ -180,5 +187,5 @@ def _piece(spec: BlockSpec, params: BlockParams, start: int, end: int) -> Piece:
     stage, tensors = spec.stages[end], params.stages[end]
     bare = replace(stage, norm=False, batch_stats=False, act=IDENTITY, promotes=False)
     stages = (*spec.stages[start:end], bare)
-    of_stages = (*params.stages[start:end], StageParams(tensors.weight, tensors.bias))
+    of_stages = (*params.stages[start:end], tensors.convolution)
     return Piece((BlockParams(of_stages), BlockSpec(stages, memory=spec.memory)), stage, tensors)

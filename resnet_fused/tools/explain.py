@@ -18,10 +18,11 @@ from resnet_fused.modules.adapters.timm.resnet import pools_with_convolution
 from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fuse import require_module, why_not
 from resnet_fused.modules.fused_block import FusedModule
-from resnet_fused.modules.plan import Described, Plan
+from resnet_fused.modules.overlay import is_gathered
+from resnet_fused.modules.plan import Described, Plan, require_plain
 from resnet_fused.modules.stem import FusedStem, pool_reason
 from resnet_fused.ops import gated_block
-from resnet_fused.params import BlockParams
+from resnet_fused.params import BlockParams, is_wrapper
 from resnet_fused.spec import BlockSpec
 from resnet_fused.tools.tables import table
 
@@ -93,8 +94,13 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         return "eager", why_not(module) or "not fused; call fuse(model)"
     try:
         described = module.fused_describe()
+        if not is_gathered(module):
+            require_plain(described)
     except NotFusable as reason:
         return "eager", str(reason)
+    if any(conv.weight.dim() != 4 for call in described.calls for conv in call.params.convs):
+        flat = "parameters are flattened outside of forward (FullyShardedDataParallel); explain the unwrapped model"
+        return module._fused_settings.backend, flat
     if isinstance(described, Plan):
         return _of_plan(module, described, x)
     backend, notes = _of_call(module, described, x)
@@ -141,6 +147,9 @@ def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[st
         backend, notes = _dispatched(asked, dispatch.reasons(asked, x, params, spec))
     if x.device.type == "cuda" and x.dtype == torch.float32 and backend != "eager":
         notes.append(f"float32 products in {how.precision()}, as PyTorch's convolutions")
+    if (wrapper := next((type(t).__name__ for t in params.tensors if is_wrapper(t)), None)) is not None:
+        gathered = f"parameters are sharded ({wrapper}); fully_shard gathers them for forward"
+        return backend, [*notes, gathered]
     evaluates = not (module.training or spec.batch_stats)
     if split is not None:
         return backend, notes if backend == "eager" else [*notes, split]

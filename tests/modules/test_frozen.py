@@ -53,6 +53,9 @@ def thawed_end() -> nn.Module:
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "projection": lambda: tv.Bottleneck(8, 4, norm_layer=Frozen, downsample=projection()),
+    "pooling beside the branch": lambda: tv.Bottleneck(
+        8, 4, 2, nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), *projection()), norm_layer=Frozen
+    ),
     "basic": lambda: tv.BasicBlock(8, 8, norm_layer=Frozen),
     "one behind another": lambda: nn.Sequential(*(tv.Bottleneck(8, 2, norm_layer=Frozen) for _ in range(3))),
     "gated": lambda: Gated(8, Frozen),

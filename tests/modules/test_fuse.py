@@ -9,7 +9,6 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -169,28 +168,6 @@ def test_fusing_nothing_gives_the_first_reasons() -> None:
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="fuse found no block in this Sequential: no convolution with a batch norm"):
         fuse(nn.Sequential(nn.Linear(2, 2)))
-
-
-def test_fusing_after_sharding_says_so(tmp_path: Path) -> None:
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        from torch.distributed.fsdp import fully_shard
-
-        model = nn.Sequential(*net(), BasicBlock(16, 16))
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        fully_shard(model[1], mesh=mesh)
-        with pytest.warns(
-            UserWarning, match=r"unfused: 1 \(FSDPBasicBlock\): sharded .*: call fuse before fully_shard$"
-        ):
-            fuse(model)
-        assert fused_types(model) == ["FusedBottleneck", "FusedBasicBlock"]
-        assert explain(model)[1][1:3] == ("FSDPBasicBlock", "eager")
-        fully_shard(model[0], mesh=mesh)
-        with pytest.warns(UserWarning, match=r"unfused: 1 \(FSDPBasicBlock\): sharded[^;]*$"):
-            fuse(model)  # the other one was fused first
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_auto_without_the_extension_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:

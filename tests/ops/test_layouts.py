@@ -193,3 +193,17 @@ def test_upstream_gradients_of_any_layout(
     dout = upstream(out, arrangement)
     got, expected = torch.autograd.grad(out, inputs, dout), torch.autograd.grad(exact, exact_inputs, dout)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@backends
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_weight_gradients_have_their_weights_strides(memory_format: torch.memory_format, backend: str) -> None:
+    """Those of dimensions of one value too, which DistributedDataParallel compares with its buckets'."""
+    x, params, spec = block(2, "projection", channels=64, out_channels=128, stride=2).build(
+        torch.float32, memory_format
+    )
+    tensors = leaves(params)
+    functional.residual_block(x.requires_grad_(), tensors, spec, backend=backend).square().sum().backward()
+    for name, tensor in named_tensors(tensors).items():
+        if tensor.dim() == 4:
+            assert tensor.grad is not None and tensor.grad.stride() == tensor.stride(), name

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_fused import BlockModules, StageModules, explain, fuse, register_block
+from resnet_fused import BlockModules, CompositeModules, StageModules, explain, fuse, register_block
 from resnet_fused.models.resnet import BasicBlock, Bottleneck, PreBasicBlock, ResNet
 
 WORLD = 2
@@ -26,6 +26,7 @@ BLOCKS: dict[str, Any] = {
     "pre-activation": lambda: PreBasicBlock(6, 6),
     "scaled": lambda: scaled(),
     "gated": lambda: Gated(),
+    "several calls": lambda: SeveralCalls(),
     "network": lambda: network("post"),
     "network, pre-activation": lambda: network("pre"),
 }
@@ -66,6 +67,35 @@ class Gated(nn.Module):
 register_block(
     Gated,
     lambda block: BlockModules((StageModules(block.conv, block.bn, "relu"),), "identity", gate=block.gate),  # type: ignore[arg-type]
+)
+
+
+class SeveralCalls(nn.Module):
+    """relu(bn2(conv2(gate(relu(bn1(conv1(x)))))) + bn3(conv3(pool(x)))): a gate in the branch, a pooling beside it."""
+
+    def __init__(self, channels: int = 6, width: int = 4) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1), nn.Sigmoid())
+        self.conv2, self.bn2 = nn.Conv2d(width, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.pool = nn.AvgPool2d(2)
+        self.conv3, self.bn3 = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+
+    def factors(self, means: Tensor) -> Tensor:
+        return self.gate(means[:, :, None, None])[:, :, 0, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(self.gate(inner) * inner)) + self.bn3(self.conv3(self.pool(x)))).relu()
+
+
+register_block(
+    SeveralCalls,
+    lambda block: CompositeModules(  # type: ignore[arg-type]
+        (BlockModules((StageModules(block.conv1, block.bn1, "relu"),), "none", order="branch", gate=block.factors),),
+        BlockModules((StageModules(block.conv2, block.bn2, "relu"),), "none"),
+        (block.pool, BlockModules((StageModules(block.conv3, block.bn3, None),), "none")),
+    ),
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,19 @@ def test_a_module_through_its_life(dtype: torch.dtype) -> None:
     with torch.no_grad():
         fused(x)  # statistics alone
     assert_fresh(fused.eval(), x)
+
+
+@torch.no_grad()
+def test_gathered_parameters_are_compared_whole() -> None:
+    """A write to one value past the version counter, as fully_shard gathers weights; of others it is not noticed."""
+    x = pictures()
+    params, spec, _ = fuse(module()).fused_describe()  # type: ignore[misc, operator]
+    gathered = replace(params, stages=tuple(replace(stage, gathered=True) for stage in params.stages))
+    before = [on_engine(x, each, spec) for each in (params, gathered)]
+    params.stages[1].weight.data[20, 7, 1, 1] += 1
+    after = [on_engine(x, each, spec) for each in (params, gathered)]
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
+    assert torch.equal(after[1], fresh((x, params, spec)))
 
 
 def test_another_dtype_and_back() -> None:
