@@ -15,7 +15,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule
-from resnet_fused.modules.stem import STEMS
+from resnet_fused.modules.stem import FusedStem, stem_runs
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -55,10 +55,13 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     ]
     cls = original_class(module)
     if adapters.find(cls) is not None or isinstance(module, FusedModule):
-        yield Candidate(name, module, whole=class_path(cls) not in adapters.LAYERS)
-        if class_path(cls) in STEMS:  # the one kind of block that has others beside it
-            yield from inner
+        if isinstance(module, FusedStem):  # the one kind of block that has others beside it
+            yield Candidate(name, module, whole=False)
+            within = {id(part) for part in module._fused_parts()}
+            yield from (candidate for candidate in inner if id(candidate.module) not in within)
         else:
+            piece = class_path(cls) in adapters.LAYERS or cls is nn.Sequential
+            yield Candidate(name, module, whole=not piece)
             yield from _by_themselves(module, inner)
     elif _is_block(module, inner):
         yield Candidate(name, module, whole=True)
@@ -66,7 +69,14 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     elif not inner and _holds(list(module.children())) and not _is_network(module):
         yield Candidate(name, module, whole=False)
     else:
+        if stem_runs(module):
+            yield Candidate(name, module, whole=False)
         yield from inner
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module of unknown class is listed as a block."""
+    return _is_block(module, [each for name, child in module.named_children() for each in _within(name, child)])
 
 
 def _by_themselves(block: nn.Module, inner: list[Candidate]) -> list[Candidate]:

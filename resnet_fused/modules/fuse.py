@@ -10,13 +10,12 @@ from torch import nn
 
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules import adapters
+from resnet_fused.modules import adapters, stem
 from resnet_fused.modules.adapters import sequential
-from resnet_fused.modules.block_modules import called_by, class_path
-from resnet_fused.modules.candidates import candidates, original_class
+from resnet_fused.modules.block_modules import called_by
+from resnet_fused.modules.candidates import candidates, is_block
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
 from resnet_fused.modules.plan import describe_all
-from resnet_fused.modules.stem import STEMS
 from resnet_fused.ops import operators
 from resnet_fused.spec import Memory
 
@@ -59,12 +58,10 @@ def _fuse(module: nn.Module, settings: Settings) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
     block that is left alone may hold others."""
     if isinstance(module, FusedModule) or why_not(module) is None:
-        inject(module, STEMS.get(class_path(type(module)), FusedBlock), settings)
+        inject(module, _mixin(type(module)), settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
     for called in _called(module):
         _fuse(called, settings)
-    for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
-        _fuse_sequential(module, name, settings)
     for child in module.children():
         if id(child) not in within:
             _fuse(child, settings)
@@ -79,15 +76,11 @@ def _called(module: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _fuse_sequential(module: nn.Module, name: str, settings: Settings) -> None:
-    """A child of `module` that is a plain nn.Sequential, if it holds a chain that can be described."""
-    try:
-        child = module.get_submodule(name)
-        if type(child) is nn.Sequential:
-            describe_all(sequential.chain(child), "default")
-            inject(child, FusedSequential, settings)
-    except (AttributeError, NotFusable):  # replaced, or pruned
-        return
+def _mixin(cls: type[nn.Module]) -> type[FusedModule]:
+    """For a class that is not fused yet."""
+    if adapters.find(cls) is not None:
+        return FusedBlock
+    return FusedSequential if cls is nn.Sequential else stem.mixin(cls)
 
 
 def unfuse(model: Model) -> Model:
@@ -108,6 +101,10 @@ def why_not(module: nn.Module) -> str | None:
     adapter = adapters.find(type(module))
     if adapter is None and _is_sharded(module):
         return "sharded by fully_shard, which has changed its class: call fuse before fully_shard"
+    if adapter is None and type(module) is nn.Sequential:
+        adapter = sequential.chain
+    elif adapter is None and stem.stem_runs(module) and not is_block(module):
+        adapter = stem.stem_modules
     if adapter is None:
         return "unknown block class; register_block(cls, adapter) teaches it"
     try:

@@ -7,7 +7,7 @@ names, parameters, hooks, buffers and ``isinstance`` stay as they were.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, ClassVar
@@ -69,7 +69,7 @@ class Description:
         self._last = block, snapshot
 
     def __reduce__(self) -> tuple[type[Description], tuple[()]]:
-        return Description, ()  # a copy has other tensors
+        return type(self), ()  # a copy has other tensors
 
 
 class FusedModule(nn.Module):
@@ -77,6 +77,7 @@ class FusedModule(nn.Module):
 
     _fused_from: ClassVar[type[nn.Module]]
     _fused_class: ClassVar[type[FusedModule]]  # made of the mixin and `_fused_from` by `_make_class`
+    _fused_keeps: ClassVar[type[Description]] = Description
     _fused_settings: Settings
     _fused_description: Description
 
@@ -122,9 +123,9 @@ class FusedModule(nn.Module):
         kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None)
         return block
 
-    def _fused_describe_or_log(self) -> Described | Plan | None:
+    def _fused_describe_or_log(self, describe: Callable[[], Described | Plan] | None = None) -> Described | Plan | None:
         try:
-            return self.fused_describe()
+            return self.fused_describe() if describe is None else describe()
         except NotFusable as reason:
             _log_once(self._fused_from.__name__, str(reason))
             return None
@@ -156,10 +157,16 @@ class FusedBlock(FusedModule):
 
 
 class FusedSequential(FusedBlock):
-    """An nn.Sequential that a known model calls (`adapters.SEQUENTIALS`), a chain by what it holds."""
+    """A plain nn.Sequential, a chain by what it holds. Who calls its children instead gets what they compute."""
 
     def fused_modules(self) -> BlockModules | CompositeModules:
         return sequential.chain(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)  # type: ignore[misc]
+        if isinstance(index, slice):  # made of this class, and fused by nobody
+            part.__class__ = self._fused_from
+        return part
 
 
 def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> None:
@@ -167,7 +174,7 @@ def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> N
     if not isinstance(module, FusedModule):
         module.__class__ = _make_class(mixin, type(module))  # type: ignore[arg-type]
     module._fused_settings = settings  # type: ignore[assignment]
-    module._fused_description = Description()  # type: ignore[assignment]
+    module._fused_description = module._fused_keeps()  # type: ignore
 
 
 def eject(module: FusedModule) -> None:

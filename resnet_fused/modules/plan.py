@@ -12,7 +12,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from resnet_fused import functional
-from resnet_fused.modules.block_modules import BlockModules, Modules, StepModules, describe
+from resnet_fused.errors import NotFusable
+from resnet_fused.modules.block_modules import BlockModules, Modules, StepModules, describe, require_no_hooks
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
@@ -37,6 +38,19 @@ class Described(NamedTuple):
     @property
     def calls(self) -> list[Described]:
         return [self]
+
+
+class Pooled(NamedTuple):
+    """A fused call and the max pooling behind it, as in a ResNet's stem."""
+
+    call: Described
+
+    def run(self, x: Tensor, backend: str) -> Tensor:
+        return functional.residual_block_max_pool2d(x, self.call.params, self.call.spec, *POOL, backend=backend)
+
+    @property
+    def calls(self) -> list[Described]:
+        return [self.call]
 
 
 class Plan(NamedTuple):
@@ -69,6 +83,8 @@ class Plan(NamedTuple):
         def one(step: Step) -> Step:
             if isinstance(step, Plan):
                 return step._carry(before)
+            if isinstance(step, Pooled):
+                return Pooled(step.call.remember(next(before)))
             return step.remember(next(before)) if isinstance(step, Described) else step
 
         return Plan(
@@ -87,11 +103,12 @@ class Plan(NamedTuple):
     def _calls(self) -> Iterator[Described]:
         for steps in (self.before, self.branch, (self.end,), self.skip or (), self.after):
             for step in steps:
-                if isinstance(step, (Described, Plan)):
+                if isinstance(step, (Described, Pooled, Plan)):
                     yield from step.calls
 
 
-Step = Described | Plan | nn.Module
+Step = Described | Pooled | Plan | nn.Module
+POOL = (3, 2, 1)  # kernel_size, stride, padding: the pooling that a fused call takes with it
 
 
 def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
@@ -100,11 +117,35 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
         return Described(*describe(modules, memory), modules.gate)
 
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
-        return tuple(step if isinstance(step, nn.Module) else describe_all(step, memory) for step in given)
+        described: list[Step] = []
+        for step in given:
+            last = described[-1] if described else None
+            if not isinstance(step, nn.Module):
+                described.append(describe_all(step, memory))
+            elif isinstance(last, Described) and last.gate is None and pool_reason(step) is None:
+                described[-1] = Pooled(last)
+            else:
+                described.append(step)
+        return tuple(described)
 
     end = None if modules.end is None else Described(*describe(modules.end, memory), modules.end.gate)
     skip = None if modules.skip is None else steps(modules.skip)
     return Plan(steps(modules.before), steps(modules.branch), end, skip, steps(modules.after))
+
+
+def pool_reason(pool: nn.Module) -> str | None:
+    """Why this module is not the max pooling that a fused call takes with it, or None."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"{type(pool).__name__}; accepted: nn.MaxPool2d itself"
+    window = [v if isinstance(v, int) else tuple(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    plain = all(v in (wanted, (wanted, wanted)) for v, wanted in zip(window, POOL, strict=True))
+    if not plain or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        return f"{pool}; accepted: a 3x3 window, stride 2, padding 1"
+    try:
+        require_no_hooks("it", pool)
+    except NotFusable:
+        return f"{pool} with hooks, which would not run"
+    return None
 
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:

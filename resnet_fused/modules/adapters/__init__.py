@@ -14,8 +14,6 @@ from resnet_fused.modules.block_modules import Adapter, class_path
 BUILT_IN: dict[str, Adapter] = {**resnet.BLOCKS, **torchvision.BLOCKS, **timm.BLOCKS, **transformers.BLOCKS}
 # known classes that are pieces of blocks
 LAYERS: tuple[str, ...] = (*torchvision.LAYERS, *timm.LAYERS, *transformers.LAYERS)
-# plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
-SEQUENTIALS: dict[str, tuple[str, ...]] = {**torchvision.SEQUENTIALS, **timm.SEQUENTIALS}
 _registered: dict[type[nn.Module], Adapter] = {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,14 +18,14 @@ from resnet_fused.modules.block_modules import (
 )
 from resnet_fused.spec.activations import RELU, recognise
 
+Part = nn.Module | BlockModules  # what is called; a known layer with its parts named
+
 
 def chain(container: nn.Module) -> BlockModules | CompositeModules:
     """Of an nn.Sequential, or a subclass that keeps its forward. Convolutions without a norm are called as they are."""
     if getattr(type(container), "forward", None) is not nn.Sequential.forward and not _is_fused(container):
         raise NotFusable(f"{type(container).__name__} has a forward of its own; accepted: nn.Sequential's")
-    steps = chains(list(container.children()))
-    if not any(isinstance(step, BlockModules) for step in steps):
-        raise NotFusable("no convolution is followed by a batch norm")
+    steps = fusable(flatten(list(container.children())))
     if len(steps) == 1 and isinstance(steps[0], BlockModules):
         return steps[0]
     return CompositeModules(steps)
@@ -49,18 +50,78 @@ def require_gain(stage: StageModules) -> None:
         raise NotFusable("a layer on its own is faster in PyTorch; accepted: a convolution of one group, norm and ReLU")
 
 
-def chains(modules: list[nn.Module]) -> tuple[StepModules, ...]:
+def flatten(modules: list[nn.Module], layer: Callable[[nn.Module], BlockModules | None] = lambda _: None) -> list[Part]:
+    """With what a plain nn.Sequential of single layers holds in its place, and known layers as `layer` gives them."""
+    flat: list[Part] = []
+    for module in modules:
+        flat += _leaves(module, layer) or [module]
+    return flat
+
+
+def is_network(module: nn.Module) -> bool:
+    """Whether it is more than a single layer, or a plain nn.Sequential of single layers."""
+    return _leaves(module, lambda _: None) is None
+
+
+def _leaves(module: nn.Module, layer: Callable[[nn.Module], BlockModules | None]) -> list[Part] | None:
+    """None for a module with parts of its own, which is called as it is."""
+    known = layer(module)
+    if known is not None:
+        return [known]
+    if is_norm(module) or not any(True for _ in module.children()):
+        return [module]
+    if type(module) is not nn.Sequential and not _is_fused(module):
+        return None
+    try:
+        require_no_hooks("it", module)
+    except NotFusable:
+        return None
+    leaves: list[Part] = []
+    for child in module.children():
+        of_child = _leaves(child, layer)
+        if of_child is None:
+            return None
+        leaves += of_child
+    return leaves
+
+
+def fusable(modules: list[Part]) -> tuple[StepModules, ...]:
+    """`chains`, of which those are fused that gain by it. Raises NotFusable where there is none."""
+    found = chains(modules)
+    steps: list[StepModules] = []
+    reason = NotFusable("no convolution is followed by a batch norm")
+    for step, following in zip(found, (*found[1:], None), strict=False):
+        if not isinstance(step, BlockModules):
+            steps.append(step)
+            continue
+        try:
+            if len(step.stages) == 1 and type(following) is not nn.MaxPool2d:
+                require_gain(step.stages[0])
+            steps.append(step)
+        except NotFusable as refusal:
+            reason = refusal
+            stage = step.stages[0]
+            steps += [part for part in (stage.conv, stage.norm, stage.act) if isinstance(part, nn.Module)]
+    if not any(isinstance(step, BlockModules) for step in steps):
+        raise reason
+    return tuple(steps)
+
+
+def chains(modules: Sequence[Part]) -> tuple[StepModules, ...]:
     """Modules that are called one after the other, with each run of conv, norm and activation as one fused chain."""
     steps: list[StepModules] = []
     i = 0
     while i < len(modules):
-        stage, length = _stage(modules[i:])
-        if stage is None:
-            steps.append(modules[i])
+        part = modules[i]
+        stages, length = part.stages if isinstance(part, BlockModules) else (), 1
+        if not stages:
+            stages, length = _stage(modules[i : i + 3])
+        if not stages:
+            steps.append(part)
         elif steps and isinstance(steps[-1], BlockModules):
-            steps[-1] = BlockModules((*steps[-1].stages, stage), "none")
+            steps[-1] = BlockModules((*steps[-1].stages, *stages), "none")
         else:
-            steps.append(BlockModules((stage,), "none"))
+            steps.append(part if isinstance(part, BlockModules) else BlockModules(stages, "none"))
         i += length
     return tuple(steps)
 
@@ -70,19 +131,20 @@ def stage(name: str, container: nn.Module) -> StageModules:
     require_no_hooks(name, container)
     modules = list(container.children())
     found, length = _stage(modules)
-    if found is None or length != len(modules):
+    if not found or length != len(modules):
         parts = ", ".join(type(part).__name__ for part in modules)
         raise NotFusable(f"{name} is {type(container).__name__}({parts}); accepted: a convolution, norm and activation")
-    return found
+    return found[0]
 
 
-def _stage(modules: list[nn.Module]) -> tuple[StageModules | None, int]:
+def _stage(modules: Sequence[Part]) -> tuple[tuple[StageModules, ...], int]:
     """The stage at the head, if there is one, and how many modules it is."""
-    if len(modules) < 2 or not isinstance(modules[0], nn.Conv2d) or not is_norm(modules[1]):
-        return None, 1
-    if len(modules) > 2 and not isinstance(modules[2], nn.Conv2d) and recognise(modules[2]) is not None:
-        return StageModules(*modules[:3]), 3
-    return StageModules(modules[0], modules[1], None), 2
+    conv, norm, act = (*modules[:3], None, None)[:3]
+    if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.Module) or not is_norm(norm):
+        return (), 1
+    if isinstance(act, nn.Module) and not isinstance(act, nn.Conv2d) and recognise(act) is not None:
+        return (StageModules(conv, norm, act),), 3
+    return (StageModules(conv, norm, None),), 2
 
 
 def _is_fused(container: nn.Module) -> bool:

@@ -59,6 +59,3 @@ BLOCKS: dict[str, Adapter] = {
     "torchvision.ops.misc.Conv2dNormActivation": sequential.layer,
 }
 LAYERS = ("torchvision.ops.misc.Conv2dNormActivation",)
-SEQUENTIALS: dict[str, tuple[str, ...]] = {
-    "torchvision.models.segmentation.deeplabv3.ASPP": ("convs.0", "project"),
-}

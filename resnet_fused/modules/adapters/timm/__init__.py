@@ -13,7 +13,3 @@ BLOCKS: dict[str, Adapter] = {
     **layers.BLOCKS,
 }
 LAYERS = (layers.CONV_NORM_ACT,)
-SEQUENTIALS: dict[str, tuple[str, ...]] = {
-    "timm.models.senet.SENet": ("layer0",),
-    "timm.models.resnetv2.ResNetV2": ("stem",),
-}
