@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resnet_fused import spectral
 from resnet_fused.modules import adapters
-from resnet_fused.modules.candidates import original_class
+from resnet_fused.modules.fused_block import original_class
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec, IntPair
 from resnet_fused.spec.facts import NONE, facts

@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.adapters import register_block
-from resnet_fused.modules.block_modules import BlockModules, CompositeModules, StageModules, class_path
-from resnet_fused.modules.candidates import candidates, original_class
-from resnet_fused.modules.fused_block import FusedBlock, FusedModule, inject
-from resnet_fused.modules.stem import STEMS
+from resnet_fused.modules.block_modules import BlockModules, CompositeModules, StageModules
+from resnet_fused.modules.candidates import candidates
+from resnet_fused.modules.fused_block import FusedBlock, FusedModule, inject, original_class
 from resnet_fused.spec.activations import recognise
 
 
@@ -25,11 +24,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     Raises ValueError for a model without one.
     """
-    found = {
-        name: module
-        for name, module, whole in candidates(model)
-        if whole and class_path(original_class(module)) not in STEMS
-    }
+    found = {name: module for name, module, whole in candidates(model) if whole}
     if not found:
         raise ValueError(
             f"this {type(model).__name__} has no residual block; accepted: a model whose blocks hold a convolution and "

@@ -14,9 +14,8 @@ from torch import nn
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
-from resnet_fused.modules.fused_block import FusedModule
-from resnet_fused.modules.overlay import beneath
-from resnet_fused.modules.stem import STEMS
+from resnet_fused.modules.fused_block import FusedModule, original_class
+from resnet_fused.modules.stem import FusedStem, stem_runs
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -43,11 +42,6 @@ def candidates(model: nn.Module) -> list[Candidate]:
     return list(reversed(unique.values()))
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class before `fuse`, and before an overlay of torch.distributed."""
-    return module._fused_from if isinstance(module, FusedModule) else beneath(type(module))
-
-
 def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     inner = [
         candidate
@@ -56,10 +50,13 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     ]
     cls = original_class(module)
     if adapters.find(cls) is not None or isinstance(module, FusedModule):
-        yield Candidate(name, module, whole=class_path(cls) not in adapters.LAYERS)
-        if class_path(cls) in STEMS:  # the one kind of block that has others beside it
-            yield from inner
+        if isinstance(module, FusedStem):  # the one kind of block that has others beside it
+            yield Candidate(name, module, whole=False)
+            within = {id(part) for part in module._fused_parts()}
+            yield from (candidate for candidate in inner if id(candidate.module) not in within)
         else:
+            piece = class_path(cls) in adapters.LAYERS or cls is nn.Sequential
+            yield Candidate(name, module, whole=not piece)
             yield from _by_themselves(module, inner)
     elif _is_block(module, inner):
         yield Candidate(name, module, whole=True)
@@ -67,7 +64,14 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     elif not inner and _holds(list(module.children())) and not _is_network(module):
         yield Candidate(name, module, whole=False)
     else:
+        if stem_runs(module):
+            yield Candidate(name, module, whole=False)
         yield from inner
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module of unknown class is listed as a block."""
+    return _is_block(module, [each for name, child in module.named_children() for each in _within(name, child)])
 
 
 def _by_themselves(block: nn.Module, inner: list[Candidate]) -> list[Candidate]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from functools import cache
 from typing import TypeVar, get_args
@@ -11,21 +10,27 @@ from torch import nn
 
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules import adapters
+from resnet_fused.modules import adapters, stem
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import called_by, class_path
-from resnet_fused.modules.candidates import candidates, original_class
+from resnet_fused.modules.candidates import candidates, is_block
 from resnet_fused.modules.forwards import FORWARDS
-from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
+from resnet_fused.modules.fused_block import (
+    FusedBlock,
+    FusedModule,
+    FusedSequential,
+    Settings,
+    eject,
+    inject,
+    original_class,
+)
 from resnet_fused.modules.plan import describe_all
-from resnet_fused.modules.stem import STEMS
 from resnet_fused.ops import operators
 from resnet_fused.spec import Memory
 
 __all__ = ["FusedBlock", "fuse", "require_module", "unfuse", "why_not"]
 
 Model = TypeVar("Model", bound=nn.Module)
-MIXINS = STEMS | FORWARDS  # of classes that are no plain blocks
 SHOWN = 3  # reasons in a warning
 
 
@@ -62,13 +67,10 @@ def _fuse(module: nn.Module, settings: Settings) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
     block that is left alone may hold others."""
     if isinstance(module, FusedModule) or why_not(module) is None:
-        inject(module, MIXINS.get(class_path(original_class(module)), FusedBlock), settings)
+        inject(module, _mixin(original_class(module)), settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
     for called in _called(module):
         _fuse(called, settings)
-    for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
-        for child in _named(module, name):
-            _fuse_sequential(child, settings)
     for child in module.children():
         if id(child) not in within:
             _fuse(child, settings)
@@ -83,21 +85,11 @@ def _called(module: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _named(module: nn.Module, name: str) -> list[nn.Module]:
-    """The children of a dotted name, in which * stands for any one part; none where it was replaced, or pruned."""
-    found = [module]
-    for part in name.split("."):
-        found = [child for each in found for own, child in each.named_children() if part in (own, "*")]
-    return found
-
-
-def _fuse_sequential(child: nn.Module, settings: Settings) -> None:
-    """A plain nn.Sequential that a known model calls, if it holds a chain that can be described."""
-    if original_class(child) is not nn.Sequential:
-        return
-    with contextlib.suppress(NotFusable):
-        describe_all(sequential.chain(child), "default")
-        inject(child, FusedSequential, settings)
+def _mixin(cls: type[nn.Module]) -> type[FusedModule]:
+    """For a class that is not fused yet."""
+    if adapters.find(cls) is not None:
+        return FORWARDS.get(class_path(cls), FusedBlock)
+    return FusedSequential if cls is nn.Sequential else stem.mixin(cls)
 
 
 def unfuse(model: Model) -> Model:
@@ -114,7 +106,12 @@ def unfuse(model: Model) -> Model:
 
 def why_not(module: nn.Module) -> str | None:
     """Why `fuse` leaves this (unfused) module alone, or None."""
-    adapter = adapters.find(original_class(module))
+    cls = original_class(module)
+    adapter = adapters.find(cls)
+    if adapter is None and cls is nn.Sequential:
+        adapter = sequential.chain
+    elif adapter is None and stem.stem_runs(module) and not is_block(module):
+        adapter = stem.stem_modules
     if adapter is None:
         return "unknown block class; register_block(cls, adapter) teaches it"
     try:

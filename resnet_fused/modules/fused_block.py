@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, ClassVar
@@ -72,7 +72,7 @@ class Description:
         self._last = block, snapshot
 
     def __reduce__(self) -> tuple[type[Description], tuple[()]]:
-        return Description, ()  # a copy has other tensors
+        return type(self), ()  # a copy has other tensors
 
 
 class FusedModule(nn.Module):
@@ -80,6 +80,7 @@ class FusedModule(nn.Module):
 
     _fused_from: ClassVar[type[nn.Module]]
     _fused_class: ClassVar[type[FusedModule]]  # made of the mixin and `_fused_from` by `_make_class`
+    _fused_keeps: ClassVar[type[Description]] = Description
     _fused_settings: Settings
     _fused_description: Description
 
@@ -132,9 +133,9 @@ class FusedModule(nn.Module):
         kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None)
         return block
 
-    def _fused_describe_or_log(self) -> Described | Plan | None:
+    def _fused_describe_or_log(self, describe: Callable[[], Described | Plan] | None = None) -> Described | Plan | None:
         try:
-            described = self.fused_describe()
+            described = self.fused_describe() if describe is None else describe()
             require_plain(described)
             return described
         except NotFusable as reason:
@@ -168,7 +169,7 @@ class FusedBlock(FusedModule):
 
 
 class FusedSequential(FusedBlock):
-    """An nn.Sequential that a known model calls (`adapters.SEQUENTIALS`), a chain by what it holds."""
+    """A plain nn.Sequential, a chain by what it holds. Who calls its children instead gets what they compute."""
 
     def __getitem__(self, idx: slice | int) -> Any:
         """As nn.Sequential's; a part of the chain is a plain one."""
@@ -180,13 +181,18 @@ class FusedSequential(FusedBlock):
         return sequential.chain(self)
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class before `fuse`, and beneath what torch.distributed lays over it."""
+    return module._fused_from if isinstance(module, FusedModule) else beneath(type(module))
+
+
 def inject(module: nn.Module, mixin: type[FusedModule], settings: Settings) -> None:
     """Fuse one module, or give a fused one new settings."""
     if not isinstance(module, FusedModule):
         fused = _make_class(mixin, beneath(type(module)))  # type: ignore[arg-type]
         module.__class__ = exchange(type(module), fused)  # type: ignore[arg-type]
     module._fused_settings = settings  # type: ignore[assignment]
-    module._fused_description = Description()  # type: ignore[assignment]
+    module._fused_description = module._fused_keeps()  # type: ignore
 
 
 def eject(module: FusedModule) -> None:

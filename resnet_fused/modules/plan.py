@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.errors import NotFusable
@@ -22,6 +22,7 @@ from resnet_fused.modules.block_modules import (
     SplitModules,
     StepModules,
     describe,
+    has_hooks,
 )
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, is_wrapper, same
@@ -47,6 +48,23 @@ class Described(NamedTuple):
     @property
     def calls(self) -> list[Described]:
         return [self]
+
+
+class Pooled(NamedTuple):
+    """A fused call and the max pooling behind it, as in a ResNet's stem."""
+
+    call: Described
+
+    def run(self, x: Tensor, backend: str) -> Tensor:
+        return functional.residual_block_max_pool2d(x, self.call.params, self.call.spec, *POOL, backend=backend)
+
+    def carry(self, before: Iterator[Described]) -> Pooled:
+        """As `Plan.carry`."""
+        return Pooled(self.call.remember(next(before)))
+
+    @property
+    def calls(self) -> list[Described]:
+        return [self.call]
 
 
 class Plan(NamedTuple):
@@ -138,7 +156,9 @@ class Dense(NamedTuple):
         return [call for path in self.paths for call in _calls(path)]
 
 
-Step = Described | Plan | Split | Dense | Callable[[Tensor], Tensor]
+Step = Described | Pooled | Plan | Split | Dense | Callable[[Tensor], Tensor]
+FUSED = (Described, Pooled, Plan, Split, Dense)
+POOL = (3, 2, 1)  # kernel_size, stride, padding: the pooling that a fused call takes with it
 
 
 def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
@@ -154,7 +174,19 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
         return describe_all(given, memory) if isinstance(given, (BlockModules, CompositeModules)) else given
 
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
-        return tuple(step(each) for each in given)
+        described: list[Step] = []
+        for each in given:
+            last = described[-1] if described else None
+            if (
+                isinstance(last, Described)
+                and last.gate is None
+                and isinstance(each, nn.Module)
+                and pool_reason(each) is None
+            ):
+                described[-1] = Pooled(last)
+            else:
+                described.append(step(each))
+        return tuple(described)
 
     end = None if modules.end is None else Described(*describe(modules.end, memory), modules.end.gate)
     skip = None if modules.skip is None else steps(modules.skip)
@@ -171,20 +203,31 @@ def require_plain(described: Described | Plan) -> None:
                 raise NotFusable(f"a parameter or buffer is a {type(tensor).__name__}, which the kernels do not read")
 
 
+def pool_reason(pool: nn.Module) -> str | None:
+    """Why this module is not the max pooling that a fused call takes with it, or None."""
+    if type(pool) is not nn.MaxPool2d:
+        return f"{type(pool).__name__}; accepted: nn.MaxPool2d itself"
+    window = [v if isinstance(v, int) else tuple(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    plain = all(v in (wanted, (wanted, wanted)) for v, wanted in zip(window, POOL, strict=True))
+    if not plain or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
+        return f"{pool}; accepted: a 3x3 window, stride 2, padding 1"
+    return f"{pool} with hooks, which would not run" if has_hooks(pool) else None
+
+
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:
     for step in steps:
-        x = step.run(x, backend) if isinstance(step, (Described, Plan, Split, Dense)) else step(x)
+        x = step.run(x, backend) if isinstance(step, FUSED) else step(x)
     return x
 
 
 def _calls(steps: Iterable[Step]) -> list[Described]:
-    return [call for step in steps if isinstance(step, (Described, Plan, Split, Dense)) for call in step.calls]
+    return [call for step in steps if isinstance(step, FUSED) for call in step.calls]
 
 
 def _carry(steps: tuple[Step, ...], before: Iterator[Described]) -> tuple[Step, ...]:
     def one(step: Step) -> Step:
         if isinstance(step, Described):
             return step.remember(next(before))
-        return step.carry(before) if isinstance(step, (Plan, Split, Dense)) else step
+        return step.carry(before) if isinstance(step, FUSED) else step
 
     return tuple(one(step) for step in steps)

@@ -1,145 +1,257 @@
-"""A ResNet's stem: conv1, bn1, act and max pooling, fused in the model's own forward, where they are called.
+"""Stems anywhere: convolution, norm, activation and pooling that a model's own forward calls one after the other.
 
-Each mixin repeats its original's few lines around the stem. Without a fusable stem the original runs.
+There is no list of models. `runs` finds, in the source of a class's methods, children that are called in a row, and
+makes each row one call of `FusedStem._fused_run`. That computes what is fusable of it and calls the rest as it is.
+So a ResNet's stem is fused in torchvision's class, a subclass with a forward of its own, or a user's network that
+holds a ResNet and calls its children; and features taken behind the activation stay what they are, since the row ends
+there.
+
+Chosen over fusing at the children (conv1 computes everything, bn1 and relu pass it on): ``model.conv1(x)`` called from
+outside, or features taken behind it, would silently be another tensor. And over a mixin for each class that repeats
+its lines: every subclass, extractor and library needs another. The original method stays in the original class.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.adapters.timm.resnet import pools_with_convolution
-from resnet_fused.modules.block_modules import has_hooks, require_no_hooks
-from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules import adapters, module_state
+from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.block_modules import (
+    BlockModules,
+    CompositeModules,
+    Modules,
+    StageModules,
+    class_path,
+    has_hooks,
+    original_path,
+    stages_of,
+)
+from resnet_fused.modules.fused_block import Description, FusedModule, original_class
+from resnet_fused.modules.plan import Described, Plan, describe_all, pool_reason
+from resnet_fused.modules.runs import Run, merged
+from resnet_fused.ops.export import exports_plain
 
-STEM_PARTS = ("conv1", "bn1", "relu", "maxpool")  # torchvision's names
+
+class KeptRun(NamedTuple):
+    """What a run was at its last call: as `Description`, for these very parts."""
+
+    parts: list[nn.Module]
+    block: Described | Plan | None
+    snapshot: module_state.Snapshot
+
+    def holds(self, parts: list[nn.Module]) -> bool:
+        same = len(parts) == len(self.parts) and all(a is b for a, b in zip(parts, self.parts, strict=True))
+        return same and module_state.unchanged(self.snapshot)
+
+
+class Kept(Description):
+    """The runs' descriptions beside the module's own, which is not used."""
+
+    __slots__ = ("runs",)
+
+    def forget(self) -> None:
+        super().forget()
+        self.runs: dict[Run, KeptRun] = {}
 
 
 class FusedStem(FusedModule):
-    """What the two mixins share."""
+    """A module whose methods call a run of children that is fused."""
 
-    maxpool: nn.Module
-    layer1: nn.Module
-    layer2: nn.Module
-    layer3: nn.Module
-    layer4: nn.Module
+    _fused_description: Kept
+    _fused_keeps = Kept
+    _fused_runs: ClassVar[tuple[Run, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "_fused_from" in cls.__dict__:  # made of a mixin and an original
+            methods, cls._fused_runs = merged(cls._fused_from)  # type: ignore[arg-type]
+            for name, method in methods.items():
+                setattr(cls, name, method)
+
+    def fused_modules(self) -> Modules:
+        return stem_modules(self)
 
     def _fused_parts(self) -> Iterable[nn.Module]:
-        parts = [getattr(self, name, None) for name in ("conv1", "bn1", "act1", "relu", "maxpool")]
-        return [self, *(module for part in parts if isinstance(part, nn.Module) for module in part.modules())]
+        fused = [part for names in stem_runs(self) for part in _fused_of(_parts(self, names))]
+        return [self, *(module for part in fused for module in part.modules())]
 
-    def _fused_stem(self, x: Tensor) -> Tensor | None:
-        """The pooled stem, or None if it is not fusable."""
-        described = self._fused_or_none(x)
-        if described is None:
+    def _fused_run(self, names: Run, x: Tensor) -> Tensor:
+        """What calling these children in order computes."""
+        parts = [_part(self, name) for name in names]
+        described = self._fused_run_or_none(names, parts, x)
+        if described is not None:
+            return described.run(x, self._fused_settings.backend)
+        for part in parts:
+            x = part(x)
+        return x
+
+    def _fused_run_or_none(self, names: Run, parts: list[nn.Module], x: Tensor) -> Described | Plan | None:
+        """As `_fused_or_none`, of a run."""
+        if not isinstance(x, Tensor) or exports_plain():
             return None
-        params, spec, _ = described.calls[0]
-        backend = self._fused_settings.backend
-        if pools_with_convolution(self):  # a stage of the chain
-            return functional.residual_block(x, params, spec, backend=backend)
-        if pool_reason(self.maxpool) is None:
-            return functional.residual_block_max_pool2d(x, params, spec, 3, 2, 1, backend=backend)
-        return self.maxpool(functional.residual_block(x, params, spec, backend=backend))
+        if not all(isinstance(part, nn.Module) for part in parts):  # a function, say
+            return None
+
+        def describe() -> Described | Plan:
+            if not _is_stem(parts):
+                raise NotFusable(f"{', '.join(names)} are no stem")
+            return describe_all(_steps(parts), self._fused_settings.memory)
+
+        if torch.compiler.is_compiling():
+            return self._fused_describe_or_log(describe)
+        last = self._fused_description.runs.get(names)
+        if last is not None and last.holds(parts):
+            return last.block
+        block = self._fused_describe_or_log(describe)
+        if block is not None and last is not None:
+            block = block.remember(last.block)
+        self._fused_description.runs[names] = KeptRun(parts, block, module_state.snapshot(_read(parts)))
+        return block
+
+    def _fused_items(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        """The items of an nn.ModuleDict that returns some of their results, each group of `_groups` as one."""
+        items: list[tuple[str, Callable[[Tensor], Tensor]]] = list(self._modules.items())  # type: ignore[arg-type]
+        for group in _groups(self):
+            at = [name for name, _ in items].index(group[0])
+            items[at : at + len(group)] = [(group[-1], partial(self._fused_run, group))]
+        return items
 
 
-class FusedResNet(FusedStem):
-    """For torchvision's ResNet."""
+class FusedOwnResNet(FusedStem):
+    """This package's ResNet in pre-activation order ends in a norm and a ReLU: one pass."""
 
-    avgpool: nn.Module
-    fc: nn.Module
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        stem = self._fused_stem(x)
-        if stem is None:
-            return super()._forward_impl(x)  # type: ignore[misc]
-        features = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
-        return self.fc(torch.flatten(self.avgpool(self._fused_end(features)), 1))
-
-    def _fused_end(self, features: Tensor) -> Tensor:
-        """What stands between the blocks and the pooling."""
-        return features
-
-
-class FusedOwnResNet(FusedResNet):
-    """For this package's ResNet, which in pre-activation order ends in a norm and a ReLU."""
-
-    norm: nn.Module | None
-    relu: nn.Module
-
-    def _fused_end(self, features: Tensor) -> Tensor:
-        if self.norm is None:
-            return features
-        if (
-            type(self.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm)
-            or type(self.relu) is not nn.ReLU
-            or has_hooks(self.relu)
-        ):
-            return self.relu(self.norm(features))
+    def _fused_run(self, names: Run, x: Tensor) -> Tensor:
+        if names != ("norm", "relu") or not isinstance(x, Tensor) or exports_plain():
+            return super()._fused_run(names, x)
+        norm, act = (_part(self, name) for name in names)
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(act) is not nn.ReLU or has_hooks(act):
+            return super()._fused_run(names, x)
         # a backend asked for by name may have no batch norm on its own
         backend = "eager" if self._fused_settings.backend == "eager" else "auto"
-        return functional.batch_norm_act(features, self.norm, backend=backend)
+        return functional.batch_norm_act(x, norm, backend=backend)
 
 
-class FusedLayerGetter(FusedStem):
-    """For torchvision's IntermediateLayerGetter around a ResNet, the backbone of its segmentation and detection."""
-
-    return_layers: dict[str, str]
-
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        stem = None if self.return_layers.keys() & set(STEM_PARTS) else self._fused_stem(x)
-        if stem is None:
-            return super().forward(x)
-        out = OrderedDict()
-        for name, module in self.items():  # type: ignore[operator]
-            if name not in STEM_PARTS:
-                stem = module(stem)
-            if name in self.return_layers:
-                out[self.return_layers[name]] = stem
-        return out
+def mixin(cls: type[nn.Module]) -> type[FusedStem]:
+    """For the owner of a stem."""
+    return FusedOwnResNet if class_path(cls) == "resnet_fused.models.resnet.ResNet" else FusedStem
 
 
-class FusedTimmResNet(FusedStem):
-    """For timm's ResNet, with its gradient checkpointing."""
-
-    grad_checkpointing: bool
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        stem = self._fused_stem(x)
-        if stem is None:
-            return super().forward_features(x)  # type: ignore[misc]
-        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
-        if self.grad_checkpointing:
-            from timm.models import checkpoint_seq
-
-            return checkpoint_seq(layers, stem, flatten=True)
-        for layer in layers:
-            stem = layer(stem)
-        return stem
+def stem_runs(module: nn.Module) -> list[Run]:
+    """The rows of calls in the module's methods that are fused as one, hooks and the like apart."""
+    methods, runs = merged(original_class(module))
+    return [names for names in (*runs, *_groups(module)) if methods and _is_stem(_parts(module, names))]
 
 
-STEMS: dict[str, type[FusedModule]] = {
-    "resnet_fused.models.resnet.ResNet": FusedOwnResNet,
-    "torchvision.models.resnet.ResNet": FusedResNet,
-    "torchvision.models._utils.IntermediateLayerGetter": FusedLayerGetter,
-    "timm.models.resnet.ResNet": FusedTimmResNet,
-}
+def stem_modules(module: nn.Module) -> Modules:
+    """What is fused of the first run of which anything is. Raises NotFusable."""
+    reason = NotFusable("its methods call no convolution and batch norm in a row")
+    for names in stem_runs(module):
+        try:
+            steps = _steps(_parts(module, names)).branch
+        except NotFusable as refusal:
+            reason = refusal
+            continue
+        blocks = tuple(step for step in steps if isinstance(step, BlockModules))
+        return blocks[0] if len(blocks) == 1 else CompositeModules(blocks)
+    raise reason
 
 
-def pool_reason(pool: nn.Module) -> str | None:
-    """Why this module is not the max pooling that `functional.max_pool2d` computes, or None."""
-    if type(pool) is not nn.MaxPool2d:
-        return f"maxpool is {type(pool).__name__}; accepted: nn.MaxPool2d itself"
-    window = [v if isinstance(v, int) else tuple(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
-    plain = all(v in (wanted, (wanted, wanted)) for v, wanted in zip(window, (3, 2, 1), strict=True))
-    if not plain or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
-        return f"maxpool is {pool}; accepted: a 3x3 window, stride 2, padding 1"
-    try:
-        require_no_hooks("maxpool", pool)
-    except NotFusable as reason:
-        return str(reason)
+def pool_note(module: nn.Module) -> str | None:
+    """Why the pooling that a stem's owner calls behind it is not part of the fused call, or None."""
+    for names in stem_runs(module):
+        parts = _parts(module, names)
+        fused = {id(part) for part in _fused_of(parts)}
+        for name, part in zip(names, parts, strict=True):
+            if "pool" in name and id(part) not in fused and type(part) is not nn.Identity:
+                reason = pool_reason(part)
+                return None if reason is None else f"{name} is {reason}"
+            if id(part) not in fused:
+                break
     return None
+
+
+def _groups(module: nn.Module) -> list[Run]:
+    """Of an nn.ModuleDict that returns some of its items' results: names of single layers in a row. Networks among the
+    items stay by themselves, so that gradient checkpointing, which takes one item at a time, is what it was."""
+    returned = getattr(module, "return_layers", None)
+    if not isinstance(module, nn.ModuleDict) or not isinstance(returned, dict):
+        return []
+    groups: list[list[str]] = [[]]
+    for name, item in module._modules.items():
+        if item is None or sequential.is_network(item):
+            groups.append([])
+            continue
+        groups[-1].append(name)
+        if name in returned:
+            groups.append([])
+    return [tuple(group) for group in groups if len(group) > 1]
+
+
+def _part(module: nn.Module, name: str) -> nn.Module:
+    return reduce(getattr, name.split("."), module)
+
+
+def _parts(module: nn.Module, names: Run) -> list[nn.Module]:
+    """Its modules by these names; none where one of them is missing or no module."""
+    try:
+        parts = [_part(module, name) for name in names]
+    except AttributeError:
+        return []
+    return parts if all(isinstance(part, nn.Module) for part in parts) else []
+
+
+def _is_stem(parts: list[nn.Module]) -> bool:
+    """Whether calling them in one go gains anything over what is fused among them by itself."""
+    layers: list[tuple[StageModules, ...]] = []
+
+    def layer(module: nn.Module) -> BlockModules | None:
+        found = _layer(module)
+        if found is not None:
+            layers.append(found.stages)
+        return found
+
+    steps = sequential.chains(parts, layer)
+    pools = [type(step) is nn.MaxPool2d for step in (*steps[1:], None)]
+    pairs = zip(steps, pools, strict=False)
+    return any(isinstance(step, BlockModules) and (pool or step.stages not in layers) for step, pool in pairs)
+
+
+def _steps(parts: list[nn.Module]) -> CompositeModules:
+    """The run as fused calls, and what is called between and behind them. Raises NotFusable where nothing is fused."""
+    return sequential.composite(sequential.chains(parts, _layer))
+
+
+def _layer(module: nn.Module) -> BlockModules | None:
+    """A known layer on its own, such as timm's ConvNormAct, which is a stage of a run."""
+    if original_path(module) not in adapters.LAYERS:
+        return None
+    adapter = adapters.find(original_class(module))
+    try:
+        found = None if adapter is None or has_hooks(module) else adapter(module)
+    except NotFusable:
+        return None
+    return found if isinstance(found, BlockModules) else None
+
+
+def _fused_of(parts: list[nn.Module]) -> list[nn.Module]:
+    """Those that are computed by the fused calls of the run."""
+    try:
+        stages = stages_of(_steps(parts))
+    except NotFusable:
+        return []
+    fused = {id(part) for stage in stages for part in (stage.conv, stage.norm, stage.act)}
+    return [part for part in parts if any(id(module) in fused for module in part.modules())]
+
+
+def _read(parts: list[nn.Module]) -> list[nn.Module]:
+    """The modules on which a run's description depends: of what it calls no parts."""
+    called = {id(step) for step in sequential.chains(parts, _layer)}
+    return [module for part in parts for module in ([part] if id(part) in called else part.modules())]

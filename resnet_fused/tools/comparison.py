@@ -23,7 +23,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import stages_of
 from resnet_fused.modules.fused_block import FusedModule
-from resnet_fused.modules.stem import FusedStem
+from resnet_fused.modules.stem import FusedStem, stem_modules, stem_runs
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Source = Callable[[int], Inputs]  # the inputs of a seed
@@ -79,9 +79,9 @@ class Comparison:
     def compare(self, eager: nn.Module, ours: nn.Module, names: list[str], source: Source) -> tuple[Part, ...]:
         """A `Part` for each submodule in `names`, which both models have and which is called, and the whole model last.
 
-        A `FusedStem` of `ours` is a part, too, called "stem".
+        A ResNet's stem in `ours` is a part, too, called "stem".
         """
-        parts = {name: _Record() for name in (*(["stem"] if isinstance(ours, FusedStem) else []), *names, WHOLE)}
+        parts = {name: _Record() for name in (*(["stem"] if has_stem(ours) else []), *names, WHOLE)}
         steps, done = self.seeds * len(parts), 0
 
         def step(name: str) -> None:
@@ -294,6 +294,8 @@ def _straightened(module: nn.Module) -> nn.Module | None:
         model.maxpool = nn.Identity()
         return Stem(model)
     adapter = adapters.find(module._fused_from if isinstance(module, FusedModule) else type(module))
+    if adapter is None and stem_runs(module):
+        adapter = stem_modules
     if adapter is None:
         return None
     module = copy.deepcopy(module)
@@ -327,6 +329,11 @@ def capture(model: nn.Module, names: list[str], inputs: dict[str, Inputs]) -> It
     for name in names:
         watched.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
     yield watched
+
+
+def has_stem(model: nn.Module) -> bool:
+    """Whether `Stem` can tell a fused stem of this model from the rest of it."""
+    return isinstance(model, FusedStem) and "layer1" in dict(model.named_children())
 
 
 class Stem(nn.Module):

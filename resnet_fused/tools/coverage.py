@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import frozen_norm, stages_of
-from resnet_fused.modules.candidates import CONTAINERS, NORMS, candidates, original_class
+from resnet_fused.modules.candidates import CONTAINERS, NORMS, candidates
 from resnet_fused.modules.fuse import fuse, why_not
-from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.fused_block import FusedModule, original_class
 from resnet_fused.modules.stem import FusedStem
 from resnet_fused.tools import named_models
 from resnet_fused.tools.comparison import Progress

@@ -14,13 +14,12 @@ from resnet_fused.backends import dispatch, how, prepared
 from resnet_fused.backends.folding import folded
 from resnet_fused.backends.tune import block_inputs
 from resnet_fused.errors import NotFusable
-from resnet_fused.modules.adapters.timm.resnet import pools_with_convolution
-from resnet_fused.modules.candidates import candidates, original_class
+from resnet_fused.modules.candidates import candidates
 from resnet_fused.modules.fuse import require_module, why_not
-from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.fused_block import FusedModule, original_class
 from resnet_fused.modules.overlay import is_gathered
 from resnet_fused.modules.plan import Described, Plan, require_plain
-from resnet_fused.modules.stem import FusedStem, pool_reason
+from resnet_fused.modules.stem import FusedStem, pool_note
 from resnet_fused.ops import gated_block
 from resnet_fused.params import BlockParams, is_wrapper
 from resnet_fused.spec import BlockSpec
@@ -104,8 +103,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if isinstance(described, Plan):
         return _of_plan(module, described, x)
     backend, notes = _of_call(module, described, x)
-    if isinstance(module, FusedStem) and not pools_with_convolution(module):
-        notes += [pool] if (pool := pool_reason(module.maxpool)) is not None else []
+    if isinstance(module, FusedStem):
+        notes += [pool] if (pool := pool_note(module)) is not None else []
     return backend, "; ".join(notes)
 
 

@@ -35,7 +35,6 @@ from resnet_fused.modules.candidates import candidates
 from resnet_fused.modules.fuse import fuse, unfuse
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule
 from resnet_fused.modules.plan import Described
-from resnet_fused.modules.stem import FusedStem
 from resnet_fused.ops import gated_block
 from resnet_fused.spec import Memory
 from resnet_fused.tools.comparison import (
@@ -133,7 +132,7 @@ def verify(
     eager = unfuse(copy.deepcopy(model))
     fused = fuse(copy.deepcopy(eager), backend=backend, memory=memory)
     names = [name for name, module in fused.named_modules() if isinstance(module, FusedBlock)]
-    if not names and not isinstance(fused, FusedStem):
+    if not any(isinstance(module, FusedModule) for module in fused.modules()):
         raise ValueError("no block of this model is fused; resnet_fused.explain(model) gives the reasons")
     comparison = Comparison(dtype, train, seeds, progress or (lambda *_: None))
     computed = dtype or next(model.parameters()).dtype

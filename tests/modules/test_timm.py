@@ -67,8 +67,8 @@ def test_variants_are_fused_whole_and_train_as_eager(arguments: dict[str, Any]) 
 
 # For each argument of timm's ResNet: a part of the reason that explain gives, and the blocks that it concerns.
 REFUSED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
-    "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"", "layer1.0", "layer1.1", "layer4.0"}),
-    "norm": ({"norm_layer": "groupnorm"}, "stages[0].norm is GroupNorm", {"", "layer1.0", "layer1.1", "layer4.0"}),
+    "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"layer1.0", "layer1.1", "layer4.0"}),
+    "norm": ({"norm_layer": "groupnorm"}, "stages[0].norm is GroupNorm", {"layer1.0", "layer1.1", "layer4.0"}),
 }
 
 
@@ -78,7 +78,7 @@ def test_parts_without_a_fused_form_are_named(arguments: dict[str, Any], reason:
     refused = {row.name for row in explain(fuse(model)) if reason in row.reason}
     assert names <= refused
     for name, module in model.named_modules():
-        if isinstance(module, (resnet.BasicBlock, resnet.ResNet)):
+        if isinstance(module, resnet.BasicBlock):
             assert isinstance(module, FusedModule) is (name not in refused)
 
 

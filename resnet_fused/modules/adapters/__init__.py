@@ -20,6 +20,7 @@ from resnet_fused.modules.adapters import (
     resnet,
     timm,
     torchvision,
+    transformers,
     ultralytics,
     wespeaker,
 )
@@ -29,6 +30,7 @@ LIBRARIES = (
     resnet,
     torchvision,
     timm,
+    transformers,
     clip,
     detectron2,
     insightface,
@@ -43,10 +45,6 @@ LIBRARIES = (
 BUILT_IN: dict[str, Adapter] = {path: adapter for library in LIBRARIES for path, adapter in library.BLOCKS.items()}
 # known classes that are pieces of blocks
 LAYERS: tuple[str, ...] = tuple(path for library in LIBRARIES for path in getattr(library, "LAYERS", ()))
-# plain nn.Sequentials that a model calls, by their names in it (* is any one part): chains by what they hold
-SEQUENTIALS: dict[str, tuple[str, ...]] = {
-    path: names for library in LIBRARIES for path, names in getattr(library, "SEQUENTIALS", {}).items()
-}
 _registered: dict[type[nn.Module], Adapter] = {}
 
 

@@ -121,9 +121,3 @@ BLOCKS: dict[str, Adapter] = {
     CONV_MODULE: layer,
 }
 LAYERS: tuple[str, ...] = (CONV_MODULE,)
-# a plain nn.Sequential where the model has a deep stem (ResNet v1c, v1d)
-SEQUENTIALS: dict[str, tuple[str, ...]] = {
-    f"{library}.models.backbones.resnet.{name}": ("stem",)
-    for library in ("mmdet", "mmseg")
-    for name in ("ResNet", "ResNetV1c", "ResNetV1d")
-}

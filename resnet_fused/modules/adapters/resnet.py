@@ -47,14 +47,6 @@ def pre_bottleneck(block: nn.Module) -> BlockModules:
     return _pre_activation(block, convs=3)
 
 
-def stem(model: nn.Module) -> BlockModules:
-    """conv1, bn1 and relu; the pooling that follows is `resnet_fused.modules.stem`'s."""
-    missing = [name for name in ("conv1", "bn1", "relu", "maxpool") if not hasattr(model, name)]
-    if missing:  # what torchvision's IntermediateLayerGetter holds may be no ResNet
-        raise NotFusable(f"it has no {', '.join(missing)}; accepted: the parts of a ResNet")
-    return BlockModules((_stage(model, 1, "relu"),), skip="none")
-
-
 def chain(block: nn.Module, acts: tuple[Act, ...], norm: str = "bn") -> tuple[StageModules, ...]:
     """conv1, bn1, acts[0], conv2, ...; acts: names of children, functions, or None for none."""
     return tuple(_stage(block, i, act, norm) for i, act in enumerate(acts, start=1))
@@ -176,9 +168,6 @@ BLOCKS: dict[str, Adapter] = {
     "resnet_fused.models.resnet.Bottleneck": own_bottleneck,
     "resnet_fused.models.resnet.PreBasicBlock": pre_basic_block,
     "resnet_fused.models.resnet.PreBottleneck": pre_bottleneck,
-    "resnet_fused.models.resnet.ResNet": stem,
     "torchvision.models.resnet.BasicBlock": basic_block,
     "torchvision.models.resnet.Bottleneck": bottleneck,
-    "torchvision.models.resnet.ResNet": stem,
-    "torchvision.models._utils.IntermediateLayerGetter": stem,
 }

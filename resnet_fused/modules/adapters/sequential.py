@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ CONV_NORM_ACT = "timm.layers.conv_bn_act.ConvNormAct"
 SINGLE: tuple[str, ...] = (CONV_NORM_ACT, "torchvision.ops.misc.Conv2dNormActivation")
 # those of a convolution and a norm, whose forward ends in F.relu
 BASIC: tuple[str, ...] = ("torchvision.models.googlenet.BasicConv2d", "torchvision.models.inception.BasicConv2d")
+Layer = Callable[[nn.Module], BlockModules | None]
 ALONE = "a layer on its own is faster in PyTorch; accepted: a convolution of one group, norm and ReLU"
 
 
@@ -75,17 +77,19 @@ def gains(stage: StageModules) -> bool:
     return getattr(stage.conv, "groups", 1) == 1 and act == RELU
 
 
-def chains(modules: list[nn.Module]) -> tuple[StepModules, ...]:
+def chains(modules: list[nn.Module], layer: Layer = lambda _: None) -> tuple[StepModules, ...]:
     """Modules that are called one after the other, with each run of conv, norm and activation as one fused chain.
 
     Layers and plain nn.Sequentials among them are opened, unless they have hooks. A single stage that PyTorch runs
-    faster is called as it is.
+    faster is called as it is, unless a max pooling follows, which the fused call takes with it.
+
+    layer: names the parts of further layers.
     """
     steps: list[StepModules] = []
     run: list[tuple[StageModules, list[nn.Module]]] = []  # each stage with what computes it in the model
 
-    def close() -> None:
-        if len(run) == 1 and not gains(run[0][0]):
+    def close(following: nn.Module | None = None) -> None:
+        if len(run) == 1 and not gains(run[0][0]) and type(following) is not nn.MaxPool2d:
             steps.extend(run[0][1])
         elif run:
             steps.append(BlockModules(tuple(stage for stage, _ in run), "none"))
@@ -93,6 +97,11 @@ def chains(modules: list[nn.Module]) -> tuple[StepModules, ...]:
 
     waiting = _opened(modules)
     while waiting:
+        known = layer(waiting[0])
+        if known is not None:
+            run += [(stage, waiting[:1]) for stage in known.stages]
+            waiting = waiting[1:]
+            continue
         single = _of_layer(waiting[0])
         found, length = (single[0], 1) if single is not None else _stage(waiting)
         if found is not None:
@@ -100,7 +109,7 @@ def chains(modules: list[nn.Module]) -> tuple[StepModules, ...]:
         blur = None if single is None else single[1]
         if found is None or blur is not None:
             fused = len(run) > 1 or any(gains(stage) for stage, _ in run)
-            close()
+            close(waiting[0] if found is None else blur)
             if found is None:
                 steps.append(waiting[0])
             elif blur is not None and fused:
@@ -110,11 +119,20 @@ def chains(modules: list[nn.Module]) -> tuple[StepModules, ...]:
     return tuple(steps)
 
 
+def is_network(module: nn.Module) -> bool:
+    """Whether it is more than a single layer, or a plain nn.Sequential of single layers."""
+    if is_norm(module) or not any(True for _ in module.children()):
+        return False
+    if (type(module) is not nn.Sequential and not _is_fused(module)) or has_hooks(module):
+        return True
+    return any(map(is_network, module.children()))
+
+
 def _opened(modules: list[nn.Module]) -> list[nn.Module]:
     """Without plain nn.Sequentials, in place of which stands what they hold, and without what does nothing."""
     opened: list[nn.Module] = []
     for module in modules:
-        if type(module) is nn.Sequential and not has_hooks(module):
+        if (type(module) is nn.Sequential or _is_fused(module)) and not has_hooks(module):
             opened += _opened(list(module.children()))
         elif type(module) is not nn.Identity or has_hooks(module):
             opened.append(module)

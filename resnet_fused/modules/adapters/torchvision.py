@@ -108,9 +108,3 @@ BLOCKS: dict[str, Adapter] = {
     "torchvision.ops.misc.Conv2dNormActivation": sequential.layer,
 }
 LAYERS = ("torchvision.ops.misc.Conv2dNormActivation", *sequential.BASIC)
-SEQUENTIALS: dict[str, tuple[str, ...]] = {
-    "torchvision.models.densenet.DenseNet": ("features",),
-    "torchvision.models.googlenet.Inception": ("branch2", "branch3", "branch4"),
-    "torchvision.models.vgg.VGG": ("features",),
-    "torchvision.models.segmentation.deeplabv3.ASPP": ("convs.0", "project"),
-}

@@ -15,10 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fused.backends.tune import block_inputs
 from resnet_fused.modules.fuse import fuse, unfuse
-from resnet_fused.modules.stem import FusedStem
 from resnet_fused.tools.bench.rounds import Progress, Spread, interleaved, ratios, timed
 from resnet_fused.tools.bench.task import Task
-from resnet_fused.tools.comparison import Stem
+from resnet_fused.tools.comparison import Stem, has_stem
 from resnet_fused.tools.saved_bytes import saved_bytes
 from resnet_fused.tools.tables import table
 
@@ -60,7 +59,7 @@ def measure_blocks(task: Task, rounds: int, progress: Progress = lambda _: None)
     rows = []
     for name, module, given in blocks:
         sides: dict[str, nn.Module] = {"eager": unfuse(copy.deepcopy(module)), "fused": copy.deepcopy(module)}
-        if isinstance(module, FusedStem):  # the model itself
+        if has_stem(module):  # the model itself
             name, sides = "stem", {key: Stem(side) for key, side in sides.items()}
         given = given.detach().requires_grad_(task.mode == "train" and name != "stem")
         steps = {key: _step(side, given, task) for key, side in sides.items()}

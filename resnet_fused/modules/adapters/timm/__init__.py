@@ -30,9 +30,3 @@ BLOCKS: dict[str, Adapter] = {
     **layers.BLOCKS,
 }
 LAYERS = (sequential.CONV_NORM_ACT,)
-SEQUENTIALS: dict[str, tuple[str, ...]] = {
-    **cspnet.SEQUENTIALS,
-    **networks.SEQUENTIALS,
-    "timm.models.senet.SENet": ("layer0",),
-    "timm.models.resnetv2.ResNetV2": ("stem",),
-}

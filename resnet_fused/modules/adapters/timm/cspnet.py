@@ -48,4 +48,3 @@ BLOCKS: dict[str, Adapter] = {
     "timm.models.cspnet.CrossStage": cross_stage,
     "timm.models.cspnet.CrossStage3": cross_stage3,
 }
-SEQUENTIALS: dict[str, tuple[str, ...]] = {"timm.models.cspnet.CspNet": ("stem",)}
