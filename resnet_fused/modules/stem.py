@@ -208,16 +208,22 @@ def _parts(module: nn.Module, names: Run) -> list[nn.Module]:
 
 
 def _is_stem(parts: list[nn.Module]) -> bool:
-    """Whether calling them in one go gains anything over what is fused among them by itself."""
+    """Whether a fused call reaches over several of them. A known layer or an nn.Sequential alone is fused by itself."""
     flat = sequential.flatten(parts, _layer)
     try:
         steps = sequential.fusable(flat)
     except NotFusable:
         return False
-    alone = {id(part) for part in flat if isinstance(part, BlockModules)}
-    pools = [type(step) is nn.MaxPool2d for step in (*steps[1:], None)]
-    pairs = zip(steps, pools, strict=True)
-    return any(isinstance(step, BlockModules) and (pool or id(step) not in alone) for step, pool in pairs)
+    called = {id(part) for part in flat}
+    held = [{id(module) for module in ([part] if id(part) in called else part.modules())} for part in parts]
+    for step, following in zip(steps, (*steps[1:], None), strict=True):
+        if isinstance(step, BlockModules):
+            fused = {id(part) for stage in step.stages for part in (stage.conv, stage.norm, stage.act)}
+            if isinstance(following, nn.Module) and pool_reason(following) is None:
+                fused.add(id(following))
+            if sum(not fused.isdisjoint(modules) for modules in held) > 1:
+                return True
+    return False
 
 
 def _steps(parts: list[nn.Module]) -> CompositeModules:
