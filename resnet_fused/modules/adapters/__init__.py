@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from torch import nn
 
-from resnet_fused.modules.adapters import resnet, timm, torchvision, transformers
+from resnet_fused.modules.adapters import resnet, segmentation_models, timm, torchvision, transformers
 from resnet_fused.modules.block_modules import Adapter, class_path
 
-BUILT_IN: dict[str, Adapter] = {**resnet.BLOCKS, **torchvision.BLOCKS, **timm.BLOCKS, **transformers.BLOCKS}
+BUILT_IN: dict[str, Adapter] = {
+    **resnet.BLOCKS,
+    **torchvision.BLOCKS,
+    **timm.BLOCKS,
+    **transformers.BLOCKS,
+    **segmentation_models.BLOCKS,
+}
 # known classes that are pieces of blocks
-LAYERS: tuple[str, ...] = (*torchvision.LAYERS, *timm.LAYERS, *transformers.LAYERS)
+LAYERS: tuple[str, ...] = (
+    *torchvision.LAYERS,
+    *timm.LAYERS,
+    *transformers.LAYERS,
+    *segmentation_models.LAYERS,
+)
 _registered: dict[type[nn.Module], Adapter] = {}
 
 
