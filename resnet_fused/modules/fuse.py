@@ -13,7 +13,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters, stem
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import called_by
-from resnet_fused.modules.candidates import candidates, is_block
+from resnet_fused.modules.candidates import candidates, dimensions, is_block
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
 from resnet_fused.modules.plan import describe_all
 from resnet_fused.ops import operators
@@ -105,6 +105,8 @@ def why_not(module: nn.Module) -> str | None:
         adapter = sequential.chain
     elif adapter is None and stem.stem_runs(module) and not is_block(module):
         adapter = stem.stem_modules
+    if adapter is None and (found := dimensions(module.modules())) in (1, 3):
+        return f"{found}-d convolutions have no fused form; accepted: nn.Conv2d"
     if adapter is None:
         return "unknown block class; register_block(cls, adapter) teaches it"
     try:
