@@ -95,16 +95,24 @@ def fusable(modules: list[Part]) -> tuple[StepModules, ...]:
             steps.append(step)
             continue
         try:
-            if len(step.stages) == 1 and type(following) is not nn.MaxPool2d:
-                require_gain(step.stages[0])
+            _require_gain_of_chain(step, pooled=type(following) is nn.MaxPool2d)
             steps.append(step)
         except NotFusable as refusal:
             reason = refusal
-            stage = step.stages[0]
-            steps += [part for part in (stage.conv, stage.norm, stage.act) if isinstance(part, nn.Module)]
+            parts = [part for stage in step.stages for part in (stage.conv, stage.norm, stage.act) if part is not None]
+            steps += [part for part in parts if isinstance(part, nn.Module)]
     if not any(isinstance(step, BlockModules) for step in steps):
         raise reason
     return tuple(steps)
+
+
+def _require_gain_of_chain(chain: BlockModules, *, pooled: bool) -> None:
+    """Raises NotFusable where PyTorch runs the convolutions faster, as `require_gain` says of one; one whose result is
+    pooled in the same call gains whatever its activation."""
+    if len(chain.stages) == 1 and not pooled:
+        require_gain(chain.stages[0])
+    elif any(getattr(stage.conv, "groups", 1) != 1 for stage in chain.stages):
+        raise NotFusable("a chain with a grouped convolution is faster in PyTorch; accepted: convolutions of one group")
 
 
 def chains(modules: Sequence[Part]) -> tuple[StepModules, ...]:
