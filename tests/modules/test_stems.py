@@ -284,3 +284,16 @@ def test_a_traced_stem_is_the_unfused_one() -> None:
         "relu",
         "maxpool",
     ]
+
+
+def test_a_traced_extractor_fuses_the_blocks_that_it_keeps_whole() -> None:
+    """Its forward is a graph, whose nodes anything may read: no stem is fused there."""
+    make = torchvision.models.feature_extraction.create_feature_extractor
+    model, x = small().eval(), torch.randn(2, 3, 33, 33)
+    options = {"tracer_kwargs": {"leaf_modules": [tv.BasicBlock]}}
+    extract = make(copy.deepcopy(model), ["relu", "layer1"], **options)
+    expected = extract(x)
+    fused = fuse(extract)
+    assert isinstance(fused.get_submodule("layer1.0"), FusedModule) and not isinstance(fused, FusedStem)
+    torch.testing.assert_close(fused(x), expected)
+    torch.testing.assert_close(make(fuse(model), ["relu", "layer1"])(x), expected)
