@@ -100,7 +100,7 @@ class FusedStem(FusedModule):
             return None
 
         def describe() -> Described | Plan:
-            if not _is_stem(parts):
+            if not _is_stem(parts, lone=True):
                 raise NotFusable(f"{', '.join(names)} are no stem")
             return describe_all(_steps(parts), self._fused_settings.memory)
 
@@ -146,7 +146,10 @@ def mixin(cls: type[nn.Module]) -> type[FusedStem]:
 def stem_runs(module: nn.Module) -> list[Run]:
     """The rows of calls in the module's methods that are fused as one, hooks and the like apart."""
     methods, runs = merged(module._fused_from if isinstance(module, FusedModule) else type(module))  # type: ignore[arg-type]
-    return [names for names in (*runs, *_groups(module)) if methods and _is_stem(_parts(module, names))]
+    if not methods:
+        return []
+    lone = _holds_blocks(module)
+    return [names for names in (*runs, *_groups(module)) if _is_stem(_parts(module, names), lone)]
 
 
 def stem_modules(module: nn.Module) -> Modules:
@@ -194,6 +197,15 @@ def _groups(module: nn.Module) -> list[Run]:
     return [tuple(group) for group in groups if len(group) > 1]
 
 
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether it is a network of known blocks: elsewhere a single layer may be anything, such as attention's."""
+    for part in module.modules():
+        cls = part._fused_from if isinstance(part, FusedModule) else type(part)
+        if adapters.find(cls) is not None and class_path(cls) not in adapters.LAYERS:
+            return True
+    return False
+
+
 def _part(module: nn.Module, name: str) -> nn.Module:
     return reduce(getattr, name.split("."), module)
 
@@ -207,8 +219,11 @@ def _parts(module: nn.Module, names: Run) -> list[nn.Module]:
     return parts if all(isinstance(part, nn.Module) for part in parts) else []
 
 
-def _is_stem(parts: list[nn.Module]) -> bool:
-    """Whether a fused call reaches over several of them. A known layer or an nn.Sequential alone is fused by itself."""
+def _is_stem(parts: list[nn.Module], lone: bool) -> bool:
+    """Whether a fused call reaches over several of them. A known layer or an nn.Sequential alone is fused by itself.
+
+    lone: whether a single convolution, norm and activation are enough, without another or a pooling behind them.
+    """
     flat = sequential.flatten(parts, _layer)
     try:
         steps = sequential.fusable(flat)
@@ -221,6 +236,8 @@ def _is_stem(parts: list[nn.Module]) -> bool:
             fused = {id(part) for stage in step.stages for part in (stage.conv, stage.norm, stage.act)}
             if isinstance(following, nn.Module) and pool_reason(following) is None:
                 fused.add(id(following))
+            if not lone and len(step.stages) == 1 and id(following) not in fused:
+                continue
             if sum(not fused.isdisjoint(modules) for modules in held) > 1:
                 return True
     return False

@@ -228,6 +228,18 @@ def test_a_sequence_trains_as_eager() -> None:
     torch.testing.assert_close(fused[:2](x), model[:2](x), rtol=0, atol=0)
 
 
+class Layer(Stem):
+    """A single layer, in no network of known blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x)))
+
+
+def test_a_single_layer_of_an_unknown_class_is_left() -> None:
+    (row,) = explain(Layer())
+    assert "unknown block class" in row.reason
+
+
 def test_a_convolution_and_norm_alone_are_left() -> None:
     """PyTorch is faster there, and a shortcut of a block of an unknown class is often just that."""
     model = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))])
