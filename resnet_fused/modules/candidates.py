@@ -15,7 +15,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule
-from resnet_fused.modules.stem import FusedStem, stem_runs
+from resnet_fused.modules.stem import FusedStem, refused_stem, stem_runs
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -75,7 +75,7 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     elif not inner and _holds(list(module.children())) and not _is_network(module):
         yield Candidate(name, module, whole=False)
     else:
-        if stem_runs(module):
+        if stem_runs(module) or refused_stem(module) is not None:
             yield Candidate(name, module, whole=False)
         yield from inner
 

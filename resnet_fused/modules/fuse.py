@@ -107,14 +107,16 @@ def why_not(module: nn.Module) -> str | None:
         adapter = sequential.chain
     elif adapter is None and stem.stem_runs(module) and not is_block(module):
         adapter = stem.stem_modules
+    if adapter is None and (reason := stem.refused_stem(module)) is not None:
+        return reason
     if adapter is None and (found := dimensions(module.modules())) in (1, 3):
         return f"{found}-d convolutions have no fused form; accepted: nn.Conv2d"
     if adapter is None:
         return "unknown block class; register_block(cls, adapter) teaches it"
     try:
         describe_all(adapter(module), "default")
-    except NotFusable as reason:
-        return str(reason)
+    except NotFusable as refusal:
+        return str(refusal)
     return None
 
 

@@ -144,7 +144,7 @@ def pool_reason(pool: nn.Module) -> str | None:
     try:
         require_no_hooks("it", pool)
     except NotFusable:
-        return f"{pool} with hooks, which would not run"
+        return f"{pool}, which has hooks, which would not run"
     return None
 
 

@@ -28,7 +28,9 @@ from resnet_fused.modules.block_modules import (
     BlockModules,
     CompositeModules,
     Modules,
+    StageModules,
     class_path,
+    describe_stage,
     original_path,
     require_no_hooks,
     stages_of,
@@ -166,13 +168,29 @@ def stem_modules(module: nn.Module) -> Modules:
     raise reason
 
 
+def refused_stem(module: nn.Module) -> str | None:
+    """Why a network of known blocks has no fused stem, where it calls a convolution and two more layers in a row."""
+    methods, runs = merged(module._fused_from if isinstance(module, FusedModule) else type(module))  # type: ignore[arg-type]
+    if not methods or not _holds_blocks(module):
+        return None
+    for names in runs:
+        layers = sequential.flatten(_parts(module, names), _layer)[:3]
+        single = all(isinstance(part, nn.Module) and not any(True for _ in part.children()) for part in layers)
+        if len(layers) == 3 and single and isinstance(layers[0], nn.Conv2d):
+            try:
+                describe_stage("stages[0]", StageModules(*layers))  # type: ignore[arg-type]
+            except NotFusable as reason:
+                return str(reason)
+    return None
+
+
 def pool_note(module: nn.Module) -> str | None:
     """Why the pooling that a stem's owner calls behind it is not part of the fused call, or None."""
     for names in stem_runs(module):
         parts = _parts(module, names)
         fused = {id(part) for part in _fused_of(parts)}
         for name, part in zip(names, parts, strict=True):
-            if "pool" in name and id(part) not in fused and type(part) is not nn.Identity:
+            if "pool" in name and id(part) not in fused:
                 reason = pool_reason(part)
                 return None if reason is None else f"{name} is {reason}"
             if id(part) not in fused:

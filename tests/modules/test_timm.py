@@ -70,8 +70,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
         "se is SEModule",
         {"layer1.0", "layer4.0"},
     ),
-    "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"layer1.0", "layer1.1", "layer4.0"}),
-    "norm": ({"norm_layer": "groupnorm"}, "stages[0].norm is GroupNorm", {"layer1.0", "layer1.1", "layer4.0"}),
+    "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"", "layer1.0", "layer1.1", "layer4.0"}),
+    "norm": ({"norm_layer": "groupnorm"}, "stages[0].norm is GroupNorm", {"", "layer1.0", "layer1.1", "layer4.0"}),
 }
 
 
