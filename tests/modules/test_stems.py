@@ -126,10 +126,10 @@ class KeptOnTheModule(Between):
 
 class SeenByAFunction(Between):
     def forward(self, x: Tensor) -> Tensor:
+        self.now = lambda: x  # which a hook of bn1 may call
         x = self.conv1(x)
-        before = lambda: x  # noqa: E731
         x = self.bn1(x)
-        return self.relu(x) + before()
+        return self.relu(x)
 
 
 class UnderTry(Between):
