@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -15,10 +15,16 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule, original_class
-from resnet_fused.modules.stem import FusedStem, stem_runs
+from resnet_fused.modules.stem import FusedStem, refused_stem, stem_runs
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# by their dimensions; what is fused comes first, the others are listed with this as their reason
+LAYERS: dict[int, tuple[type[nn.Module], tuple[type[nn.Module], ...]]] = {
+    2: (nn.Conv2d, NORMS),
+    3: (nn.Conv3d, (nn.BatchNorm3d, nn.SyncBatchNorm)),
+    1: (nn.Conv1d, (nn.BatchNorm1d, nn.SyncBatchNorm)),
+}
 
 
 class Candidate(NamedTuple):
@@ -64,7 +70,7 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     elif not inner and _holds(list(module.children())) and not _is_network(module):
         yield Candidate(name, module, whole=False)
     else:
-        if stem_runs(module):
+        if stem_runs(module) or refused_stem(module) is not None:
             yield Candidate(name, module, whole=False)
         yield from inner
 
@@ -96,10 +102,19 @@ def _is_network(module: nn.Module) -> bool:
     return contains or any(type(child) is nn.Linear for child in module.children())
 
 
+def dimensions(modules: Iterable[nn.Module]) -> int | None:
+    """Of the convolutions among them that have a batch norm beside them: 2 if there are such, else 3 or 1; or None."""
+    given = list(modules)
+    for found, (conv, norm) in LAYERS.items():
+        norms = any(isinstance(m, norm) or (found == 2 and frozen_norm(type(m)) is not None) for m in given)
+        if norms and any(isinstance(module, conv) for module in given):
+            return found
+    return None
+
+
 def _holds(modules: list[nn.Module]) -> bool:
     """A convolution and a batch norm."""
-    conv = any(isinstance(module, nn.Conv2d) for module in modules)
-    return conv and any(isinstance(m, NORMS) or frozen_norm(type(m)) is not None for m in modules)
+    return dimensions(modules) is not None
 
 
 @cache

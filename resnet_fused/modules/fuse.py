@@ -13,7 +13,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules import adapters, stem
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import called_by, class_path
-from resnet_fused.modules.candidates import candidates, is_block
+from resnet_fused.modules.candidates import candidates, dimensions, is_block
 from resnet_fused.modules.forwards import FORWARDS
 from resnet_fused.modules.fused_block import (
     FusedBlock,
@@ -37,8 +37,10 @@ SHOWN = 3  # reasons in a warning
 def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> Model:
     """Switch every block of a known class to the fused operators, in place, and return the model.
 
-    Known are the blocks, stems and layers of torchvision's and timm's ResNets and RegNets (`modules.adapters` lists
-    their classes), this package's own, and what `register_block` has added. Parameters, buffers, names, hooks on the
+    Known are the blocks and layers of the ResNets and RegNets of torchvision, timm, transformers and
+    segmentation_models_pytorch (`modules.adapters` lists their classes), this package's own, and what `register_block`
+    has added; in any class also stems (`modules.stem`) and plain nn.Sequentials of convolutions, norms and ReLUs.
+    Parameters, buffers, names, hooks on the
     block and `state_dict` stay as they are.
     A block of another class, or one with a part that has no fused form, is left alone: `explain(model)` says why.
     A block that loses its fused form later runs its original forward, and the reason is logged to "resnet_fused".
@@ -112,12 +114,16 @@ def why_not(module: nn.Module) -> str | None:
         adapter = sequential.chain
     elif adapter is None and stem.stem_runs(module) and not is_block(module):
         adapter = stem.stem_modules
+    if adapter is None and (reason := stem.refused_stem(module)) is not None:
+        return reason
+    if adapter is None and (found := dimensions(module.modules())) in (1, 3):
+        return f"{found}-d convolutions have no fused form; accepted: nn.Conv2d"
     if adapter is None:
         return "unknown block class; register_block(cls, adapter) teaches it"
     try:
         describe_all(adapter(module), "default")
-    except NotFusable as reason:
-        return str(reason)
+    except NotFusable as refusal:
+        return str(refusal)
     return None
 
 

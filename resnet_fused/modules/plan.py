@@ -211,7 +211,7 @@ def pool_reason(pool: nn.Module) -> str | None:
     plain = all(v in (wanted, (wanted, wanted)) for v, wanted in zip(window, POOL, strict=True))
     if not plain or pool.dilation not in (1, (1, 1)) or pool.ceil_mode or pool.return_indices:
         return f"{pool}; accepted: a 3x3 window, stride 2, padding 1"
-    return f"{pool} with hooks, which would not run" if has_hooks(pool) else None
+    return f"{pool}, which has hooks, which would not run" if has_hooks(pool) else None
 
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:

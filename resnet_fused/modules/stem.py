@@ -30,6 +30,7 @@ from resnet_fused.modules.block_modules import (
     Modules,
     StageModules,
     class_path,
+    describe_stage,
     has_hooks,
     original_path,
     stages_of,
@@ -101,7 +102,7 @@ class FusedStem(FusedModule):
             return None
 
         def describe() -> Described | Plan:
-            if not _is_stem(parts):
+            if not _is_stem(parts, lone=True):
                 raise NotFusable(f"{', '.join(names)} are no stem")
             return describe_all(_steps(parts), self._fused_settings.memory)
 
@@ -147,7 +148,10 @@ def mixin(cls: type[nn.Module]) -> type[FusedStem]:
 def stem_runs(module: nn.Module) -> list[Run]:
     """The rows of calls in the module's methods that are fused as one, hooks and the like apart."""
     methods, runs = merged(original_class(module))
-    return [names for names in (*runs, *_groups(module)) if methods and _is_stem(_parts(module, names))]
+    if not methods:
+        return []
+    lone = _holds_blocks(module)
+    return [names for names in (*runs, *_groups(module)) if _is_stem(_parts(module, names), lone)]
 
 
 def stem_modules(module: nn.Module) -> Modules:
@@ -164,13 +168,29 @@ def stem_modules(module: nn.Module) -> Modules:
     raise reason
 
 
+def refused_stem(module: nn.Module) -> str | None:
+    """Why a network of known blocks has no fused stem, where it calls a convolution and two more layers in a row."""
+    methods, runs = merged(original_class(module))
+    if not methods or not _holds_blocks(module):
+        return None
+    for names in runs:
+        layers = sequential.opened(_parts(module, names))[:3]
+        single = not any(any(True for _ in part.children()) for part in layers)
+        if len(layers) == 3 and single and isinstance(layers[0], nn.Conv2d):
+            try:
+                describe_stage("stages[0]", StageModules(*layers))
+            except NotFusable as reason:
+                return str(reason)
+    return None
+
+
 def pool_note(module: nn.Module) -> str | None:
     """Why the pooling that a stem's owner calls behind it is not part of the fused call, or None."""
     for names in stem_runs(module):
         parts = _parts(module, names)
         fused = {id(part) for part in _fused_of(parts)}
         for name, part in zip(names, parts, strict=True):
-            if "pool" in name and id(part) not in fused and type(part) is not nn.Identity:
+            if "pool" in name and id(part) not in fused:
                 reason = pool_reason(part)
                 return None if reason is None else f"{name} is {reason}"
             if id(part) not in fused:
@@ -195,6 +215,15 @@ def _groups(module: nn.Module) -> list[Run]:
     return [tuple(group) for group in groups if len(group) > 1]
 
 
+def _holds_blocks(module: nn.Module) -> bool:
+    """Whether it is a network of known blocks: elsewhere a single layer may be anything, such as attention's."""
+    for part in module.modules():
+        cls = original_class(part)
+        if adapters.find(cls) is not None and class_path(cls) not in adapters.LAYERS:
+            return True
+    return False
+
+
 def _part(module: nn.Module, name: str) -> nn.Module:
     return reduce(getattr, name.split("."), module)
 
@@ -208,20 +237,23 @@ def _parts(module: nn.Module, names: Run) -> list[nn.Module]:
     return parts if all(isinstance(part, nn.Module) for part in parts) else []
 
 
-def _is_stem(parts: list[nn.Module]) -> bool:
-    """Whether calling them in one go gains anything over what is fused among them by itself."""
-    layers: list[tuple[StageModules, ...]] = []
+def _is_stem(parts: list[nn.Module], lone: bool) -> bool:
+    """Whether a fused call reaches over several of them. A known layer or an nn.Sequential alone is fused by itself.
 
-    def layer(module: nn.Module) -> BlockModules | None:
-        found = _layer(module)
-        if found is not None:
-            layers.append(found.stages)
-        return found
-
-    steps = sequential.chains(parts, layer)
-    pools = [type(step) is nn.MaxPool2d for step in (*steps[1:], None)]
-    pairs = zip(steps, pools, strict=False)
-    return any(isinstance(step, BlockModules) and (pool or step.stages not in layers) for step, pool in pairs)
+    lone: whether a single convolution, norm and activation are enough, without another or a pooling behind them.
+    """
+    steps = sequential.chains(parts, _layer)
+    held = [{id(module) for module in part.modules()} for part in parts]
+    for step, following in zip(steps, (*steps[1:], None), strict=True):
+        if isinstance(step, BlockModules):
+            fused = {id(part) for stage in step.stages for part in (stage.conv, stage.norm, stage.act)}
+            if isinstance(following, nn.Module) and pool_reason(following) is None:
+                fused.add(id(following))
+            if not lone and len(step.stages) == 1 and id(following) not in fused:
+                continue
+            if sum(not fused.isdisjoint(modules) for modules in held) > 1:
+                return True
+    return False
 
 
 def _steps(parts: list[nn.Module]) -> CompositeModules:

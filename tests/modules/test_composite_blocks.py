@@ -260,9 +260,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: preactivated(conv_layer=timm.layers.StdConv2d),
         "stages[0].conv is StdConv2d",
     ),
-    "a deep stem with another norm": (
+    "another norm, in the stem as well": (
         lambda: resnet.ResNet(resnet.BasicBlock, (1, 1), channels=(32, 64), norm_layer="groupnorm", stem_type="deep"),
-        "the stem is Conv2d, GroupNorm",
+        "stages[0].norm is GroupNorm",
     ),
     "group norm": (
         lambda: resnetv2.PreActBottleneck(32, bottle_ratio=1, conv_layer=timm.layers.create_conv2d),

@@ -126,10 +126,10 @@ class KeptOnTheModule(Between):
 
 class SeenByAFunction(Between):
     def forward(self, x: Tensor) -> Tensor:
+        self.now = lambda: x  # which a hook of bn1 may call
         x = self.conv1(x)
-        before = lambda: x  # noqa: E731
         x = self.bn1(x)
-        return self.relu(x) + before()
+        return self.relu(x)
 
 
 class UnderTry(Between):
@@ -228,6 +228,18 @@ def test_a_sequence_trains_as_eager() -> None:
     torch.testing.assert_close(fused[:2](x), model[:2](x), rtol=0, atol=0)
 
 
+class Layer(Stem):
+    """A single layer, in no network of known blocks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x)))
+
+
+def test_a_single_layer_of_an_unknown_class_is_left() -> None:
+    (row,) = explain(Layer())
+    assert "unknown block class" in row.reason
+
+
 def test_a_convolution_and_norm_alone_are_left() -> None:
     """PyTorch is faster there, and a shortcut of a block of an unknown class is often just that."""
     model = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))])
@@ -284,3 +296,16 @@ def test_a_traced_stem_is_the_unfused_one() -> None:
         "relu",
         "maxpool",
     ]
+
+
+def test_a_traced_extractor_fuses_the_blocks_that_it_keeps_whole() -> None:
+    """Its forward is a graph, whose nodes anything may read: no stem is fused there."""
+    make = torchvision.models.feature_extraction.create_feature_extractor
+    model, x = small().eval(), torch.randn(2, 3, 33, 33)
+    options = {"tracer_kwargs": {"leaf_modules": [tv.BasicBlock]}}
+    extract = make(copy.deepcopy(model), ["relu", "layer1"], **options)
+    expected = extract(x)
+    fused = fuse(extract)
+    assert isinstance(fused.get_submodule("layer1.0"), FusedModule) and not isinstance(fused, FusedStem)
+    torch.testing.assert_close(fused(x), expected)
+    torch.testing.assert_close(make(fuse(model), ["relu", "layer1"])(x), expected)

@@ -89,13 +89,16 @@ def chains(modules: list[nn.Module], layer: Layer = lambda _: None) -> tuple[Ste
     run: list[tuple[StageModules, list[nn.Module]]] = []  # each stage with what computes it in the model
 
     def close(following: nn.Module | None = None) -> None:
-        if len(run) == 1 and not gains(run[0][0]) and type(following) is not nn.MaxPool2d:
-            steps.extend(run[0][1])
+        grouped = any(getattr(stage.conv, "groups", 1) != 1 for stage, _ in run)
+        if (len(run) == 1 and not gains(run[0][0]) and type(following) is not nn.MaxPool2d) or (
+            len(run) > 1 and grouped
+        ):
+            steps.extend(dict.fromkeys(part for _, parts in run for part in parts))
         elif run:
             steps.append(BlockModules(tuple(stage for stage, _ in run), "none"))
         run.clear()
 
-    waiting = _opened(modules)
+    waiting = opened(modules)
     while waiting:
         known = layer(waiting[0])
         if known is not None:
@@ -108,11 +111,10 @@ def chains(modules: list[nn.Module], layer: Layer = lambda _: None) -> tuple[Ste
             run.append((found, waiting[:length]))
         blur = None if single is None else single[1]
         if found is None or blur is not None:
-            fused = len(run) > 1 or any(gains(stage) for stage, _ in run)
             close(waiting[0] if found is None else blur)
             if found is None:
                 steps.append(waiting[0])
-            elif blur is not None and fused:
+            elif blur is not None and isinstance(steps[-1], BlockModules):
                 steps.append(blur)
         waiting = waiting[length:]
     close()
@@ -128,15 +130,15 @@ def is_network(module: nn.Module) -> bool:
     return any(map(is_network, module.children()))
 
 
-def _opened(modules: list[nn.Module]) -> list[nn.Module]:
+def opened(modules: list[nn.Module]) -> list[nn.Module]:
     """Without plain nn.Sequentials, in place of which stands what they hold, and without what does nothing."""
-    opened: list[nn.Module] = []
+    flat: list[nn.Module] = []
     for module in modules:
         if (type(module) is nn.Sequential or _is_fused(module)) and not has_hooks(module):
-            opened += _opened(list(module.children()))
+            flat += opened(list(module.children()))
         elif type(module) is not nn.Identity or has_hooks(module):
-            opened.append(module)
-    return opened
+            flat.append(module)
+    return flat
 
 
 def _of_layer(module: nn.Module) -> tuple[StageModules, nn.Module | None] | None:

@@ -94,6 +94,7 @@ ATTENTION: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "timm.layers.squeeze_excite.EffectiveSEModule": _effective,
     "timm.layers.eca.EcaModule": _efficient,
     "timm.models.senet.SEModule": _legacy,
+    "segmentation_models_pytorch.encoders._senet.SEModule": _legacy,
 }
 
 
