@@ -1,6 +1,6 @@
 """timm's blocks. Attention and stochastic depth are a gate; what has no fused form is called between fused parts."""
 
-from resnet_fused.modules.adapters.timm import byobnet, layers, regnet, resnet, resnetv2, senet, sknet
+from resnet_fused.modules.adapters.timm import byobnet, efficientnet, layers, regnet, resnet, resnetv2, senet, sknet
 from resnet_fused.modules.block_modules import Adapter
 
 BLOCKS: dict[str, Adapter] = {
@@ -10,6 +10,7 @@ BLOCKS: dict[str, Adapter] = {
     **senet.BLOCKS,
     **byobnet.BLOCKS,
     **sknet.BLOCKS,
+    **efficientnet.BLOCKS,
     **layers.BLOCKS,
 }
 LAYERS = (layers.CONV_NORM_ACT,)

@@ -35,7 +35,7 @@ def attention_of(se: nn.Module | None, name: str = "se") -> Callable[[Tensor], T
         return None
     gate = ATTENTION.get(class_path(type(se)))
     fits = gate is not None and not getattr(se, "add_maxpool", False) and getattr(se, "mlp", None) is None
-    accepted = "SEModule, EffectiveSEModule, EcaModule of the mean alone, nn.Identity"
+    accepted = "SEModule, SqueezeExcite, EffectiveSEModule, EcaModule of the mean alone, nn.Identity"
     require(name, se, None if fits else accepted)
     return lambda pooled: gate(se, pooled)  # type: ignore[misc]
 
@@ -43,6 +43,11 @@ def attention_of(se: nn.Module | None, name: str = "se") -> Callable[[Tensor], T
 def _squeeze_excitation(se: nn.Module, pooled: Tensor) -> Tensor:
     squeezed = se.act(se.bn(se.fc1(pooled[:, :, None, None])))  # type: ignore[operator]
     return se.gate(se.fc2(squeezed)).flatten(1)  # type: ignore[operator]
+
+
+def _of_inverted_residuals(se: nn.Module, pooled: Tensor) -> Tensor:
+    squeezed = se.act1(se.conv_reduce(pooled[:, :, None, None]))  # type: ignore[operator]
+    return se.gate(se.conv_expand(squeezed)).flatten(1)  # type: ignore[operator]
 
 
 def _effective(se: nn.Module, pooled: Tensor) -> Tensor:
@@ -66,6 +71,7 @@ ATTENTION: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "timm.layers.squeeze_excite.EffectiveSEModule": _effective,
     "timm.layers.eca.EcaModule": _efficient,
     "timm.models.senet.SEModule": _legacy,
+    "timm.models._efficientnet_blocks.SqueezeExcite": _of_inverted_residuals,
 }
 
 

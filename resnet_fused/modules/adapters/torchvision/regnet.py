@@ -1,19 +1,19 @@
-"""torchvision's RegNets, heads and layers. Its ResNets are in `resnet`."""
+"""torchvision's RegNets."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.adapters.torchvision.gates import squeeze_excitation
 from resnet_fused.modules.block_modules import (
     Adapter,
     BlockModules,
     CompositeModules,
     StepModules,
-    class_path,
     require_no_hooks,
 )
 
@@ -31,34 +31,13 @@ def regnet_block(block: nn.Module) -> BlockModules | CompositeModules:
     if "se" not in names:
         skip = "identity" if projection is None else "projection"
         return BlockModules((first, second, last), skip, projection)  # type: ignore[arg-type]
-    se = branch_modules.se  # type: ignore[union-attr]
-    _require_squeeze_excitation(se)  # type: ignore[arg-type]
-
-    def gate(pooled: Tensor) -> Tensor:
-        squeezed = se.activation(se.fc1(pooled[:, :, None, None]))  # type: ignore[union-attr, operator]
-        return se.scale_activation(se.fc2(squeezed)).flatten(1)  # type: ignore[union-attr, operator]
-
+    gate = squeeze_excitation("f.se", branch_modules.se)  # type: ignore[union-attr]
     branch: tuple[StepModules, ...] = (BlockModules((first, second), "none", order="branch", gate=gate),)
     skip_path = () if projection is None else (BlockModules((projection,), "none"),)
     return CompositeModules(branch, BlockModules((last,), "none"), skip_path)
 
 
-def _require_squeeze_excitation(se: nn.Module) -> None:
-    if class_path(type(se)) != "torchvision.ops.misc.SqueezeExcitation":
-        raise NotFusable(f"f.se is {type(se).__name__}; accepted: SqueezeExcitation itself")
-    require_no_hooks("f.se", se)
-    require_no_hooks("f.se.avgpool", se.avgpool)  # type: ignore[arg-type]
-
-
 BLOCKS: dict[str, Adapter] = {
     "torchvision.models.regnet.ResBottleneckBlock": regnet_block,
     "torchvision.models.regnet.SimpleStemIN": sequential.chain,
-    "torchvision.models.segmentation.fcn.FCNHead": sequential.chain,
-    "torchvision.models.segmentation.deeplabv3.ASPPConv": sequential.chain,
-    "torchvision.models.segmentation.deeplabv3.DeepLabHead": sequential.chain,
-    "torchvision.ops.misc.Conv2dNormActivation": sequential.layer,
-}
-LAYERS = ("torchvision.ops.misc.Conv2dNormActivation",)
-SEQUENTIALS: dict[str, tuple[str, ...]] = {
-    "torchvision.models.segmentation.deeplabv3.ASPP": ("convs.0", "project"),
 }
