@@ -153,8 +153,6 @@ at::Tensor product(const at::Tensor& p, const at::Tensor& weight, const Bias& bi
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given) {
-  if (is_depthwise(weight, given))
-    if (auto y = depthwise(given_p, weight, bias, given); y.defined()) return y;
   const auto [p, stage] = sound(given_p, weight, given);
   // wider types gain nothing: PyTorch does not give their few pixels to oneDNN
   if (p.element_size() == 2 && is_small_product(p, weight, stage)) return product(p, weight, bias);
@@ -179,7 +177,7 @@ at::Tensor convolution_backward_data(
         like_p.options().memory_format(kLayout));
     return unpadded(convolution_backward_data(dy, like, weight, without_padding(stage)), like_p, stage);
   }
-  if (is_depthwise(weight, stage))
+  if (has_faster_backward_data(weight, stage))
     if (auto dp = depthwise_backward_data(dy, like_p, weight, stage); dp.defined()) return dp;
   auto [dp, dw, db] = at::convolution_backward(
       dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
@@ -203,7 +201,7 @@ WeightGradients convolution_backward_weight(
     auto matrix = dw.as_strided({weight.size(0), weight.size(1)}, {weight.size(1), 1});
     at::mm_out(matrix, as_rows(dy).t(), as_rows(p_in));
     grads.weight = dw;
-  } else if (needs_weight && is_depthwise(weight, stage_in)) {
+  } else if (needs_weight && has_faster_backward_weight(weight, stage_in)) {
     grads.weight = depthwise_backward_weight(dy, p_in, weight, stage_in);
   }
   if (needs_weight && !grads.weight.defined()) {

@@ -264,6 +264,12 @@ int64_t lanes_of(const at::Tensor& x) {
   return x.scalar_type() == at::kFloat ? depthwise_kernels<float>().lanes : depthwise_kernels<bf16>().lanes;
 }
 
+bool is_depthwise(const at::Tensor& weight, const Stage& stage) {
+  const auto dtype = weight.scalar_type();
+  return (dtype == at::kFloat || dtype == at::kBFloat16) && weight.layout() == at::kStrided && weight.size(1) == 1 &&
+         stage.groups > 1 && weight.size(0) == stage.groups && !stage.pads_values();
+}
+
 // `run` with the scalar type of x, float or bfloat16.
 template <class Run>
 at::Tensor typed(const at::Tensor& x, const Run& run) {
@@ -272,31 +278,14 @@ at::Tensor typed(const at::Tensor& x, const Run& run) {
 
 }  // namespace
 
-bool is_depthwise(const at::Tensor& weight, const Stage& stage) {
-  const auto dtype = weight.scalar_type();
-  return (dtype == at::kFloat || dtype == at::kBFloat16) && weight.layout() == at::kStrided && weight.size(1) == 1 &&
-         stage.groups > 1 && weight.size(0) == stage.groups && !stage.pads_values();
+bool has_faster_backward_data(const at::Tensor& weight, const Stage& stage) {
+  const bool strided = stage.stride[0] > 1 || stage.stride[1] > 1;
+  return is_depthwise(weight, stage) && weight.scalar_type() == at::kBFloat16 && strided;
 }
 
-at::Tensor depthwise(
-    const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage) {
-  const int64_t lanes = lanes_of(p), channels = p.size(1);
-  const auto filters = by_tile(weight, lanes);
-  if (!all_finite(filters)) return {};
-  std::vector<float> start(round_up(channels, lanes), 0.0f);
-  if (bias) {
-    const auto values = to_vector<float>(*bias);
-    std::copy(values.begin(), values.end(), start.begin());
-  }
-  const Dimension rows = dimension(weight, stage, 0), columns = dimension(weight, stage, 1);
-  const auto size = [&](int64_t in, const Dimension& d) {
-    return (in + 2 * d.padding - d.dilation * (d.kernel - 1) - 1) / d.stride + 1;
-  };
-  return typed(p, [&](auto scalar) {
-    return convolve<decltype(scalar)>(
-        p, filters, columns.kernel, start, forward_phases(rows), forward_phases(columns),
-        {p.size(0), channels, size(p.size(2), rows), size(p.size(3), columns)});
-  });
+bool has_faster_backward_weight(const at::Tensor& weight, const Stage& stage) {
+  constexpr int64_t few = 9;
+  return is_depthwise(weight, stage) && weight.size(2) * weight.size(3) > few;
 }
 
 at::Tensor depthwise_backward_data(
