@@ -150,6 +150,30 @@ at::Tensor product(const at::Tensor& p, const at::Tensor& weight, const Bias& bi
   return y;
 }
 
+// An activation as mkldnn::_convolution_pointwise takes it.
+struct PostOp {
+  std::string_view name;
+  ScalarList scalars = ScalarList();
+  std::optional<std::string_view> algorithm = std::nullopt;
+};
+
+std::optional<PostOp> post_op(const Activation& act) {
+  switch (act.kind) {
+    case ActivationKind::identity:
+      return PostOp{"none"};
+    case ActivationKind::relu:
+      return PostOp{"relu"};
+    case ActivationKind::relu6:
+      return PostOp{"hardtanh", ScalarList({at::Scalar(0.0), at::Scalar(6.0)})};
+    case ActivationKind::silu:
+      return PostOp{"swish"};
+    case ActivationKind::hardswish:
+      return PostOp{"hardswish"};
+    default:
+      return std::nullopt;
+  }
+}
+
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given) {
@@ -233,20 +257,24 @@ bool has_post_ops(at::ScalarType dtype) {
   }
 }
 
+bool is_post_op(const Activation& act) { return post_op(act).has_value(); }
+
 at::Tensor convolution_act(
-    const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given, bool relu) {
+    const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given, const Activation& act) {
   const auto [p, stage] = sound(given_p, weight, given);
-  if (is_small_product(p, weight, stage)) {
+  const bool plain = act.is(ActivationKind::identity), relu = act.is(ActivationKind::relu);
+  if ((plain || relu) && is_small_product(p, weight, stage)) {
     auto y = product(p, weight, bias);
     return relu ? y.relu_() : y;
   }
   static const auto op = mkldnn_op<at::Tensor(
       const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
       std::string_view, ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise", "");
+  const PostOp unary = post_op(act).value();
   return op
       .call(
-          p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, relu ? "relu" : "none",
-          ScalarList(), std::nullopt)
+          p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, unary.name, unary.scalars,
+          unary.algorithm)
       .contiguous(kLayout);
 }
 
