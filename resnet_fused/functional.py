@@ -160,6 +160,9 @@ def _gated_block(
     leaves_norm = native_join and autograd.trains(spec, x, params)
     last = x.is_contiguous(memory_format=torch.channels_last)
     form = torch.channels_last if last else torch.contiguous_format
+    both = gate is not None and residual is not None
+    if native_join and last and not leaves_norm and gated_block.is_one_operation(params, spec, parts, both):
+        return gated_block.finish(residual_block(x, *parts.evaluated, backend=backend), gate, residual)
     if native_join:
         if not torch.compiler.is_compiling():  # whose graphs have no use for exact strides
             form = operators.result_format(x, [p.weight for p in params.convs], spec)

@@ -123,6 +123,20 @@ def join(
     return out
 
 
+def is_one_operation(params: BlockParams, spec: BlockSpec, parts: Parts, both: bool) -> bool:
+    """Whether evaluation without autograd ends in a bare product or sum: `finish`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or parts.act != IDENTITY or spec.skip != "none":
+        return False
+    return not both and not isinstance(params.branch_scale, Tensor) and params.branch_scale == 1.0
+
+
+def finish(y: Tensor, gate: Gate | None, residual: Tensor | None) -> Tensor:
+    """gate * y + residual, one of them given, in y's memory."""
+    if gate is not None:
+        y.mul_(per_channel(gate(y.mean((2, 3))) if callable(gate) else gate, y)[:, :, None, None])
+    return y if residual is None else y.add_(residual)
+
+
 def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:
     """act(norm(x) + residual) in x's memory format: a join whose gate is one."""
     form = suggest_memory_format(x)
