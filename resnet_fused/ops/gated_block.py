@@ -123,18 +123,16 @@ def join(
     return out
 
 
-def is_one_operation(params: BlockParams, spec: BlockSpec, parts: Parts, both: bool) -> bool:
-    """Whether evaluation without autograd ends in a bare product or sum: `finish`."""
+def only_multiplies(params: BlockParams, spec: BlockSpec, parts: Parts) -> bool:
+    """Whether the join is a bare product that may overwrite the chain's result, as in evaluation without autograd."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or parts.act != IDENTITY or spec.skip != "none":
         return False
-    return not both and not isinstance(params.branch_scale, Tensor) and params.branch_scale == 1.0
+    return not isinstance(params.branch_scale, Tensor) and params.branch_scale == 1.0
 
 
-def finish(y: Tensor, gate: Gate | None, residual: Tensor | None) -> Tensor:
-    """gate * y + residual, one of them given, in y's memory."""
-    if gate is not None:
-        y.mul_(per_channel(gate(y.mean((2, 3))) if callable(gate) else gate, y)[:, :, None, None])
-    return y if residual is None else y.add_(residual)
+def multiplied(y: Tensor, gate: Gate) -> Tensor:
+    """gate * y, in y's memory."""
+    return y.mul_(per_channel(gate(y.mean((2, 3))) if callable(gate) else gate, y)[:, :, None, None])
 
 
 def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:
