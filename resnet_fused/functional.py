@@ -158,9 +158,15 @@ def _gated_block(
             residual = residual.to(x.dtype)
         else:
             native_join = False  # the sum has the wider dtype
+    if native_join and gate is None and residual is not None and parts.act == IDENTITY:
+        # a bare sum costs less as ATen's than the join, whose Functions are for gates
+        return residual_block(x, params, spec, backend=backend).add_(residual)
     leaves_norm = native_join and autograd.trains(spec, x, params)
     last = x.is_contiguous(memory_format=torch.channels_last)
     form = torch.channels_last if last else torch.contiguous_format
+    bare = residual is None and not leaves_norm and gated_block.only_multiplies(params, spec, parts)
+    if native_join and last and bare and gate is not None:
+        return gated_block.multiplied(residual_block(x, *parts.evaluated, backend=backend), gate)
     if native_join:
         if not torch.compiler.is_compiling():  # whose graphs have no use for exact strides
             form = operators.result_format(x, [p.weight for p in params.convs], spec)

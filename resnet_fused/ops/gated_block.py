@@ -122,6 +122,18 @@ def join(
     return gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
 
 
+def only_multiplies(params: BlockParams, spec: BlockSpec, parts: Parts) -> bool:
+    """Whether the join is a bare product that may overwrite the chain's result, as in evaluation without autograd."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or parts.act != IDENTITY or spec.skip != "none":
+        return False
+    return not isinstance(params.branch_scale, Tensor) and params.branch_scale == 1.0
+
+
+def multiplied(y: Tensor, gate: Gate) -> Tensor:
+    """gate * y, in y's memory."""
+    return y.mul_(per_channel(gate(y.mean((2, 3))) if callable(gate) else gate, y)[:, :, None, None])
+
+
 def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:
     """act(norm(x) + residual) in x's memory format: a join whose gate is one."""
     form = suggest_memory_format(x)
