@@ -87,17 +87,17 @@ def _has_gradient_of_its_own(conv: Any) -> bool:
     return depthwise and math.prod(conv.kernel_size) > FEW_TAPS
 
 
-def chains(modules: list[nn.Module]) -> tuple[StepModules, ...]:
+def chains(modules: list[nn.Module], *, within_block: bool = False) -> tuple[StepModules, ...]:
     """Modules that are called one after the other, with each run of conv, norm and activation as one fused chain.
 
     Layers and plain nn.Sequentials among them are opened, unless they have hooks. A single stage that PyTorch runs
-    faster is called as it is.
+    faster is called as it is, unless the chain is part of a block.
     """
     steps: list[StepModules] = []
     run: list[tuple[StageModules, list[nn.Module]]] = []  # each stage with what computes it in the model
 
     def close() -> None:
-        if len(run) == 1 and not gains(run[0][0]):
+        if len(run) == 1 and not within_block and not gains(run[0][0]):
             steps.extend(run[0][1])
         elif run:
             steps.append(BlockModules(tuple(stage for stage, _ in run), "none"))

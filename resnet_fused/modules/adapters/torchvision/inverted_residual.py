@@ -16,11 +16,8 @@ from resnet_fused.modules.block_modules import (
     Modules,
     StageModules,
     class_path,
-    original_path,
     require_no_hooks,
 )
-
-LAYER = "torchvision.ops.misc.Conv2dNormActivation"
 
 
 def mobilenet_v2(block: nn.Module) -> Modules:
@@ -57,14 +54,10 @@ def _block(block: nn.Module, name: str, **settings: Any) -> Modules:
 
 
 def _stages(name: str, parts: list[tuple[str, nn.Module]]) -> tuple[StageModules, ...]:
-    modules: list[nn.Module] = []
+    modules = [part for _, part in parts]
     for child, part in parts:
-        if original_path(part) == LAYER:
-            require_no_hooks(f"{name}.{child}", part)
-            modules += part.children()
-        else:
-            modules.append(part)
-    steps = sequential.chains(modules)
+        require_no_hooks(f"{name}.{child}", part)
+    steps = sequential.chains(modules, within_block=True)
     if len(steps) != 1 or not isinstance(steps[0], BlockModules):
         names = ", ".join(type(part).__name__ for part in modules)
         raise NotFusable(f"{name} holds {names}; accepted: convolutions, each with a norm, and activations")
