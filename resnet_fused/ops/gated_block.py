@@ -131,7 +131,12 @@ def only_multiplies(params: BlockParams, spec: BlockSpec, parts: Parts) -> bool:
 
 def multiplied(y: Tensor, gate: Gate) -> Tensor:
     """gate * y, in y's memory."""
-    return y.mul_(per_channel(gate(y.mean((2, 3))) if callable(gate) else gate, y)[:, :, None, None])
+    return y.mul_(per_channel(gate(_pooled(y)) if callable(gate) else gate, y)[:, :, None, None])
+
+
+def _pooled(y: Tensor) -> Tensor:
+    """The mean of each channel of each image; of 16 bits ATen first makes a float32 copy, the statistics do not."""
+    return join_operators.image_statistics(y)[:, 0].to(y.dtype) if y.dtype.itemsize == 2 else y.mean((2, 3))
 
 
 def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:
