@@ -15,6 +15,7 @@ from resnet_fused.backends.how import CHOSEN, MODES, How
 from resnet_fused.spec import BlockSpec, StageSpec
 from resnet_fused.spec.activations import KINDS, Activation
 from resnet_fused.spec.block import ORDERS, PADDING_MODES, SKIPS
+from resnet_fused.spec.constant import constant
 from resnet_fused.spec.facts import JOIN_READS, ConvFacts, Facts, Needs, facts
 
 HEADER, PER_CONVOLUTION = 5, 13
@@ -64,7 +65,7 @@ def _encode(spec: BlockSpec, needs: Needs | None, how: How) -> Encoded:
         ints += [sh, sw, ph, pw, dh, dw, stage.groups, statistics]
         ints += [NAMES.index(stage.activation.name), conv.input_stage, conv.output_stage, flags]
         ints += [PADDING_MODES.index(stage.padding_mode)]
-        floats += [stage.eps, stage.activation.parameter]
+        floats += [constant(stage.eps), constant(stage.activation.parameter)]
     return Encoded(ints, floats)
 
 

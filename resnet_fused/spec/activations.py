@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_fused.spec.constant import constant
+
 Reads = Literal["nothing", "output", "input"]
 Formula = Callable[[Tensor, float, Tensor | None], Tensor]
 
@@ -114,6 +116,11 @@ class Activation:
             raise ValueError(f"act must be one of {', '.join(map(repr, KINDS))}, got {self.name!r}")
         if not -float("inf") < self.parameter < float("inf"):  # true for NaN
             raise ValueError(f"the parameter of {self.name} must be finite, got {self.parameter!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Activation):
+            return NotImplemented
+        return self.name == other.name and constant(self.parameter) == constant(other.parameter)
 
     @property
     def kind(self) -> Kind:
