@@ -72,6 +72,7 @@ def residual_block(
     Raises ValueError (shapes, one value per channel in training, unknown backend), TypeError (dtypes),
     BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
     """
+    spec = spec.of_constants()
     if gate is not None or residual is not None:
         return _gated_block(x, params, spec, gate, residual, backend)
     return _residual_block(x, params, spec, backend, None)
@@ -92,7 +93,7 @@ def residual_block_max_pool2d(
     In evaluation without autograd the CPU's engine pools what it has just computed; otherwise it is these two calls.
     Arguments and errors are theirs.
     """
-    pool = Pool(kernel_size, stride, padding)
+    pool, spec = Pool(kernel_size, stride, padding), spec.of_constants()
     if spec.skip != "none" or type(x) is not Tensor or 2 * padding > kernel_size:
         return max_pool2d(residual_block(x, params, spec, backend=backend), *pool, backend=backend)
     return _residual_block(x, params, spec, backend, pool)

@@ -15,7 +15,6 @@ from resnet_fused.backends.how import CHOSEN, MODES, How
 from resnet_fused.spec import BlockSpec, StageSpec
 from resnet_fused.spec.activations import KINDS, Activation
 from resnet_fused.spec.block import ORDERS, PADDING_MODES, SKIPS
-from resnet_fused.spec.constant import constant
 from resnet_fused.spec.facts import JOIN_READS, ConvFacts, Facts, Needs, facts
 
 HEADER, PER_CONVOLUTION = 5, 13
@@ -65,7 +64,7 @@ def _encode(spec: BlockSpec, needs: Needs | None, how: How) -> Encoded:
         ints += [sh, sw, ph, pw, dh, dw, stage.groups, statistics]
         ints += [NAMES.index(stage.activation.name), conv.input_stage, conv.output_stage, flags]
         ints += [PADDING_MODES.index(stage.padding_mode)]
-        floats += [constant(stage.eps), constant(stage.activation.parameter)]
+        floats += [stage.eps, stage.activation.parameter]
     return Encoded(ints, floats)
 
 

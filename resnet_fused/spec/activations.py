@@ -114,6 +114,7 @@ class Activation:
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             raise ValueError(f"act must be one of {', '.join(map(repr, KINDS))}, got {self.name!r}")
+        object.__setattr__(self, "parameter", constant(self.parameter))
         if not -float("inf") < self.parameter < float("inf"):  # true for NaN
             raise ValueError(f"the parameter of {self.name} must be finite, got {self.parameter!r}")
 
@@ -149,7 +150,7 @@ class Activation:
 def activation(act: Activation | str) -> Activation:
     """The value for a name, with the parameter that PyTorch's module has by default. Raises ValueError, TypeError."""
     if isinstance(act, Activation):
-        return act
+        return Activation(act.name, act.parameter) if torch.compiler.is_compiling() else act
     if not isinstance(act, str):
         raise TypeError(f"act must be an Activation or one of {', '.join(map(repr, KINDS))}, got {act!r}")
     return Activation(act, KINDS[act].parameter if act in KINDS else 0.0)
