@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from resnet_fused.backends import dispatch, native
+from resnet_fused.backends import compiled, dispatch, native
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import require_no_hooks
 from resnet_fused.ops import (
@@ -115,7 +115,9 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     if chosen is None:
         out = reference.residual_block(x, params, spec)
         running_stats.count_batch(params, spec)
-    elif not autograd.trains(spec, x, params) and type(x) is Tensor:
+    elif _evaluates(chosen, spec, x, params):
+        if torch.compiler.is_compiling():
+            return compiled.evaluate(x, params, spec, () if pool is None else pool)
         if pool is not None and isinstance(chosen, native.NativeBackend):
             validation.check_window(_result_shape(x, params, spec), *pool)
             pooled = chosen.infer_pooled(x, params, spec, pool)
@@ -130,6 +132,13 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
         out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
         running_stats.update(params, spec, batch_stats, counts)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
+
+
+def _evaluates(chosen: dispatch.Backend, spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
+    """Whether the backend's evaluation runs, with what it folds and keeps; in a graph only the native backend's does."""
+    if autograd.trains(spec, x, params) or type(x) is not Tensor:
+        return False
+    return isinstance(chosen, native.NativeBackend) or not torch.compiler.is_compiling()
 
 
 def _gated_block(

@@ -50,9 +50,15 @@ def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 def trains(spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
     """Whether a call runs the operators of training: with the batch's statistics, and where a gradient may follow.
 
-    So it does within torch.compile: what evaluation folds and keeps is no business of a traced graph.
+    So it does in graphs for other devices than the CPU, in exported ones, and in those that see scales as numbers that
+    change: folded weights would not be kept there.
     """
-    return spec.batch_stats or torch.compiler.is_compiling() or needs_grad((x, *params.tensors))
+    if spec.batch_stats or needs_grad((x, *params.tensors)):
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    kept = all(isinstance(scale, Tensor) or scale == 1.0 for scale in (params.branch_scale, params.skip_scale))
+    return torch.compiler.is_exporting() or x.device.type != "cpu" or not kept
 
 
 def _scale(scale: Scale, x: Tensor) -> Tensor | None:
