@@ -135,7 +135,7 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
 
 
 def _evaluates(chosen: dispatch.Backend, spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
-    """Whether the backend's evaluation runs, with what it folds and keeps; in a graph only the native backend's does."""
+    """Whether the backend's evaluation runs, with what it folds and keeps; in a graph only native's does."""
     if autograd.trains(spec, x, params) or type(x) is not Tensor:
         return False
     return isinstance(chosen, native.NativeBackend) or not torch.compiler.is_compiling()

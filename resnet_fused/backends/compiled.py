@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet_fused.backends.native import NativeBackend

@@ -77,8 +77,8 @@ def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors) -> tuple
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
             tensors.running_means[i] = tensors.running_vars[i] = None
     given = tensors.flat
-    # export_fused: a program for inference, which holds operators and no Function. Compiled without gradients no Function
-    # is needed either, and Dynamo of torch 2.13 drops the context of one with *tensors where there are exactly two.
+    # export_fused: a program for inference, which holds operators and no Function. A compiled graph without gradients
+    # needs none either, and Dynamo of torch 2.13 drops the context of one with *tensors where there are exactly two.
     traced = torch.compiler.is_compiling() and not needs_grad(tuple(given))
     if torch.compiler.is_exporting() or traced:
         out, _, batch_stats = backend.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))
