@@ -6,7 +6,7 @@ statistics `batch_norm_act` updates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -114,7 +114,6 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     pool_backend = "eager" if backend == "eager" else "auto"  # one asked for by name may have no pooling
     if chosen is None:
         out = reference.residual_block(x, params, spec)
-        running_stats.count_batch(params, spec)
     elif _evaluates(chosen, spec, x, params):
         if torch.compiler.is_compiling():
             return compiled.evaluate(x, params, spec, () if pool is None else pool)
@@ -129,8 +128,11 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     else:
         if dtype is not None:
             params = _autocast(params, dtype)
-        out, batch_stats = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x))
-        running_stats.update(params, spec, batch_stats, counts)
+
+        def blend(batch_stats: Sequence[Tensor]) -> None:
+            running_stats.update(params, spec, batch_stats, counts)
+
+        out = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x), blend)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
 
 
@@ -157,9 +159,7 @@ def _gated_block(
     if residual is not None:
         _check_residual(x, params, spec, residual)
     if not dispatch.takes_gate(backend, x, refusal):
-        out = reference.residual_block(x, params, spec, gate, residual)
-        running_stats.count_batch(params, spec)
-        return out
+        return reference.residual_block(x, params, spec, gate, residual)
     parts = gated_block.parts(params, spec)
     native_join = gated_block.has_join(x)
     if residual is not None and residual.dtype != x.dtype:

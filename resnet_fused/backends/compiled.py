@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -57,8 +56,8 @@ def _evaluate(
     pool: list[int],
 ) -> Tensor:
     spec, _ = decode(ints, floats)
-    vectors = zip(biases, norm_weights, norm_biases, running_means, running_vars, slopes, strict=True)
-    convs = [StageParams(w, *first, slope=slope) for w, (*first, slope) in zip(weights, vectors, strict=True)]
+    vectors = zip(weights, biases, norm_weights, norm_biases, running_means, running_vars, slopes, strict=True)
+    convs = [StageParams(w, c, gamma, beta, mean, var, slope=slope) for w, c, gamma, beta, mean, var, slope in vectors]
     count = len(spec.stages)
     params = BlockParams(
         tuple(convs[:count]),
@@ -75,7 +74,7 @@ def _evaluate(
         if out is None:  # not finite, as in functional; a graph has cast x, and runs without autocast
             with _narrowed(x, weights[0]):
                 out = reference.residual_block(x, params, spec)
-        return F.max_pool2d(out, *pool) if pool else out
+        return operators.max_pool2d(out, *pool)[0] if pool else out
 
 
 def _narrowed(x: Tensor, weight: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -7,6 +7,7 @@ Saved for a batch norm with activation and residual: x, and a bit per value for 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from resnet_fused.backends.dispatch import Backend
+
+
+Blend = Callable[[Sequence[Tensor]], None]
 
 
 def tensors_of(params: BlockParams, x: Tensor) -> Tensors:
@@ -71,8 +75,11 @@ def _scale(scale: Scale, x: Tensor) -> Tensor | None:
     return torch.full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
-def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(out, batch statistics), with gradients for each of `tensors`, which are `tensors_of(params, x)`."""
+def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors, blend: Blend) -> Tensor:
+    """out, with gradients for each of `tensors`, which are `tensors_of(params, x)`.
+
+    blend: is given the batch statistics once everything has been computed.
+    """
     for i, stage in enumerate(spec.convs):
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
             tensors.running_means[i] = tensors.running_vars[i] = None
@@ -82,14 +89,21 @@ def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors) -> tuple
     traced = torch.compiler.is_compiling() and not needs_grad(tuple(given))
     if torch.compiler.is_exporting() or traced:
         out, _, batch_stats = backend.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))
-        return out, tuple(stats.detach() for stats in batch_stats)
+        blend([stats.detach() for stats in batch_stats])
+        return out
     places = tuple(i for i, t in enumerate(given) if t is not None)
-    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, *(t for t in given if t is not None))
-    return out, tuple(stats)
+    # checkpointing computes a block again and stops it where its last tensor is saved, which is after forward: so the
+    # statistics are blended within, as those of a batch norm are. A traced Function cannot write them.
+    within = None if torch.compiler.is_compiling() else blend
+    present = (t for t in given if t is not None)
+    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, within, *present)
+    if within is None:
+        blend(stats)
+    return out
 
 
 class ResidualBlock(torch.autograd.Function):
-    """One residual block; ``apply(spec, backend, count, places, *tensors)`` -> (out, *batch statistics).
+    """One residual block; ``apply(spec, backend, count, places, blend, *tensors)`` -> (out, *batch statistics).
 
     count, places: how many tensors a block has, and which of them `tensors` are (in the order of `BlockTensors.flat`);
     autograd charges for every argument.
@@ -97,10 +111,16 @@ class ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, spec: BlockSpec, backend: Backend, count: int, places: tuple[int, ...], *tensors: Tensor
+        ctx: Any,
+        spec: BlockSpec,
+        backend: Backend,
+        count: int,
+        places: tuple[int, ...],
+        blend: Blend | None,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         wanted = [False] * count
-        for place, need in zip(places, ctx.needs_input_grad[4:], strict=True):
+        for place, need in zip(places, ctx.needs_input_grad[5:], strict=True):
             wanted[place] = need
         needs = BlockTensors.of(wanted)
         out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
@@ -110,6 +130,8 @@ class ResidualBlock(torch.autograd.Function):
         ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
         ctx.mark_non_differentiable(*batch_stats)
         ctx.set_materialize_grads(False)
+        if blend is not None:
+            blend(batch_stats)
         return out, *batch_stats
 
     @staticmethod
@@ -129,7 +151,7 @@ class ResidualBlock(torch.autograd.Function):
             )
         flat = grads.flat
         given = refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], [dout, *saved[:a]])
-        return None, None, None, None, *given
+        return None, None, None, None, None, *given
 
 
 def _placed(count: int, places: tuple[int, ...], tensors: tuple[Tensor, ...]) -> Tensors:

@@ -116,11 +116,11 @@ def join(
     if skip is not None:
         skip = reference.scaled(skip, params.skip_scale)
         skip = skip.contiguous(memory_format=torch.channels_last)
-    out = gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
+    # before the join, where checkpointing, which computes all this again, stops: its last tensor is saved there
     if batch is not None and tensors is not None:
         running_stats.update_one(tensors, batch[0], batch[1], y.numel() // y.shape[1])
         running_stats.count_one(tensors)
-    return out
+    return gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
 
 
 def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:

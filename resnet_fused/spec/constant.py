@@ -12,4 +12,4 @@ def constant(value: float) -> float:
         return value
     from torch.fx.experimental.symbolic_shapes import guard_scalar  # with sympy; whoever compiles has it loaded
 
-    return guard_scalar(value)  # type: ignore[return-value]
+    return guard_scalar(value)
