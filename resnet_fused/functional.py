@@ -278,9 +278,7 @@ def batch_norm_act(
     alone_and_empty = x.numel() == 0 and norm.group is None  # PyTorch's behaviour to keep
     if alone_and_empty or dispatch.select_norm(backend, x, _norm_refusal(x, bn, residual, act)) is None:
         return reference.batch_norm_act(x, bn, residual, act)
-    out, update = norm_act(x, norm, residual, act)
-    update()
-    return out
+    return norm_act(x, norm, residual, act)
 
 
 _MIXES = "under autocast x is wider than the convolutions and reaches the block's norm or skip path as it is"

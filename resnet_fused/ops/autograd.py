@@ -182,7 +182,7 @@ class MaxPool2d(torch.autograd.Function):
 
 
 class BatchNormAct(torch.autograd.Function):
-    """act(batch_norm(x) + residual); ``apply(x, residual, weight, bias, mean, var, count, eps, relu, group)`` -> out.
+    """act(batch_norm(x) + residual); ``apply(x, residual, weight, bias, mean, var, count, eps, relu, group, blend)``.
 
     count: the values per channel behind mean and var, which belong to the batch (of the group's processes, if one is
            given); None where they are constants.
@@ -201,6 +201,7 @@ class BatchNormAct(torch.autograd.Function):
         eps: float,
         relu: bool,
         group: ProcessGroup | None,
+        blend: Callable[[], None] | None,
     ) -> Tensor:
         if x.numel() == 0:  # one process of a group may have nothing to do but to take part in the others' sums
             out, mask = torch.empty_like(x), None
@@ -211,6 +212,8 @@ class BatchNormAct(torch.autograd.Function):
         reads_x = count is not None or any(t is not None and t.requires_grad for t in (weight, bias))
         ctx.save_for_backward(x if reads_x else None, mask, weight, bias, mean, var)
         ctx.count, ctx.eps, ctx.group = count, eps, group
+        if blend is not None:
+            blend()
         return out
 
     @staticmethod
@@ -219,7 +222,7 @@ class BatchNormAct(torch.autograd.Function):
         with torch.no_grad():
             grads = BatchNormAct._gradients(ctx, dout, dout if x is None else x, mask, weight, bias, mean, var)
         grads = refuse_second_derivative("batch_norm_act", grads, [dout, x, weight])
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
     @staticmethod
     def _gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -123,10 +124,11 @@ def join(
     return gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
 
 
-def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:
-    """act(norm(x) + residual) in x's memory format: a join whose gate is one."""
+def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation, blend: Callable[[], None]) -> Tensor:
+    """act(norm(x) + residual) in x's memory format: a join whose gate is one. blend: called before the join."""
     form = suggest_memory_format(x)
     y, _, handoff = gated_join.pooled_norm(x.contiguous(memory_format=torch.channels_last), norm, None)
+    blend()
     one = torch.ones(x.shape[:2], dtype=torch.float64, device=x.device)
     return gated_join.gated_join(y, one, residual, None, handoff, norm, act).contiguous(memory_format=form)
 

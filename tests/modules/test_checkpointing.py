@@ -92,6 +92,23 @@ def test_a_gate_draws_the_same_numbers_again(name: str) -> None:
     assert all(int(counter) == 2 for counter in counters) and len(counters) == 2
 
 
+class Normed(nn.Module):
+    def __init__(self, act: str, fused: bool) -> None:
+        super().__init__()
+        self.bn, self.act, self.fused = nn.BatchNorm2d(8).double(), act, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm_act(x, self.bn, act=self.act, backend="native" if self.fused else "eager")
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_norm_on_its_own(act: str) -> None:
+    x = torch.randn(6, 8, 5, 4, dtype=torch.float64)
+    expected, got = (step(Normed(act, fused), x, WAYS["not reentrant"]) for fused in (False, True))
+    torch.testing.assert_close(got, expected, **CLOSE)
+    assert int(got["state"]["bn.num_batches_tracked"]) == 2
+
+
 @pytest.mark.parametrize("memory", ["default", "low"])
 def test_under_autocast(memory: str) -> None:
     """Backward computes under the autocast of forward, whose bits come out again."""
