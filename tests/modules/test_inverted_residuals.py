@@ -150,7 +150,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "another norm": (
         lambda: mobilenetv2.InvertedResidual(8, 8, 1, 2, norm_layer=partial(nn.GroupNorm, 2)),
-        "conv holds Conv2d, GroupNorm",
+        "Conv2d, GroupNorm; accepted",
     ),
     "another attention": (
         lambda: blocks.InvertedResidual(8, 8, exp_ratio=2, se_layer=lambda *_, **__: nn.Dropout2d()),
