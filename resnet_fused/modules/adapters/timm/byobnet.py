@@ -89,7 +89,7 @@ def _added_branches(block: Any, branches: list[StageModules]) -> Modules:
     act = None if attended else block.act
     after: tuple[nn.Module, ...] = (block.attn, block.act) if attended else ()
     if len(branches) == 1 and block.identity is None and not attended:
-        sequential.require_gain(replace(branches[0], act=act))
+        sequential.require_gain(StageModules(branches[0].conv, None, act))  # its norm has no activation
     if block.identity is None or drop_path_of(block.drop_path) is None:
         return _sum(branches, () if block.identity is None else (block.identity,), act, after)
     dropped = (_sum(branches, (), None, ()), block.drop_path)
