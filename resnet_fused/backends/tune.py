@@ -145,8 +145,8 @@ def block_inputs(model: nn.Module, x: Tensor) -> list[tuple[str, FusedModule, Te
     for name, module in model.named_modules():
         if isinstance(module, FusedModule):
 
-            def note(m: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
-                seen.append((name, m, functional.as_convolved(given[0])))  # type: ignore[arg-type]
+            def note(m: FusedModule, given: tuple[Any, ...], name: str = name) -> None:
+                seen.append((name, m, functional.as_convolved(m.fused_input(*given))))
 
             handles.append(module.register_forward_pre_hook(note))
     try:

@@ -157,9 +157,19 @@ class SplitModules:
             raise ValueError(f"cascade={self.cascade}; accepted: 0 to {len(self.paths)}, the number of paths")
 
 
+@dataclass(frozen=True)
+class DenseModules:
+    """A step of which each path reads everything before it: the input and what the other paths gave (DenseNet).
+
+    out_0 = x,   out_i = path_i(concat(out_0, …, out_{i-1})),   out = concat(out_0, …, out_n)
+    """
+
+    paths: tuple[tuple[StepModules, ...], ...]
+
+
 Modules = BlockModules | CompositeModules
 # a fused call, steps of several, or what is called as it is: a module, or a function
-StepModules = Modules | SplitModules | nn.Module | Callable[[Tensor], Tensor]
+StepModules = Modules | SplitModules | DenseModules | nn.Module | Callable[[Tensor], Tensor]
 Adapter = Callable[[nn.Module], Modules]
 
 
@@ -168,7 +178,7 @@ def _flat(steps: Iterable[StepModules]) -> Iterator[BlockModules | Callable[[Ten
     for step in steps:
         if isinstance(step, CompositeModules):
             yield from step._steps()
-        elif isinstance(step, SplitModules):
+        elif isinstance(step, (SplitModules, DenseModules)):
             yield from _flat(chain.from_iterable(step.paths))
         else:
             yield step
@@ -218,6 +228,15 @@ def require_no_hooks(name: str, module: nn.Module) -> None:
         raise NotFusable(f"{name} ({type(module).__name__}) has hooks, which would not run")
     if "forward" in module.__dict__:
         raise NotFusable(f"{name} ({type(module).__name__}) has its forward replaced on the instance")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs more than its class's forward."""
+    try:
+        require_no_hooks("", module)
+    except NotFusable:
+        return True
+    return False
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from functools import cache
 from typing import TypeVar, get_args
@@ -14,6 +15,7 @@ from resnet_fused.modules import adapters
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.block_modules import called_by, class_path
 from resnet_fused.modules.candidates import candidates, original_class
+from resnet_fused.modules.forwards import FORWARDS
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
 from resnet_fused.modules.plan import describe_all
 from resnet_fused.modules.stem import STEMS
@@ -23,6 +25,7 @@ from resnet_fused.spec import Memory
 __all__ = ["FusedBlock", "fuse", "require_module", "unfuse", "why_not"]
 
 Model = TypeVar("Model", bound=nn.Module)
+MIXINS = STEMS | FORWARDS  # of classes that are no plain blocks
 SHOWN = 3  # reasons in a warning
 
 
@@ -59,12 +62,13 @@ def _fuse(module: nn.Module, settings: Settings) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
     block that is left alone may hold others."""
     if isinstance(module, FusedModule) or why_not(module) is None:
-        inject(module, STEMS.get(class_path(type(module)), FusedBlock), settings)
+        inject(module, MIXINS.get(class_path(type(module)), FusedBlock), settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
     for called in _called(module):
         _fuse(called, settings)
     for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
-        _fuse_sequential(module, name, settings)
+        for child in _named(module, name):
+            _fuse_sequential(child, settings)
     for child in module.children():
         if id(child) not in within:
             _fuse(child, settings)
@@ -79,15 +83,21 @@ def _called(module: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _fuse_sequential(module: nn.Module, name: str, settings: Settings) -> None:
-    """A child of `module` that is a plain nn.Sequential, if it holds a chain that can be described."""
-    try:
-        child = module.get_submodule(name)
-        if type(child) is nn.Sequential:
-            describe_all(sequential.chain(child), "default")
-            inject(child, FusedSequential, settings)
-    except (AttributeError, NotFusable):  # replaced, or pruned
+def _named(module: nn.Module, name: str) -> list[nn.Module]:
+    """The children of a dotted name, in which * stands for any one part; none where it was replaced, or pruned."""
+    found = [module]
+    for part in name.split("."):
+        found = [child for each in found for own, child in each.named_children() if part in (own, "*")]
+    return found
+
+
+def _fuse_sequential(child: nn.Module, settings: Settings) -> None:
+    """A plain nn.Sequential that a known model calls, if it holds a chain that can be described."""
+    if type(child) is not nn.Sequential:
         return
+    with contextlib.suppress(NotFusable):
+        describe_all(sequential.chain(child), "default")
+        inject(child, FusedSequential, settings)
 
 
 def unfuse(model: Model) -> Model:

@@ -7,6 +7,7 @@ names, parameters, hooks, buffers and ``isinstance`` stay as they were.
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -103,6 +104,10 @@ class FusedModule(nn.Module):
         """The tensors, spec and gate in the present state, or a plan of several such calls; raises NotFusable."""
         return describe_all(self.fused_modules(), self._fused_settings.memory)
 
+    def fused_input(self, *given: Any) -> Tensor:
+        """What the fused call reads, of the arguments of forward."""
+        return given[0]
+
     def _fused_or_none(self, x: Tensor) -> Described | Plan | None:
         """`fused_describe`, kept while it holds. Where the original has to run, logs the reason and returns None."""
         # torch.fx (its x is a Proxy), torch.jit.trace and torch.export get the original: it runs without this package
@@ -157,6 +162,12 @@ class FusedBlock(FusedModule):
 
 class FusedSequential(FusedBlock):
     """An nn.Sequential that a known model calls (`adapters.SEQUENTIALS`), a chain by what it holds."""
+
+    def __getitem__(self, idx: slice | int) -> Any:
+        """As nn.Sequential's; a part of the chain is a plain one."""
+        if isinstance(idx, slice):
+            return self._fused_from(OrderedDict(list(self._modules.items())[idx]))
+        return super().__getitem__(idx)  # type: ignore[misc]
 
     def fused_modules(self) -> BlockModules | CompositeModules:
         return sequential.chain(self)

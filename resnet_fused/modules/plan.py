@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from resnet_fused import functional
-from resnet_fused.modules.block_modules import BlockModules, CompositeModules, Modules, SplitModules, StepModules, describe
+from resnet_fused.modules.block_modules import (
+    BlockModules,
+    CompositeModules,
+    DenseModules,
+    Modules,
+    SplitModules,
+    StepModules,
+    describe,
+)
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
@@ -50,10 +58,12 @@ class Plan(NamedTuple):
     after: tuple[Step, ...]
     in_place_add: bool = False
 
-    def run(self, x: Tensor, backend: str) -> Tensor:
+    def run(self, x: Tensor, backend: str, skip: Tensor | None = None) -> Tensor:
+        """skip: what is added in place of the plan's own skip path."""
         x = _run(self.before, x, backend)
         out = _run(self.branch, x, backend)
-        skip = None if self.skip is None else _run(self.skip, x, backend)
+        if skip is None and self.skip is not None:
+            skip = _run(self.skip, x, backend)
         if self.end is not None:
             out = self.end.run(out, backend, skip)
         elif skip is not None:
@@ -106,7 +116,28 @@ class Split(NamedTuple):
         return [call for path in self.paths for call in _calls(path)]
 
 
-Step = Described | Plan | Split | Callable[[Tensor], Tensor]
+class Dense(NamedTuple):
+    """`DenseModules`, described."""
+
+    paths: tuple[tuple[Step, ...], ...]
+
+    def run(self, x: Tensor, backend: str) -> Tensor:
+        outs = [x]
+        for path in self.paths:
+            outs.append(_run(path, torch.cat(outs, 1), backend))
+        return torch.cat(outs, 1)
+
+    def carry(self, before: Iterator[Described]) -> Dense:
+        """As `Plan.carry`."""
+        return Dense(tuple(_carry(path, before) for path in self.paths))
+
+    @property
+    def calls(self) -> list[Described]:
+        """The fused ones, path by path."""
+        return [call for path in self.paths for call in _calls(path)]
+
+
+Step = Described | Plan | Split | Dense | Callable[[Tensor], Tensor]
 
 
 def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
@@ -117,6 +148,8 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
     def step(given: StepModules) -> Step:
         if isinstance(given, SplitModules):
             return Split(tuple(steps(path) for path in given.paths), given.cascade)
+        if isinstance(given, DenseModules):
+            return Dense(tuple(steps(path) for path in given.paths))
         return describe_all(given, memory) if isinstance(given, (BlockModules, CompositeModules)) else given
 
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
@@ -131,18 +164,18 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:
     for step in steps:
-        x = step.run(x, backend) if isinstance(step, (Described, Plan, Split)) else step(x)
+        x = step.run(x, backend) if isinstance(step, (Described, Plan, Split, Dense)) else step(x)
     return x
 
 
 def _calls(steps: Iterable[Step]) -> list[Described]:
-    return [call for step in steps if isinstance(step, (Described, Plan, Split)) for call in step.calls]
+    return [call for step in steps if isinstance(step, (Described, Plan, Split, Dense)) for call in step.calls]
 
 
 def _carry(steps: tuple[Step, ...], before: Iterator[Described]) -> tuple[Step, ...]:
     def one(step: Step) -> Step:
         if isinstance(step, Described):
             return step.remember(next(before))
-        return step.carry(before) if isinstance(step, (Plan, Split)) else step
+        return step.carry(before) if isinstance(step, (Plan, Split, Dense)) else step
 
     return tuple(one(step) for step in steps)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resnet_fused import functional
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters.timm.resnet import pools_with_convolution
-from resnet_fused.modules.block_modules import require_no_hooks
+from resnet_fused.modules.block_modules import has_hooks, require_no_hooks
 from resnet_fused.modules.fused_block import FusedModule
 
 STEM_PARTS = ("conv1", "bn1", "relu", "maxpool")  # torchvision's names
@@ -77,7 +77,7 @@ class FusedOwnResNet(FusedResNet):
         if (
             type(self.norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm)
             or type(self.relu) is not nn.ReLU
-            or _has_hooks(self.relu)
+            or has_hooks(self.relu)
         ):
             return self.relu(self.norm(features))
         # a backend asked for by name may have no batch norm on its own
@@ -128,14 +128,6 @@ STEMS: dict[str, type[FusedModule]] = {
     "torchvision.models._utils.IntermediateLayerGetter": FusedLayerGetter,
     "timm.models.resnet.ResNet": FusedTimmResNet,
 }
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    try:
-        require_no_hooks("", module)
-    except NotFusable:
-        return True
-    return False
 
 
 def pool_reason(pool: nn.Module) -> str | None:

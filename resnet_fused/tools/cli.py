@@ -106,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     covered.add_argument("--min-share", type=float, default=0.0, metavar="SHARE", help="of all pairs (default: any)")
     covered.add_argument("--json", type=Path, metavar="FILE", help="write every count there")
     covered.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there")
+    covered.add_argument(
+        "--further",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="more families, in tables of their own: the share, --json and the exit status leave them out",
+    )
     covered.set_defaults(run=_coverage)
 
     cost = commands.add_parser(
@@ -200,14 +207,18 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _coverage(arguments: argparse.Namespace) -> int:
-    names = coverage.matching(arguments.models)
+    names, beside = coverage.matching(arguments.models), coverage.matching(arguments.further)
     with _progress() as progress:
         found = coverage.coverage(names, progress)
+        further = coverage.coverage(beside, progress) if beside else None
     print(found)
+    if further is not None:
+        print(f"\n{further}")
     if arguments.json is not None:
         arguments.json.write_text(found.to_json() + "\n")
     if arguments.markdown is not None:
-        arguments.markdown.write_text(found.to_markdown(shlex.join(["resnet-fused", "coverage", *arguments.models])))
+        asked = [*arguments.models, *(["--further", *arguments.further] if arguments.further else [])]
+        arguments.markdown.write_text(found.to_markdown(shlex.join(["resnet-fused", "coverage", *asked]), further))
     return 0 if found.fused >= arguments.min_share * found.pairs else WRONG
 
 

@@ -91,7 +91,7 @@ class Comparison:
 
         for seed in range(self.seeds):
             given = source(seed)
-            seen: dict[str, Tensor] = {}
+            seen: dict[str, Inputs] = {}
             step(WHOLE)
             with capture(eager, names, seen) as watched:
                 self._compare(parts[WHOLE], seed, watched, ours, given)
@@ -235,12 +235,18 @@ def _double(_: str, t: Tensor) -> Tensor:
 
 
 def map_inputs(given: Inputs, change: Callable[[str, Tensor], Tensor]) -> Inputs:
-    """`given` with every tensor changed; the name is "" for a lone tensor, else " 1" or " of mask"."""
+    """`given` with every tensor changed; the name is "" for a lone tensor, else " 1", " 1 0" in a list, " of mask"."""
+
+    def changed(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(f"{name} {i}", v) for i, v in enumerate(value)]
+        return change(name, value) if isinstance(value, Tensor) else value
+
     if isinstance(given, Tensor):
         return change("", given)
     if isinstance(given, Mapping):
-        return {k: change(f" of {k}", v) if isinstance(v, Tensor) else v for k, v in given.items()}
-    return tuple(change(f" {i}", v) if isinstance(v, Tensor) else v for i, v in enumerate(given))
+        return {k: changed(f" of {k}", v) for k, v in given.items()}
+    return tuple(changed(f" {i}", v) for i, v in enumerate(given))
 
 
 def call(module: nn.Module, inputs: Inputs) -> Any:
@@ -305,14 +311,16 @@ def _straightened(module: nn.Module) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def capture(model: nn.Module, names: list[str], inputs: dict[str, Tensor]) -> Iterator[nn.Module]:
-    """A copy of `model` that notes the first input of each named submodule, in its first run only."""
+def capture(model: nn.Module, names: list[str], inputs: dict[str, Inputs]) -> Iterator[nn.Module]:
+    """A copy of `model` that notes the inputs of each named submodule, in its first run only."""
     watched = copy.deepcopy(model)
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in inputs:
-                inputs[name] = next(iter((*args, *kwargs.values()))).detach().clone()
+                given = args or (next(iter(kwargs.values())),)
+                lone = len(given) == 1 and isinstance(given[0], Tensor)
+                inputs[name] = map_inputs(given[0] if lone else given, lambda _, t: t.detach().clone())
 
         return hook
 

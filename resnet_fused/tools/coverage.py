@@ -23,6 +23,7 @@ from resnet_fused.modules.block_modules import frozen_norm, stages_of
 from resnet_fused.modules.candidates import CONTAINERS, NORMS, candidates, original_class
 from resnet_fused.modules.fuse import fuse, why_not
 from resnet_fused.modules.fused_block import FusedModule
+from resnet_fused.modules.stem import FusedStem
 from resnet_fused.tools import named_models
 from resnet_fused.tools.comparison import Progress
 from resnet_fused.tools.tables import table
@@ -87,18 +88,20 @@ class Coverage(list[Covered]):
         totals = {"pairs": self.pairs, "fused": self.fused, "summary": self.summary, "reasons": self.reasons}
         return json.dumps(totals | {"models": [asdict(each) for each in self]}, indent=1)
 
-    def to_markdown(self, command: str) -> str:
-        """A page; command: what made it."""
-        parts = [
+    def to_markdown(self, command: str, further: Coverage | None = None) -> str:
+        """A page; command: what made it; further: families in a section of their own, which the totals leave out."""
+        head = (
             "# Coverage",
             "Of the convolutions that a batch norm follows, how many `fuse` runs together with it. A model is built "
             "without values and called once; `explain(model)` gives the reason for each block.",
             f"    {command}",
-            f"**{self.summary}.**",
-        ]
-        if self.reasons:
-            parts += ["## What is not fused", _markdown(("pairs", "reason"), self.reasons_by_count())]
-        return "\n\n".join([*parts, "## Models", _markdown(_HEADER, [_row(each) for each in self])]) + "\n"
+        )
+        rest = () if further is None else ("# Further families", *further._sections())
+        return "\n\n".join([*head, *self._sections(), *rest]) + "\n"
+
+    def _sections(self) -> list[str]:
+        left = ["## What is not fused", _markdown(("pairs", "reason"), self.reasons_by_count())] if self.reasons else []
+        return [f"**{self.summary}.**", *left, "## Models", _markdown(_HEADER, [_row(each) for each in self])]
 
     def reasons_by_count(self) -> list[tuple[str, str]]:
         return [(str(n), why) for why, n in self.reasons.most_common()]
@@ -193,7 +196,11 @@ def _reason(model: nn.Module, conv: str, blocks: Sequence[tuple[str, nn.Module]]
             block.fused_describe()
         except NotFusable as reason:
             return f"{block._fused_from.__name__}: {reason}"
-        return alone
+        return (
+            alone
+            if isinstance(block, FusedStem)
+            else f"{block._fused_from.__name__}: PyTorch's own between its fused calls"
+        )
     return f"{type(block).__name__}: {why_not(block) or 'not fused'}"
 
 

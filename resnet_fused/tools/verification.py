@@ -436,15 +436,16 @@ def _layout(tensors: Iterable[Tensor]) -> str:
 def _runs_fused(fused: nn.Module, comparison: Comparison, given: Inputs) -> dict[str, bool]:
     """For each block of the model, whether a fused backend runs it on this input; False if it is never called."""
     blocks = {name: module for name, module, _ in candidates(fused)}
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Inputs] = {}
     with capture(fused, list(blocks), seen) as watched, torch.no_grad(), comparison.autocast(given):
         call(watched.train(comparison.train), given)
         return {name: name in seen and _is_taken(block, seen[name]) for name, block in blocks.items()}
 
 
-def _is_taken(block: nn.Module, x: Tensor) -> bool:
+def _is_taken(block: nn.Module, given: Inputs) -> bool:
     if not isinstance(block, FusedModule):
         return False
+    x = given if isinstance(given, Tensor) else block.fused_input(*given)
     try:
         described = block.fused_describe()
     except NotFusable:

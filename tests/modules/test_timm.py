@@ -45,6 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "squeeze-excitation": {"block_args": {"attn_layer": "se"}},
     "effective squeeze-excitation": {"block_args": {"attn_layer": "ese"}},
     "efficient channel attention": {"block_args": {"attn_layer": "eca"}},
+    "attention to the maximum": {
+        "block_args": {"attn_layer": functools.partial(timm.layers.SEModule, add_maxpool=True)}
+    },
     "stochastic depth": {"drop_path_rate": 0.5},
     "both, in every block": {"drop_path_rate": 0.5, "block_args": {"attn_layer": "se"}},
     "3x3 downsample, narrow first convolution": {"down_kernel_size": 3, "block_reduce_first": 2},
@@ -64,12 +67,6 @@ def test_variants_are_fused_whole_and_train_as_eager(arguments: dict[str, Any]) 
 
 # For each argument of timm's ResNet: a part of the reason that explain gives, and the blocks that it concerns.
 REFUSED: dict[str, tuple[dict[str, Any], str, set[str]]] = {
-    "attention": ({"block_args": {"attn_layer": "cbam"}}, "se is CbamModule", {"layer1.0", "layer4.0"}),
-    "attention to the maximum": (
-        {"block_args": {"attn_layer": functools.partial(timm.layers.SEModule, add_maxpool=True)}},
-        "se is SEModule",
-        {"layer1.0", "layer4.0"},
-    ),
     "activation": ({"act_layer": "selu"}, "stages[0].act is SELU", {"", "layer1.0", "layer1.1", "layer4.0"}),
     "norm": ({"norm_layer": "groupnorm"}, "stages[0].norm is GroupNorm", {"", "layer1.0", "layer1.1", "layer4.0"}),
 }

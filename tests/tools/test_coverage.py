@@ -67,7 +67,7 @@ def test_reasons_and_totals() -> None:
     whole, foreign, failed = found
     assert (whole.pairs, whole.fused, whole.reasons, whole.share) == (20, 20, {}, 1.0)
     assert foreign.pairs == 56 and foreign.fused == 0
-    assert any(reason.startswith("InvertedResidual: its forward") for reason in foreign.reasons)
+    assert any(reason.startswith("InvertedResidual: its branches are depthwise") for reason in foreign.reasons)
     assert sum(foreign.reasons.values()) == 56
     assert failed.error is not None and "nothing" in failed.error
     assert "20 of 76 convolution + batch norm pairs run fused (26.3%), all of them in 1 of 2 models" in found.summary
@@ -81,6 +81,11 @@ def test_the_command_writes_both_files_and_judges_the_share(tmp_path: Path, caps
     assert main([*arguments, "--min-share", "1"]) == 0
     assert "20 of 20" in capsys.readouterr().out
     assert "| torchvision:resnet18 | 20 | 20 | 100% |" in page.read_text()
+    assert json.loads(data.read_text())["fused"] == 20
+    assert main([*arguments, "--min-share", "1", "--further", "torchvision:shufflenet_v2_x0_5"]) == 0
+    totals, further = page.read_text().split("# Further families")
+    assert "20 of 20" in totals and "shufflenet" not in totals.split("## Models")[1]
+    assert "0 of 56" in further and "| torchvision:shufflenet_v2_x0_5 | 56 | 0 | 0% |" in further
     assert json.loads(data.read_text())["fused"] == 20
     assert main(["coverage", "torchvision:shufflenet_v2_x0_5", "--min-share", "0.5"]) == 1
     assert main(["coverage", "torchvision:nothing*"]) == 2

@@ -49,7 +49,7 @@ LAYERS = (
     *pytorchcv.LAYERS,
     *ultralytics.LAYERS,
 )
-# plain nn.Sequentials that a model calls, by their names in it: chains by what they hold
+# plain nn.Sequentials that a model calls, by their names in it (* is any one part): chains by what they hold
 SEQUENTIALS: dict[str, tuple[str, ...]] = {**torchvision.SEQUENTIALS, **timm.SEQUENTIALS, **openmmlab.SEQUENTIALS}
 _registered: dict[type[nn.Module], Adapter] = {}
 

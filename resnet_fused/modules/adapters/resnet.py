@@ -17,8 +17,8 @@ from resnet_fused.modules.block_modules import (
     StepModules,
     require_no_hooks,
 )
-from resnet_fused.ops.gate import Gate
 from resnet_fused.params import Scale
+from resnet_fused.spec import Order, Skip
 
 Act = str | Callable[[Tensor], Tensor] | None
 
@@ -65,23 +65,47 @@ def with_skip(
     downsample: nn.Module | None,
     *,
     branch: tuple[StepModules, ...] = (),
-    gate: Gate | None = None,
+    gate: Callable[[Tensor], Tensor] | None = None,
+    tail: tuple[nn.Module, ...] = (),
     in_place_add: bool = True,
 ) -> Modules:
-    """The block that ends in `stages` and adds the skip path: x, or `downsample`'s convolution and norm.
+    """The block that ends in `stages` and adds the skip path: x, or `downsample`'s convolution and norm."""
+    skip = ((), None) if downsample is None else skip_parts(downsample)
+    return added(stages, skip, branch=branch, gate=gate, tail=tail, in_place_add=in_place_add)
 
-    branch: what comes before the stages and has parts of its own. With it, or with a pooling at the head of
-    `downsample`, the block is composite.
+
+SkipPath = tuple[tuple[nn.Module, ...], StageModules | None]  # what pools x, then the projection or None for none
+
+
+def added(
+    stages: tuple[StageModules, ...],
+    skip: SkipPath | None,
+    *,
+    branch: tuple[StepModules, ...] = (),
+    gate: Callable[[Tensor], Tensor] | None = None,
+    tail: tuple[nn.Module, ...] = (),
+    order: Order = "post",
+    in_place_add: bool = False,
+) -> Modules:
+    """The block that ends in `stages` and adds the skip path, if it has one.
+
+    branch: what comes before the stages and has parts of its own. With it, or with a pooling, the block is composite.
+    tail:   what is called between the last norm and the addition, in place of a gate: the addition is then PyTorch's.
     """
-    pools: tuple[nn.Module, ...] = ()
-    projection = None
-    if downsample is not None:
-        pools, projection = skip_parts(downsample)
-    if not branch and not pools:
-        skip = "identity" if projection is None else "projection"
-        return BlockModules(stages, skip, projection, in_place_add=in_place_add, gate=gate)  # type: ignore[arg-type]
-    end = BlockModules(stages, "none", in_place_add=in_place_add, gate=gate)  # type: ignore[arg-type]
-    return CompositeModules(branch, end, skip_steps(pools, projection))
+    steps = None if skip is None else skip_steps(*skip)
+    if tail:
+        act = stages[-1].act if order == "post" else None
+        if act is not None:
+            stages = (*stages[:-1], replace(stages[-1], act=None))
+        after = () if act is None or isinstance(act, str) else (act,)
+        whole = (*branch, BlockModules(stages, "none", order=order), *tail)
+        return CompositeModules(whole, None, steps, after=after, in_place_add=in_place_add)
+    if not branch and (skip is None or not skip[0]):
+        projection = None if skip is None else skip[1]
+        kind: Skip = "none" if skip is None else "identity" if projection is None else "projection"
+        return BlockModules(stages, kind, projection, order, in_place_add=in_place_add, gate=gate)
+    end = BlockModules(stages, "none", order=order, in_place_add=in_place_add, gate=gate)
+    return CompositeModules(branch, end, steps)
 
 
 def skip_steps(pools: tuple[nn.Module, ...], projection: StageModules | None) -> tuple[StepModules, ...]:

@@ -1,6 +1,19 @@
 """timm's blocks. Attention and stochastic depth are a gate; what has no fused form is called between fused parts."""
 
-from resnet_fused.modules.adapters.timm import byobnet, layers, regnet, resnet, resnetv2, senet, sknet
+from resnet_fused.modules.adapters import sequential
+from resnet_fused.modules.adapters.timm import (
+    byobnet,
+    cspnet,
+    layers,
+    networks,
+    regnet,
+    res2net,
+    resnest,
+    resnet,
+    resnetv2,
+    senet,
+    sknet,
+)
 from resnet_fused.modules.block_modules import Adapter
 
 BLOCKS: dict[str, Adapter] = {
@@ -9,11 +22,17 @@ BLOCKS: dict[str, Adapter] = {
     **regnet.BLOCKS,
     **senet.BLOCKS,
     **byobnet.BLOCKS,
+    **cspnet.BLOCKS,
     **sknet.BLOCKS,
+    **res2net.BLOCKS,
+    **resnest.BLOCKS,
+    **networks.BLOCKS,
     **layers.BLOCKS,
 }
-LAYERS = (layers.CONV_NORM_ACT,)
+LAYERS = (sequential.CONV_NORM_ACT,)
 SEQUENTIALS: dict[str, tuple[str, ...]] = {
+    **cspnet.SEQUENTIALS,
+    **networks.SEQUENTIALS,
     "timm.models.senet.SENet": ("layer0",),
     "timm.models.resnetv2.ResNetV2": ("stem",),
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import class_path, require_no_hooks
+
+Gated = Callable[[Tensor], Tensor]  # pooled [N, C] -> [N, C] or [N, 1]
 
 
 def require(slot: str, module: nn.Module, instead: str | None) -> None:
@@ -16,28 +19,53 @@ def require(slot: str, module: nn.Module, instead: str | None) -> None:
     require_no_hooks(slot, module)
 
 
-def gate_of(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """se(x), then drop_path(x): the factors that they multiply x with."""
-    return both(attention_of(block.se), drop_path_of(block.drop_path))  # type: ignore[arg-type]
+class Factor(NamedTuple):
+    """What multiplies a branch: a function of its mean over pixels, and the module that computes the product."""
+
+    gate: Gated
+    module: nn.Module
 
 
-def both(
-    attention: Callable[[Tensor], Tensor] | None, drop_path: Callable[[Tensor], Tensor] | None
-) -> Callable[[Tensor], Tensor] | None:
+def factor_or_module(se: nn.Module | None, name: str) -> Factor | nn.Module | None:
+    """A factor where the mean is all that `se` reads; else `se` itself, to be called."""
+    if se is None or type(se) is nn.Identity:
+        return None
+    compute = _of_the_mean(se)
+    if compute is None:
+        return se
+    require_no_hooks(name, se)
+    return Factor(lambda pooled: compute(se, pooled), se)
+
+
+def gate_and_tail(
+    attention: nn.Module | None, drop_path: nn.Module | None, name: str
+) -> tuple[Gated | None, tuple[nn.Module, ...]]:
+    """attention(x), then drop_path(x), at a branch's end: (their common gate, ()), or (None, what is called)."""
+    found = factor_or_module(attention, name)
+    dropped = drop_path_of(drop_path)
+    if isinstance(found, nn.Module):
+        return None, (found,) if dropped is None or drop_path is None else (found, drop_path)
+    return both(None if found is None else found.gate, dropped), ()
+
+
+def both(attention: Gated | None, drop_path: Gated | None) -> Gated | None:
     if attention is None or drop_path is None:
         return attention or drop_path
     return lambda pooled: attention(pooled) * drop_path(pooled)
 
 
-def attention_of(se: nn.Module | None, name: str = "se") -> Callable[[Tensor], Tensor] | None:
-    """pooled [N, C] -> [N, C]."""
-    if se is None or type(se) is nn.Identity:
-        return None
-    gate = ATTENTION.get(class_path(type(se)))
-    fits = gate is not None and not getattr(se, "add_maxpool", False) and getattr(se, "mlp", None) is None
-    accepted = "SEModule, EffectiveSEModule, EcaModule of the mean alone, nn.Identity"
-    require(name, se, None if fits else accepted)
-    return lambda pooled: gate(se, pooled)  # type: ignore[misc]
+def attention_of(se: nn.Module | None, name: str = "se") -> Gated | None:
+    """pooled [N, C] -> [N, C]; raises NotFusable where `se` reads more than the mean."""
+    found = factor_or_module(se, name)
+    if isinstance(found, nn.Module):
+        require(name, found, "SEModule, EffectiveSEModule, EcaModule of the mean alone, nn.Identity")
+        raise AssertionError  # it has raised
+    return None if found is None else found.gate
+
+
+def _of_the_mean(se: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+    mean_alone = not getattr(se, "add_maxpool", False) and getattr(se, "mlp", None) is None
+    return ATTENTION.get(class_path(type(se))) if mean_alone else None
 
 
 def _squeeze_excitation(se: nn.Module, pooled: Tensor) -> Tensor:
@@ -69,7 +97,7 @@ ATTENTION: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
-def drop_path_of(drop_path: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+def drop_path_of(drop_path: nn.Module | None) -> Gated | None:
     """pooled [N, C] -> [N, 1], by the module itself and so with its random numbers."""
     if drop_path is None or type(drop_path) is nn.Identity:
         return None

@@ -7,19 +7,19 @@ from dataclasses import replace
 from torch import nn
 
 from resnet_fused.modules.adapters.resnet import skip_steps
-from resnet_fused.modules.adapters.timm.attention import attention_of, drop_path_of
-from resnet_fused.modules.adapters.timm.layers import attended, shortcut_parts, stage_of
+from resnet_fused.modules.adapters.timm.attention import attention_of, drop_path_of, factor_or_module
+from resnet_fused.modules.adapters.timm.layers import parts_of, shortcut_parts, stage_of, with_shortcut
 from resnet_fused.modules.adapters.timm.resnetv2 import behind_first_norm
 from resnet_fused.modules.block_modules import Adapter, BlockModules, CompositeModules, Modules, StepModules
 
 
 def bottleneck(block: nn.Module) -> Modules:
     """Designing Network Design Spaces, arXiv:2003.13678; the attention stands before the last convolution."""
-    stages = tuple(stage_of(f"conv{i}", getattr(block, f"conv{i}")) for i in (1, 2, 3))
-    last = replace(stages[2], act=block.act3)  # type: ignore[arg-type]
-    attention = attention_of(block.se)  # type: ignore[arg-type]
-    gate = None if block.downsample is None else drop_path_of(block.drop_path)  # type: ignore[arg-type]
-    return attended((*stages[:2], last), attention, gate, block.downsample)  # type: ignore[arg-type]
+    first, second = (parts_of(f"conv{i}", getattr(block, f"conv{i}")) for i in (1, 2))
+    last = stage_of("conv3", block.conv3)  # type: ignore[arg-type]
+    drop_path = None if block.downsample is None else block.drop_path
+    parts = (*first, *second, factor_or_module(block.se, "se"), last)  # type: ignore[arg-type]
+    return with_shortcut(parts, block.downsample, act=block.act3, drop_path=drop_path)  # type: ignore[arg-type]
 
 
 def pre_bottleneck(block: nn.Module) -> Modules:

@@ -9,7 +9,7 @@ from torch import nn
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.adapters.resnet import chain, with_skip
-from resnet_fused.modules.adapters.timm.attention import gate_of
+from resnet_fused.modules.adapters.timm.attention import gate_and_tail
 from resnet_fused.modules.block_modules import (
     Adapter,
     BlockModules,
@@ -36,20 +36,21 @@ def _resnet_block(block: nn.Module, acts: tuple[str, ...], middle: int) -> Modul
     drop_block, aa = getattr(block, "drop_block", None), getattr(block, "aa", None)
     first = stages[:middle]
     between: list[nn.Module] = []
-    if not _does_nothing(drop_block):
+    if not does_nothing(drop_block):
         between += [drop_block, first[-1].act]  # type: ignore[list-item]
         first = (*first[:-1], replace(first[-1], act=None))
-    if not _does_nothing(aa):
+    if not does_nothing(aa):
         between.append(aa)  # type: ignore[arg-type]
     for name, slot in (("drop_block", drop_block), ("aa", aa)):
         if slot is not None and slot not in between:
             require_no_hooks(name, slot)
     branch: tuple[StepModules, ...] = (BlockModules(first, "none"), *between) if between else ()
     end = stages[middle:] if between else stages
-    return with_skip(end, block.downsample, branch=branch, gate=gate_of(block))  # type: ignore[arg-type]
+    gate, tail = gate_and_tail(block.se, block.drop_path, "se")  # type: ignore[arg-type]
+    return with_skip(end, block.downsample, branch=branch, gate=gate, tail=tail)  # type: ignore[arg-type]
 
 
-def _does_nothing(module: object) -> bool:
+def does_nothing(module: object) -> bool:
     """An empty slot, or dropped regions outside of training."""
     if module is None or type(module) is nn.Identity:
         return True
