@@ -78,7 +78,7 @@ def test_a_whole_model_is_fused() -> None:
 
 def test_a_preactivated_stem_is_a_block() -> None:
     torch.manual_seed(0)
-    model = settled(nn.Sequential(preresnet.PreResInitBlock(3, 8), preresnet.PreResUnit(8, 8)))
+    model = settled(nn.Sequential(preresnet.PreResInitBlock(3, 8), preresnet.PreResUnit(8, 8, 1)))
     assert_trains_as_eager(model, pictures(3, 33))
     assert [row.backend for row in explain(fuse(model))] == ["native"] * 2
 
