@@ -31,6 +31,8 @@ SECTIONS = {
     "guide/gpu.md": "On a GPU",
     "guide/limits.md": "Limits",
 }
+THEORY = "Theory"  # docs/theory.md has what README says there
+_TITLES = {THEORY, *SECTIONS.values()}
 # a page from a file elsewhere
 FILES = {
     "contributing.md": "CONTRIBUTING.md",
@@ -112,12 +114,12 @@ def main(target: Path) -> int:
     shutil.copytree(ROOT / "docs", target, ignore=shutil.ignore_patterns("*.py"))
     shown = {f"docs/{file.relative_to(target)}": str(file.relative_to(target)) for file in target.rglob("*.*")}
     shown |= {source: page for page, source in FILES.items()} | {"README.md": "index.md"}
-    shown["README.md#theory"] = "theory.md"
+    shown[f"README.md#{_slug(THEORY)}"] = "theory.md"
     shown |= {f"README.md#{_slug(title)}": page for page, title in SECTIONS.items()}
     sections = dict(_sections((ROOT / "README.md").read_text()))
-    pages = {page: ("README.md", sections[title]) for page, title in SECTIONS.items()}
+    pages = {page: ("README.md", sections.get(title, "")) for page, title in SECTIONS.items()}
     pages |= {page: (source, _shown(ROOT / source)) for page, source in FILES.items()}
-    lost: list[str] = []
+    lost = [f"README.md: {title!r} is a section, or a page, and not both" for title in sections.keys() ^ _TITLES]
     for page, (source, text) in pages.items():
         _write(target / page, _turn_links(text, source, page, shown, lost))
     for page, modules in REFERENCE.items():
