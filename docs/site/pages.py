@@ -111,7 +111,7 @@ CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
 def main(target: Path) -> int:
     """Writes the tree; returns 1 where a text links to what no page shows."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", target, ignore=shutil.ignore_patterns("*.py"))
+    shutil.copytree(ROOT / "docs", target, ignore=shutil.ignore_patterns("*.py", "requirements.txt"))
     shown = {f"docs/{file.relative_to(target)}": str(file.relative_to(target)) for file in target.rglob("*.*")}
     shown |= {source: page for page, source in FILES.items()} | {"README.md": "index.md"}
     shown[f"README.md#{_slug(THEORY)}"] = "theory.md"
