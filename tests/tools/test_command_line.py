@@ -310,6 +310,13 @@ def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn.splitlines() == ["Title", "name   count", "-----  -----", "first      1", "b         20"]
 
 
+def test_a_table_is_text_whatever_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b" not in tables.table("Title", ("name", "count"), [["first", "1"]])
+
+
 @pytest.mark.usefixtures("one_block")
 def test_progress_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
