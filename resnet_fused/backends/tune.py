@@ -6,6 +6,7 @@ statistic, parameter or gradient of the model changes. Contestants take turns in
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -46,6 +47,9 @@ class Measured:
 
 class Tuning(list[Measured]):
     """One row for each kind of block; ``str()`` gives the table."""
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(row) for row in self], indent=1)
 
     def __str__(self) -> str:
         header = ("block", "input", "workload", "backend", "launch", "library convolutions", "PyTorch's time / ours")
