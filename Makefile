@@ -32,7 +32,7 @@ $(VENV)/.ready: pyproject.toml setup.py Makefile $(SOURCES)
 	# their declared needs would bring another torch
 	$(PIP) install --no-deps torchvision==0.28.0 timm==1.0.31 torchscan==0.2.0 torchdeq==0.1.0 pytorchcv==0.0.74 \
 	  transformers==5.24.0 segmentation_models_pytorch==0.6.0
-	$(PIP) install huggingface_hub safetensors pyyaml tokenizers regex tqdm packaging
+	$(PIP) install huggingface_hub safetensors pyyaml tokenizers regex tqdm packaging typer
 	touch $@
 
 build/.ready: pyproject.toml setup.py Makefile $(SOURCES)
