@@ -24,8 +24,7 @@ def norm_act(
     All tensors are as `validation.check_batch_norm_act` wants them, residual in x's dtype. x may be empty where the
     norm has a group.
 
-    updates: takes what writes the norm's buffers, to be called after everything has succeeded. None: it is called once
-             the statistics are known, as `autograd.residual_block` does.
+    updates: takes what writes the norm's buffers, to be called after everything has succeeded. None: it is called here.
     """
     with torch.no_grad():
         mean, var, count = _statistics(x, norm)
@@ -35,10 +34,6 @@ def norm_act(
             running_stats.update_one(norm, mean, var, count)
             running_stats.count_one(norm)
 
-    if updates is None:
-        update()
-    else:
-        updates.append(update)
     tensors = (x, residual, norm.weight, norm.bias)
     relu = act == RELU
     if act not in (IDENTITY, RELU):
@@ -51,6 +46,10 @@ def norm_act(
         out, _ = norm_operators.normalize_act(
             x, mean, var, norm.weight, norm.bias, residual, norm.eps, relu, save_mask=False
         )
+    if updates is None:
+        update()
+    else:
+        updates.append(update)
     return out
 
 
