@@ -1,5 +1,5 @@
-# make demo | make test | make lint | make format | make bench | make sanitize | make soak | make clean
-# make gpu | make aarch64 | make wheels
+# make demo | make test | make lint | make format | make bench | make sanitize | make soak | make docs
+# make clean | make gpu | make aarch64 | make wheels
 #
 # Everything runs in .venv, made on first use. An existing environment that has torch can be named instead:
 #   make demo PYTHON=/path/to/python
@@ -21,7 +21,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 FORMATTED := $(SOURCES) $(wildcard tests/emulator/*.cpp tests/emulator/*.h tests/cpu/engine/*.cpp)
 
-.PHONY: setup demo test lint format bench sanitize soak aarch64 wheels gpu clean
+.PHONY: setup demo test lint format bench sanitize soak docs aarch64 wheels gpu clean
 setup: $(READY)
 
 # torch comes first and pinned: the extension is compiled against it, without build isolation.
@@ -30,8 +30,9 @@ $(VENV)/.ready: pyproject.toml setup.py Makefile $(SOURCES)
 	$(PIP) install $(TORCH) setuptools wheel ninja pybind11 "numpy<2.4"
 	$(PIP) install --no-build-isolation -e ".[test,lint]"
 	# their declared needs would bring another torch
-	$(PIP) install --no-deps torchvision==0.28.0 timm==1.0.31 torchscan==0.2.0 torchdeq==0.1.0
-	$(PIP) install huggingface_hub safetensors pyyaml
+	$(PIP) install --no-deps torchvision==0.28.0 timm==1.0.31 torchscan==0.2.0 torchdeq==0.1.0 pytorchcv==0.0.74 \
+	  transformers==5.24.0 segmentation_models_pytorch==0.6.0
+	$(PIP) install huggingface_hub safetensors pyyaml tokenizers regex tqdm packaging typer
 	touch $@
 
 build/.ready: pyproject.toml setup.py Makefile $(SOURCES)
@@ -68,6 +69,16 @@ sanitize:
 MINUTES ?= 20
 soak: $(READY)
 	PYTHONPATH=tests $(RUN) -m soak --minutes $(MINUTES) --out benches/results/soak.md
+# The documentation's site, into build/site. It needs no torch, and loads nothing from elsewhere when it is read.
+SITE := build/docs-venv
+$(SITE)/.ready: docs/site/requirements.txt
+	python3 -m venv $(SITE)
+	$(SITE)/bin/pip --disable-pip-version-check -q install -r $<
+	touch $@
+docs: $(SITE)/.ready
+	$(SITE)/bin/python docs/site/pages.py build/docs
+	$(SITE)/bin/zensical build --strict
+
 # On ARM plain C++ does what x86-64's kernels do here: every source against torch's headers, and the engine's convolutions
 # in an emulator. Debian: g++-aarch64-linux-gnu, qemu-user.
 ARM := aarch64-linux-gnu-g++ -std=c++20 -w -fno-trapping-math
@@ -150,4 +161,4 @@ format: $(READY)
 	$(CLANG_FORMAT) -i $(FORMATTED)
 
 clean:
-	rm -rf build dist *.egg-info resnet_fused/*.so resnet_fused/_built_with.py .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info resnet_fused/*.so resnet_fused/_built_with.py .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache

@@ -2,9 +2,10 @@
 
     model = resnet_fused.fuse(torchvision.models.resnet50())
 
-`fuse` and `unfuse` switch a model in place, `explain` says what runs where, `verify` compares with PyTorch,
-`tune` measures on a GPU what backend "auto" then follows, `register_block` teaches a new block class, `functional` has
-the operators, `models` the ResNet family. Exported graphs run without this package; `export_fused` keeps its operators.
+`fuse` and `unfuse` switch a model in place, `explain` says what runs where, `verify` compares with PyTorch.
+`backends()` has for each backend why it cannot run on this machine, or None; `tune` measures on a GPU what backend
+"auto" then follows. `register_block` teaches a new block class, `functional` has the operators, `models` the ResNet
+family. Exported graphs run without this package; `export_fused` keeps its operators.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from resnet_fused.backends import dispatch, native
+from resnet_fused.backends import compiled, dispatch, native
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import require_no_hooks
 from resnet_fused.ops import (
@@ -73,6 +73,7 @@ def residual_block(
     Raises ValueError (shapes, one value per channel in training, unknown backend), TypeError (dtypes),
     BackendError (a backend asked for by name cannot run it). Second derivatives raise RuntimeError.
     """
+    spec = spec.of_constants()
     if gate is not None or residual is not None:
         return _gated_block(x, params, spec, gate, residual, backend)
     return _residual_block(x, params, spec, backend, None)
@@ -93,7 +94,7 @@ def residual_block_max_pool2d(
     In evaluation without autograd the CPU's engine pools what it has just computed; otherwise it is these two calls.
     Arguments and errors are theirs.
     """
-    pool = Pool(kernel_size, stride, padding)
+    pool, spec = Pool(kernel_size, stride, padding), spec.of_constants()
     if spec.skip != "none" or type(x) is not Tensor or 2 * padding > kernel_size:
         return max_pool2d(residual_block(x, params, spec, backend=backend), *pool, backend=backend)
     return _residual_block(x, params, spec, backend, pool)
@@ -114,8 +115,9 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     pool_backend = "eager" if backend == "eager" else "auto"  # one asked for by name may have no pooling
     if chosen is None:
         out = reference.residual_block(x, params, spec)
-        running_stats.count_batch(params, spec)
-    elif not autograd.trains(spec, x, params) and type(x) is Tensor:
+    elif _evaluates(chosen, spec, x, params):
+        if torch.compiler.is_compiling():
+            return compiled.evaluate(x, params, spec, () if pool is None else pool)
         if pool is not None and isinstance(chosen, native.NativeBackend):
             validation.check_window(_result_shape(x, params, spec), *pool)
             pooled = chosen.infer_pooled(x, params, spec, pool)
@@ -127,9 +129,16 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
     else:
         if dtype is not None:
             params = _autocast(params, dtype)
-        update = partial(running_stats.update, params, spec, counts)
-        out = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x), update)
+        blend = partial(running_stats.update, params, spec, counts)
+        out = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x), blend)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
+
+
+def _evaluates(chosen: dispatch.Backend, spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
+    """Whether the backend's evaluation runs, with what it folds and keeps; in a graph only native's does."""
+    if autograd.trains(spec, x, params) or type(x) is not Tensor:
+        return False
+    return isinstance(chosen, native.NativeBackend) or not torch.compiler.is_compiling()
 
 
 def _gated_block(
@@ -148,9 +157,7 @@ def _gated_block(
     if residual is not None:
         _check_residual(x, params, spec, residual)
     if not dispatch.takes_gate(backend, x, refusal):
-        out = reference.residual_block(x, params, spec, gate, residual)
-        running_stats.count_batch(params, spec)
-        return out
+        return reference.residual_block(x, params, spec, gate, residual)
     parts = gated_block.parts(params, spec)
     native_join = gated_block.has_join(x)
     if residual is not None and residual.dtype != x.dtype:
@@ -158,9 +165,15 @@ def _gated_block(
             residual = residual.to(x.dtype)
         else:
             native_join = False  # the sum has the wider dtype
+    if native_join and gate is None and residual is not None and parts.act == IDENTITY:
+        # a bare sum costs less as ATen's than the join, whose Functions are for gates
+        return residual_block(x, params, spec, backend=backend).add_(residual)
     leaves_norm = native_join and autograd.trains(spec, x, params)
     last = x.is_contiguous(memory_format=torch.channels_last)
     form = torch.channels_last if last else torch.contiguous_format
+    bare = residual is None and not leaves_norm and gated_block.only_multiplies(params, spec, parts)
+    if native_join and last and bare and gate is not None:
+        return gated_block.multiplied(residual_block(x, *parts.evaluated, backend=backend), gate)
     if native_join:
         if not torch.compiler.is_compiling():  # whose graphs have no use for exact strides
             form = operators.result_format(x, [p.weight for p in params.convs], spec)

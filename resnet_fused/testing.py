@@ -1,9 +1,11 @@
 """For your own tests: is my fused model as exact as PyTorch?
 
-from resnet_fused.testing import assert_equivalent
+    from resnet_fused.testing import assert_equivalent
 
-def test_fusing_changes_no_number() -> None:
-    assert_equivalent(my_model(), torch.randn(4, 3, 64, 64), min_fused=1.0)
+    def test_fusing_changes_no_number() -> None:
+        assert_equivalent(my_model(), torch.randn(4, 3, 64, 64), min_fused=1.0)
+
+It raises an AssertionError that names the worst tensors.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 #include <c10/util/strides.h>
 
 #include "../block/kernel_layout.h"
+#include "depthwise.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -149,6 +150,30 @@ at::Tensor product(const at::Tensor& p, const at::Tensor& weight, const Bias& bi
   return y;
 }
 
+// An activation as mkldnn::_convolution_pointwise takes it.
+struct PostOp {
+  std::string_view name;
+  ScalarList scalars = ScalarList();
+  std::optional<std::string_view> algorithm = std::nullopt;
+};
+
+std::optional<PostOp> post_op(const Activation& act) {
+  switch (act.kind) {
+    case ActivationKind::identity:
+      return PostOp{"none"};
+    case ActivationKind::relu:
+      return PostOp{"relu"};
+    case ActivationKind::relu6:
+      return PostOp{"hardtanh", ScalarList({at::Scalar(0.0), at::Scalar(6.0)})};
+    case ActivationKind::silu:
+      return PostOp{"swish"};
+    case ActivationKind::hardswish:
+      return PostOp{"hardswish"};
+    default:
+      return std::nullopt;
+  }
+}
+
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given) {
@@ -176,6 +201,8 @@ at::Tensor convolution_backward_data(
         like_p.options().memory_format(kLayout));
     return unpadded(convolution_backward_data(dy, like, weight, without_padding(stage)), like_p, stage);
   }
+  if (has_faster_backward_data(weight, stage))
+    if (auto dp = depthwise_backward_data(dy, like_p, weight, stage); dp.defined()) return dp;
   auto [dp, dw, db] = at::convolution_backward(
       dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
       {true, false, false});
@@ -198,7 +225,10 @@ WeightGradients convolution_backward_weight(
     auto matrix = dw.as_strided({weight.size(0), weight.size(1)}, {weight.size(1), 1});
     at::mm_out(matrix, as_rows(dy).t(), as_rows(p_in));
     grads.weight = dw;
-  } else if (needs_weight) {
+  } else if (needs_weight && has_faster_backward_weight(weight, stage_in)) {
+    grads.weight = depthwise_backward_weight(dy, p_in, weight, stage_in);
+  }
+  if (needs_weight && !grads.weight.defined()) {
     const auto [p, stage] = without_stride(sound(p_in, weight, stage_in), weight);
     auto result = at::convolution_backward(
         dy, p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
@@ -227,20 +257,24 @@ bool has_post_ops(at::ScalarType dtype) {
   }
 }
 
+bool is_post_op(const Activation& act) { return post_op(act).has_value(); }
+
 at::Tensor convolution_act(
-    const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given, bool relu) {
+    const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given, const Activation& act) {
   const auto [p, stage] = sound(given_p, weight, given);
-  if (is_small_product(p, weight, stage)) {
+  const bool plain = act.is(ActivationKind::identity), relu = act.is(ActivationKind::relu);
+  if ((plain || relu) && is_small_product(p, weight, stage)) {
     auto y = product(p, weight, bias);
     return relu ? y.relu_() : y;
   }
   static const auto op = mkldnn_op<at::Tensor(
       const at::Tensor&, const at::Tensor&, const Bias&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t,
       std::string_view, ScalarList, std::optional<std::string_view>)>("mkldnn::_convolution_pointwise", "");
+  const PostOp unary = post_op(act).value();
   return op
       .call(
-          p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, relu ? "relu" : "none",
-          ScalarList(), std::nullopt)
+          p, weight, bias, stage.padding, stage.stride, stage.dilation, stage.groups, unary.name, unary.scalars,
+          unary.algorithm)
       .contiguous(kLayout);
 }
 

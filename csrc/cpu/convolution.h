@@ -41,10 +41,13 @@ constexpr int64_t kFewPixels = 128;
 bool has_post_ops(at::ScalarType dtype);
 bool has_post_ops(const at::Tensor& x);
 
-// relu(conv + bias), or without the relu, as one oneDNN primitive.
+// Whether oneDNN applies this activation to a convolution's sums. Of a NaN its results differ from PyTorch's.
+bool is_post_op(const Activation& act);
+
+// act(conv + bias) as one oneDNN primitive; act is a post-op.
 at::Tensor convolution_act(
     const at::Tensor& p, const at::Tensor& weight, const std::optional<at::Tensor>& bias, const Stage& stage,
-    bool relu);
+    const Activation& act);
 
 // relu(conv + bias + other), or without the relu; `other` is overwritten with the result where `in_place`.
 at::Tensor convolution_add_act(

@@ -10,19 +10,19 @@ template <class S>
 at::Tensor infer(const FoldedBlock& block, const BlockSpec& spec) {
   using A = acc_t<S>;
   const auto x = block.x.contiguous(kLayout);
-  // oneDNN's ReLU turns NaN into 0, PyTorch's does not. Where there may be a NaN, our own pass applies the ReLU.
-  const bool post_ops = has_post_ops(x), fuses_relu = post_ops && all_finite<S>(x);
+  // oneDNN's ReLU turns NaN into 0, PyTorch's does not. Where there may be a NaN, our own pass applies the activation.
+  const bool post_ops = has_post_ops(x), fuses_act = post_ops && all_finite<S>(x);
   const int64_t last = spec.last();
   const auto act_of = [&](int64_t stage, int64_t channels) {
     return stage == kNone ? ActVectors<A>() : act_vectors<A>(spec.convs[stage].act, block.slopes[stage], channels);
   };
   const auto run = [&](int64_t i, const at::Tensor& p, const ActVectors<A>& act) {
-    const auto conv_relu = [&](bool relu) {
-      return convolution_act(p, block.weights[i], block.biases[i], spec.convs[i], relu);
+    const bool plain = act.act.is(ActivationKind::identity);
+    const auto with = [&](const Activation& act) {
+      return convolution_act(p, block.weights[i], block.biases[i], spec.convs[i], act);
     };
-    const bool plain = act.act.is(ActivationKind::identity), relu = act.act.is(ActivationKind::relu);
-    if ((fuses_relu && relu) || (post_ops && plain)) return conv_relu(relu);
-    const auto y = post_ops ? conv_relu(false) : convolution(p, block.weights[i], block.biases[i], spec.convs[i]);
+    if (post_ops && (plain || (fuses_act && is_post_op(act.act)))) return with(act.act);
+    const auto y = post_ops ? with({}) : convolution(p, block.weights[i], block.biases[i], spec.convs[i]);
     return plain ? y : normalize<S>(y, NormVectors<A>(y.size(1)), act);
   };
   const auto act_after = [&](int64_t i) { return act_of(spec.convs[i].output_stage, block.weights[i].size(0)); };
@@ -51,7 +51,7 @@ at::Tensor infer(const FoldedBlock& block, const BlockSpec& spec) {
     if (spec.has_projection()) skip = run(s, spec.convs[s].input_stage == kNone ? x : first, {});
     // PyTorch has no fused sum of a grouped convolution with a tensor that it must keep; its fallback fails in 16 bits
     const bool fuses_sum = spec.has_projection() || spec.convs[last].groups == 1;
-    if (fuses_relu && fuses_sum && !block.skip_scale && spec.join != JoinReads::branch && act.pointers().is_plain()) {
+    if (fuses_act && fuses_sum && !block.skip_scale && spec.join != JoinReads::branch && act.pointers().is_plain()) {
       out = convolution_add_act(
           u, block.weights[last], block.biases[last], spec.convs[last], skip, spec.has_projection(),
           act.pointers().is_relu());

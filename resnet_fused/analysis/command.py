@@ -19,6 +19,7 @@ from resnet_fused.errors import NotFusable
 from resnet_fused.modules.fuse import fuse
 from resnet_fused.tools import named_models
 from resnet_fused.tools.figures import new_figure, save
+from resnet_fused.tools.terminal import add_json, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +56,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     one = _subject(subjects, "kinks", _kinks, "activation kinks between two inputs, of networks and of single paths")
     _add_model(one, "resnet18", size=32)
     one.add_argument("--resolution", type=int, default=128, help="steps along the segment (default: %(default)s)")
-    one.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="L", help="of the chains")
+    one.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16],
+        metavar="L",
+        help="of the chains (default: 1 2 4 8 16)",
+    )
 
     one = _subject(subjects, "degree", _degree, "degree and coefficients of polynomial networks (no --model)")
     one.add_argument("--power", type=int, nargs="+", default=[2, 3], metavar="M", help="activations x^M (default: 2 3)")
@@ -75,17 +83,15 @@ def _subject(
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subjects.add_parser(name, help=about, description=f"Measure: {about}.")
     parser.add_argument("--plots", type=Path, metavar="DIR", help=f"draw {name}.png there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
+    add_json(parser, "every number")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     parser.set_defaults(run=lambda arguments: _run(arguments, name, measure))
     return parser
 
 
 def _add_model(parser: argparse.ArgumentParser, default: str, size: int) -> None:
-    parser.add_argument(
-        "--model", default=default, help="e.g. resnet50, torchvision:resnet50, timm:NAME (default: %(default)s)"
-    )
-    parser.add_argument("--size", type=int, default=size, help="of the square input (default: %(default)s)")
+    named_models.add_option(parser, default)
+    parser.add_argument("--size", type=int, default=size, help="of the square pictures (default: %(default)s)")
     parser.add_argument("--unfused", action="store_true", help="leave the model's blocks as plain PyTorch")
 
 
@@ -101,7 +107,7 @@ def _run(arguments: argparse.Namespace, name: str, measure: Callable[[argparse.N
         found = measure(arguments)
     except NotFusable as error:
         raise ValueError(str(error)) from error
-    print("\n\n".join(part.table() for part in found.parts.values()))
+    say("\n\n".join(part.table() for part in found.parts.values()))
     if arguments.json is not None:
         setting = {key: value for key, value in vars(arguments).items() if key not in ("run", "json", "plots")}
         record = {"setting": setting} | {key: part.to_dict() for key, part in found.parts.items()}

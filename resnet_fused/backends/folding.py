@@ -169,7 +169,8 @@ def affine(stage: StageSpec, p: StageParams, precision: torch.dtype) -> Affine |
 def _fold_conv(
     p: StageParams, norm: Affine | None, scale: Scale, precision: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    w, c = p.weight.to(precision), None if p.bias is None else p.bias.to(precision)
+    # detached: what is kept must not hold the parameter itself, whose end ends it
+    w, c = p.weight.detach().to(precision), None if p.bias is None else p.bias.to(precision)
     if norm is not None:
         a, b = norm
         w, c = w * a.view(-1, 1, 1, 1), b if c is None else c * a + b

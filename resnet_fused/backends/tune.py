@@ -6,6 +6,7 @@ statistic, parameter or gradient of the model changes. Contestants take turns in
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from resnet_fused.errors import BackendError, NotFusable
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.plan import Plan
 from resnet_fused.ops import gated_block
-from resnet_fused.params import BlockParams, map_tensors
+from resnet_fused.params import BlockParams, is_wrapper, map_tensors
 from resnet_fused.spec import BlockSpec
 from resnet_fused.tools.tables import table
 
@@ -46,6 +47,9 @@ class Measured:
 
 class Tuning(list[Measured]):
     """One row for each kind of block; ``str()`` gives the table."""
+
+    def to_json(self) -> str:
+        return json.dumps([asdict(row) for row in self], indent=1)
 
     def __str__(self) -> str:
         header = ("block", "input", "workload", "backend", "launch", "library convolutions", "PyTorch's time / ours")
@@ -85,7 +89,7 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
     A block in training mode is measured forward and backward, whether its norms are frozen or not; one in evaluation
     mode forward alone, as without autograd.
 
-    Raises BackendError where neither backend can run, or x is on no GPU.
+    Raises BackendError where neither backend can run, x is on no GPU, or a block's parameters are sharded.
     """
     reason = nothing_to_tune(x.device)
     if reason is not None:
@@ -99,6 +103,8 @@ def tune(model: nn.Module, x: Tensor, *, tiles: bool = False, timer: Timer | Non
             continue
         if isinstance(described, Plan):  # the inputs of its calls are not known here
             continue
+        if any(map(is_wrapper, described.params.tensors)):
+            raise BackendError(f"the parameters of {name} are sharded: tune the model before fully_shard")
         params, spec = gated_block.chosen_for(*described)
         block = TunedBlock(block_input, params, spec, train=spec.batch_stats or module.training)
         key = measured.key(spec, block_input, [p.weight for p in params.convs], block.train)

@@ -21,12 +21,13 @@ from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.facts import join_reads
 from resnet_fused.spec.tensors import BlockTensors
 
-Update = Callable[[Sequence[Tensor]], None]
-
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from resnet_fused.backends.dispatch import Backend
+
+
+Blend = Callable[[Sequence[Tensor]], None]
 
 
 def tensors_of(params: BlockParams, x: Tensor) -> Tensors:
@@ -53,9 +54,15 @@ def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 def trains(spec: BlockSpec, x: Tensor, params: BlockParams) -> bool:
     """Whether a call runs the operators of training: with the batch's statistics, and where a gradient may follow.
 
-    So it does within torch.compile: what evaluation folds and keeps is no business of a traced graph.
+    So it does in graphs for other devices than the CPU, in exported ones, and in those that see scales as numbers that
+    change: folded weights would not be kept there.
     """
-    return spec.batch_stats or torch.compiler.is_compiling() or needs_grad((x, *params.tensors))
+    if spec.batch_stats or needs_grad((x, *params.tensors)):
+        return True
+    if not torch.compiler.is_compiling():
+        return False
+    kept = all(isinstance(scale, Tensor) or scale == 1.0 for scale in (params.branch_scale, params.skip_scale))
+    return torch.compiler.is_exporting() or x.device.type != "cpu" or not kept
 
 
 def _scale(scale: Scale, x: Tensor) -> Tensor | None:
@@ -68,35 +75,39 @@ def _scale(scale: Scale, x: Tensor) -> Tensor | None:
     return torch.full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
-def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors, update: Update) -> Tensor:
+def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors, blend: Blend) -> Tensor:
     """out, with gradients for each of `tensors`, which are `tensors_of(params, x)`.
 
-    update: called with the batch statistics after everything is computed, and before autograd saves anything: where a
-            checkpoint computes the block again, it may end there, and eager's norms have been updated by then.
+    blend: is given the batch statistics once everything has been computed.
     """
     for i, stage in enumerate(spec.convs):
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
             tensors.running_means[i] = tensors.running_vars[i] = None
-    if torch.compiler.is_exporting():  # export_fused: a program for inference, which holds operators and no Function
-        out, _, batch_stats = backend.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))
-        update([stats.detach() for stats in batch_stats])
-        return out
     given = tensors.flat
+    # export_fused: a program for inference, which holds operators and no Function. A compiled graph without gradients
+    # needs none either, and Dynamo of torch 2.13 drops the context of one with *tensors where there are exactly two.
+    traced = torch.compiler.is_compiling() and not needs_grad(tuple(given))
+    if torch.compiler.is_exporting() or traced:
+        out, _, batch_stats = backend.forward(spec, tensors, BlockTensors.filled(False, len(spec.convs)))
+        blend([stats.detach() for stats in batch_stats])
+        return out
     places = tuple(i for i, t in enumerate(given) if t is not None)
-    traced = torch.compiler.is_compiling()  # whose Functions write to nothing but their results
-    within = None if traced else update
-    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, within, *(t for t in given if t is not None))
-    if traced:
-        update(stats)
+    # checkpointing computes a block again and stops it where its last tensor is saved, which is after forward: so the
+    # statistics are blended within, as those of a batch norm are. A traced Function cannot write them.
+    within = None if torch.compiler.is_compiling() else blend
+    present = (t for t in given if t is not None)
+    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, within, *present)
+    if within is None:
+        blend(stats)
     return out
 
 
 class ResidualBlock(torch.autograd.Function):
-    """One residual block; ``apply(spec, backend, count, places, update, *tensors)`` -> (out, *batch statistics).
+    """One residual block; ``apply(spec, backend, count, places, blend, *tensors)`` -> (out, *batch statistics).
 
     count, places: how many tensors a block has, and which of them `tensors` are (in the order of `BlockTensors.flat`);
     autograd charges for every argument.
-    update:        as for `residual_block`, or None.
+    blend:         as for `residual_block`, or None.
     """
 
     @staticmethod
@@ -106,7 +117,7 @@ class ResidualBlock(torch.autograd.Function):
         backend: Backend,
         count: int,
         places: tuple[int, ...],
-        update: Update | None,
+        blend: Blend | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         wanted = [False] * count
@@ -114,14 +125,14 @@ class ResidualBlock(torch.autograd.Function):
             wanted[place] = need
         needs = BlockTensors.of(wanted)
         out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
-        if update is not None:
-            update(batch_stats)
         reads_out = join_reads(spec) == "output"
         ctx.save_for_backward(*tensors, out if reads_out else None, *conv_outputs, *batch_stats)
         ctx.spec, ctx.backend, ctx.count, ctx.places, ctx.needs = spec, backend, count, places, needs
         ctx.split = (len(tensors), len(tensors) + 1 + len(conv_outputs))
         ctx.mark_non_differentiable(*batch_stats)
         ctx.set_materialize_grads(False)
+        if blend is not None:
+            blend(batch_stats)
         return out, *batch_stats
 
     @staticmethod
@@ -186,7 +197,7 @@ class MaxPool2d(torch.autograd.Function):
 
 
 class BatchNormAct(torch.autograd.Function):
-    """act(batch_norm(x) + residual); ``apply(x, residual, weight, bias, mean, var, count, eps, relu, group)`` -> out.
+    """act(batch_norm(x) + residual); ``apply(x, residual, weight, bias, mean, var, count, eps, relu, group, blend)``.
 
     count: the values per channel behind mean and var, which belong to the batch (of the group's processes, if one is
            given); None where they are constants.
@@ -205,6 +216,7 @@ class BatchNormAct(torch.autograd.Function):
         eps: float,
         relu: bool,
         group: ProcessGroup | None,
+        blend: Callable[[], None] | None,
     ) -> Tensor:
         if x.numel() == 0:  # one process of a group may have nothing to do but to take part in the others' sums
             out, mask = torch.empty_like(x), None
@@ -215,6 +227,8 @@ class BatchNormAct(torch.autograd.Function):
         reads_x = count is not None or any(t is not None and t.requires_grad for t in (weight, bias))
         ctx.save_for_backward(x if reads_x else None, mask, weight, bias, mean, var)
         ctx.count, ctx.eps, ctx.group = count, eps, group
+        if blend is not None:
+            blend()
         return out
 
     @staticmethod
@@ -223,7 +237,7 @@ class BatchNormAct(torch.autograd.Function):
         with torch.no_grad():
             grads = BatchNormAct._gradients(ctx, dout, dout if x is None else x, mask, weight, bias, mean, var)
         grads = refuse_second_derivative("batch_norm_act", grads, [dout, x, weight])
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
     @staticmethod
     def _gradients(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -116,16 +117,35 @@ def join(
     if skip is not None:
         skip = reference.scaled(skip, params.skip_scale)
         skip = skip.contiguous(memory_format=torch.channels_last)
-    if batch is not None and tensors is not None:  # before autograd saves, as `autograd.residual_block`
+    # before the join, where checkpointing, which computes all this again, stops: its last tensor is saved there
+    if batch is not None and tensors is not None:
         running_stats.update_one(tensors, batch[0], batch[1], y.numel() // y.shape[1])
         running_stats.count_one(tensors)
     return gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
 
 
-def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation) -> Tensor:
-    """act(norm(x) + residual) in x's memory format: a join whose gate is one."""
+def only_multiplies(params: BlockParams, spec: BlockSpec, parts: Parts) -> bool:
+    """Whether the join is a bare product that may overwrite the chain's result, as in evaluation without autograd."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or parts.act != IDENTITY or spec.skip != "none":
+        return False
+    return not isinstance(params.branch_scale, Tensor) and params.branch_scale == 1.0
+
+
+def multiplied(y: Tensor, gate: Gate) -> Tensor:
+    """gate * y, in y's memory."""
+    return y.mul_(per_channel(gate(_pooled(y)) if callable(gate) else gate, y)[:, :, None, None])
+
+
+def _pooled(y: Tensor) -> Tensor:
+    """The mean of each channel of each image; of 16 bits ATen first makes a float32 copy, the statistics do not."""
+    return join_operators.image_statistics(y)[:, 0].to(y.dtype) if y.dtype.itemsize == 2 else y.mean((2, 3))
+
+
+def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation, blend: Callable[[], None]) -> Tensor:
+    """act(norm(x) + residual) in x's memory format: a join whose gate is one. blend: called before the join."""
     form = suggest_memory_format(x)
     y, _, handoff = gated_join.pooled_norm(x.contiguous(memory_format=torch.channels_last), norm, None)
+    blend()
     one = torch.ones(x.shape[:2], dtype=torch.float64, device=x.device)
     return gated_join.gated_join(y, one, residual, None, handoff, norm, act).contiguous(memory_format=form)
 

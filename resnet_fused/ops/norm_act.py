@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -13,44 +11,40 @@ from resnet_fused.spec import Activation
 from resnet_fused.spec.activations import IDENTITY, RELU
 from resnet_fused.spec.batch_norm import BatchNorm
 
-Update = Callable[[], None]
 
-
-def norm_act(
-    x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activation, updates: list[Update] | None = None
-) -> Tensor:
-    """act(norm(x) + residual).
+def norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activation) -> Tensor:
+    """act(norm(x) + residual); the norm's buffers are written once out is computed, before a tensor is saved.
 
     All tensors are as `validation.check_batch_norm_act` wants them, residual in x's dtype. x may be empty where the
     norm has a group.
-
-    updates: takes what writes the norm's buffers, to be called after everything has succeeded. None: it is called once
-             the statistics are known, as `autograd.residual_block` does.
     """
     with torch.no_grad():
         mean, var, count = _statistics(x, norm)
+    tensors = (x, residual, norm.weight, norm.bias)
+    relu = act == RELU
 
-    def update() -> None:
+    def blend() -> None:
         if count is not None:
             running_stats.update_one(norm, mean, var, count)
             running_stats.count_one(norm)
 
-    if updates is None:
-        update()
-    else:
-        updates.append(update)
-    tensors = (x, residual, norm.weight, norm.bias)
-    relu = act == RELU
     if act not in (IDENTITY, RELU):
-        out = gated_block.norm_act(x, JoinNorm(mean, var, norm.weight, norm.bias, norm.eps, count), residual, act)
-    elif autograd.needs_grad(tensors):
-        out = autograd.BatchNormAct.apply(*tensors, mean, var, count, norm.eps, relu, norm.group)
-    elif x.numel() == 0:
+        joined = JoinNorm(mean, var, norm.weight, norm.bias, norm.eps, count)
+        return gated_block.norm_act(x, joined, residual, act, blend)
+    if autograd.needs_grad(tensors):
+        # checkpointing computes this again and stops where the last tensor is saved; a traced Function cannot write
+        within = None if torch.compiler.is_compiling() else blend
+        out = autograd.BatchNormAct.apply(*tensors, mean, var, count, norm.eps, relu, norm.group, within)
+        if within is None:
+            blend()
+        return out
+    if x.numel() == 0:
         out = torch.empty_like(x)
     else:
         out, _ = norm_operators.normalize_act(
             x, mean, var, norm.weight, norm.bias, residual, norm.eps, relu, save_mask=False
         )
+    blend()
     return out
 
 

@@ -240,6 +240,18 @@ def _conv_shapes(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> list[
     return shapes
 
 
+def output_shape(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> tuple[int, int, int, int]:
+    """Of the block's result."""
+    return _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
+
+
+def pooled(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
+    """A tensor without values as max pooling of x gives it."""
+    n, c, h, w = x.shape
+    size = (n, c, *((length + 2 * padding - kernel_size) // stride + 1 for length in (h, w)))
+    return x.new_empty(size).contiguous(memory_format=suggest_memory_format(x))
+
+
 def result_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
     """The memory format of a block's result, as PyTorch's own operations would give it (csrc/block/result_format.h)."""
     sizes = _conv_shapes(x, weights, spec)[: len(spec.stages)]
@@ -282,8 +294,7 @@ def _register_fakes() -> None:
 
     def infer(x, a, b, weights, *rest):  # type: ignore[no-untyped-def]
         spec, _ = decode(*rest[-2:])
-        shape = _conv_shapes(x, weights, spec)[len(spec.stages) - 1]
-        return x.new_empty(shape).contiguous(memory_format=result_format(x, weights, spec))
+        return x.new_empty(output_shape(x, weights, spec)).contiguous(memory_format=result_format(x, weights, spec))
 
     for name, fake in {"forward": forward, "backward": backward, "infer": infer}.items():
         for overload in ("", ".cuda", ".triton"):
@@ -291,10 +302,8 @@ def _register_fakes() -> None:
 
     @torch.library.register_fake("resnet_fused::max_pool2d")
     def _(x, kernel_size, stride, padding):  # type: ignore[no-untyped-def]
-        n, c, h, w = x.shape
-        size = (n, c, *((length + 2 * padding - kernel_size) // stride + 1 for length in (h, w)))
-        out = x.new_empty(size).contiguous(memory_format=suggest_memory_format(x))
-        return out, x.new_empty(size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        out = pooled(x, kernel_size, stride, padding)
+        return out, x.new_empty(out.shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
 
     @torch.library.register_fake("resnet_fused::max_pool2d_backward")
     def _(dout, positions, height, width, kernel_size, stride, padding):  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.ops import sync_batch_norm
 from resnet_fused.ops.gate import Gate, per_channel
-from resnet_fused.ops.running_stats import update_factor
+from resnet_fused.ops.running_stats import count_one, update_factor
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, StageSpec
 
@@ -23,8 +23,8 @@ def residual_block(
 
     gate, residual: as in `functional.residual_block`.
 
-    Updates the running statistics of stages with `batch_stats` in place, as ``nn.BatchNorm2d`` does, but not
-    `num_batches_tracked`, which is left to its caller.
+    Updates the running statistics of stages with `batch_stats` in place and counts the batch, as ``nn.BatchNorm2d``
+    does.
     """
     stages = list(zip(spec.stages, params.stages, strict=True))
     skip = residual if spec.skip == "none" else x
@@ -72,8 +72,12 @@ def norm(stage: StageSpec, tensors: StageParams, y: Tensor) -> Tensor:
         y = y.to(torch.promote_types(y.dtype, tensors.running_mean.dtype))
     group = None if tensors.processes is None else tensors.processes.group
     if group is not None:
-        return sync_batch_norm.of_pytorch(y, stage, tensors, group)
+        out = sync_batch_norm.of_pytorch(y, stage, tensors, group)
+        count_one(tensors)
+        return out
     momentum = update_factor(tensors) if stage.batch_stats else 0.0
+    if stage.batch_stats:
+        count_one(tensors)
     return F.batch_norm(
         y,
         tensors.running_mean,

@@ -69,13 +69,6 @@ def update_one(tensors: Running, mean: Tensor, var: Tensor, count: int) -> None:
         _blend(tensors.running_var, var * (count / (count - 1)), factor)
 
 
-def count_batch(params: BlockParams, spec: BlockSpec) -> None:
-    """Increment `num_batches_tracked` of every stage that used the batch's statistics."""
-    for stage, tensors in zip(spec.convs, params.convs, strict=True):
-        if stage.norm and stage.batch_stats:
-            count_one(tensors)
-
-
 def count_one(tensors: Running) -> None:
     """Increment `num_batches_tracked`, where there is one."""
     if tensors.num_batches_tracked is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_fused.ops import reference
 from resnet_fused.ops.gate import Gate
-from resnet_fused.ops.norm_act import Update, norm_act
+from resnet_fused.ops.norm_act import norm_act
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, StageSpec
 from resnet_fused.spec.activations import IDENTITY, RELU
@@ -70,37 +70,34 @@ def run(
     fused: Fused,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The block of `spec`, as `reference.residual_block`; the running statistics are updated at the end.
+    """The block of `spec`, as `reference.residual_block`.
 
     fused: runs a chain. dtype: that of the convolutions.
     """
     pieces = _pieces(params, spec)
-    updates: list[Update] = []
     last = pieces.chain[-1]
     u = narrow = x.to(dtype)  # once for both paths, so that backward keeps one copy
     source = narrow
     if spec.order == "pre":
         for i, piece in enumerate(pieces.chain):
-            u = _norm_act(x if i == 0 else u, piece, None, updates)
+            u = _norm_act(x if i == 0 else u, piece, None)
             source = u if i == 0 else source
             u = fused(u, *piece.chain)
     else:
         for piece in pieces.chain[:-1]:
-            u = _norm_act(fused(u, *piece.chain), piece, None, updates)
+            u = _norm_act(fused(u, *piece.chain), piece, None)
         u = fused(u, *last.chain)
     skip = residual if spec.skip == "none" else x
     if pieces.projection is not None:
         skip = fused(source, *pieces.projection.chain)
         if spec.order != "pre":
-            skip = _norm_act(skip, pieces.projection, None, updates)
+            skip = _norm_act(skip, pieces.projection, None)
     if spec.order == "pre":
         out = reference.join(u, skip, params, spec, gate)
     elif spec.order == "branch":
-        out = reference.join(_norm_act(u, last, None, updates), skip, params, spec, gate)
+        out = reference.join(_norm_act(u, last, None), skip, params, spec, gate)
     else:
-        out = _end(u, skip, last, params, spec, gate, updates)
-    for update in updates:
-        update()
+        out = _end(u, skip, last, params, spec, gate)
     return out
 
 
@@ -111,18 +108,17 @@ def _end(
     params: BlockParams,
     spec: BlockSpec,
     gate: Gate | None,
-    updates: list[Update],
 ) -> Tensor:
     """act(branch_scale * gate * norm(y) + skip_scale * skip): one pass where nothing but norm and skip are added."""
     plain = gate is None and not isinstance(params.branch_scale, Tensor) and params.branch_scale == 1.0
     if plain and last.stage.norm:
         if skip is None:
-            return _norm_act(y, last, None, updates)
+            return _norm_act(y, last, None)
         result = _normed_dtype(y, last)
         if spec.in_place_add or torch.promote_types(result, skip.dtype) == result:
-            return _norm_act(y, last, reference.scaled(skip, params.skip_scale).to(result), updates)
+            return _norm_act(y, last, reference.scaled(skip, params.skip_scale).to(result))
     bare = last._replace(stage=replace(last.stage, act=IDENTITY))
-    joined = reference.join(_norm_act(y, bare, None, updates), skip, params, spec, gate)
+    joined = reference.join(_norm_act(y, bare, None), skip, params, spec, gate)
     return last.stage.activation(joined, last.tensors.slope)
 
 
@@ -132,7 +128,7 @@ def _normed_dtype(y: Tensor, piece: Piece) -> torch.dtype:
     return torch.promote_types(y.dtype, mean.dtype) if promotes else y.dtype  # type: ignore[union-attr]
 
 
-def _norm_act(y: Tensor, piece: Piece, residual: Tensor | None, updates: list[Update]) -> Tensor:
+def _norm_act(y: Tensor, piece: Piece, residual: Tensor | None) -> Tensor:
     stage, tensors = piece.stage, piece.tensors
     act: Activation = stage.activation
     if not stage.norm:
@@ -154,7 +150,7 @@ def _norm_act(y: Tensor, piece: Piece, residual: Tensor | None, updates: list[Up
         z = reference.norm(stage, tensors, y)
         return act(z if residual is None else z + residual, tensors.slope)
     in_pass = act in (IDENTITY, RELU)
-    out = norm_act(y, norm, residual, act if in_pass else IDENTITY, updates)
+    out = norm_act(y, norm, residual, act if in_pass else IDENTITY)
     return out if in_pass else act(out, tensors.slope)
 
 
@@ -187,5 +183,5 @@ def _piece(spec: BlockSpec, params: BlockParams, start: int, end: int) -> Piece:
     stage, tensors = spec.stages[end], params.stages[end]
     bare = replace(stage, norm=False, batch_stats=False, act=IDENTITY, promotes=False)
     stages = (*spec.stages[start:end], bare)
-    of_stages = (*params.stages[start:end], tensors.convolution)
+    of_stages = (*params.stages[start:end], StageParams(tensors.weight, tensors.bias))
     return Piece((BlockParams(of_stages), BlockSpec(stages, memory=spec.memory)), stage, tensors)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_fused.spec.constant import constant
+
 Reads = Literal["nothing", "output", "input"]
 Formula = Callable[[Tensor, float, Tensor | None], Tensor]
 
@@ -112,8 +114,14 @@ class Activation:
     def __post_init__(self) -> None:
         if self.name not in KINDS:
             raise ValueError(f"act must be one of {', '.join(map(repr, KINDS))}, got {self.name!r}")
+        object.__setattr__(self, "parameter", constant(self.parameter))
         if not -float("inf") < self.parameter < float("inf"):  # true for NaN
             raise ValueError(f"the parameter of {self.name} must be finite, got {self.parameter!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Activation):
+            return NotImplemented
+        return self.name == other.name and constant(self.parameter) == constant(other.parameter)
 
     @property
     def kind(self) -> Kind:
@@ -142,7 +150,7 @@ class Activation:
 def activation(act: Activation | str) -> Activation:
     """The value for a name, with the parameter that PyTorch's module has by default. Raises ValueError, TypeError."""
     if isinstance(act, Activation):
-        return act
+        return Activation(act.name, act.parameter) if torch.compiler.is_compiling() else act
     if not isinstance(act, str):
         raise TypeError(f"act must be an Activation or one of {', '.join(map(repr, KINDS))}, got {act!r}")
     return Activation(act, KINDS[act].parameter if act in KINDS else 0.0)

@@ -24,7 +24,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
+
 from resnet_fused.spec.activations import IDENTITY, Activation, activation
+from resnet_fused.spec.constant import constant
 
 Order = Literal["post", "pre", "branch"]
 Skip = Literal["none", "identity", "projection"]
@@ -84,6 +87,7 @@ class StageSpec:
         object.__setattr__(self, "dilation", _pair("dilation", self.dilation, 1))
         if not isinstance(self.groups, int) or self.groups < 1:
             raise ValueError(f"groups must be a positive int, got {self.groups!r}")
+        object.__setattr__(self, "eps", constant(self.eps))
         if not 0 <= self.eps < float("inf"):  # false for NaN
             raise ValueError(f"eps must be a finite number >= 0, got {self.eps!r}")
         object.__setattr__(self, "act", activation(self.act))
@@ -163,6 +167,13 @@ class BlockSpec:
     def pads_values(self) -> bool:
         """Whether any convolution's padding holds values of its input."""
         return any(stage.pads_values for stage in self.convs)
+
+    def of_constants(self) -> BlockSpec:
+        """The same, and while a graph is traced none of its numbers is an input of the graph (`spec.constant`)."""
+        if not torch.compiler.is_compiling():
+            return self
+        projection = None if self.projection is None else replace(self.projection)
+        return replace(self, stages=tuple(replace(stage) for stage in self.stages), projection=projection)
 
     def with_memory(self, memory: Memory) -> BlockSpec:
         return replace(self, memory=memory)

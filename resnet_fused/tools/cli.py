@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,16 +20,22 @@ import resnet_fused
 from resnet_fused.analysis import command as analyze
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import BackendError
-from resnet_fused.tools import coverage, named_models
+from resnet_fused.tools import completion, coverage, named_models
 from resnet_fused.tools.bench import command
 from resnet_fused.tools.comparison import Progress
-from resnet_fused.tools.info import info
+from resnet_fused.tools.info import about, info
+from resnet_fused.tools.terminal import add_json, json_on_standard_output, say
 from resnet_fused.tools.verification import CLAIM, SEEDS, verify
 from resnet_fused.triton_kernels.host.chips import CHIPS  # loads no Triton
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WRONG, USAGE = 1, 2
+INTERRUPTED, PIPE_CLOSED = 130, 141  # as a shell reports the signals
+STATUS = (
+    "exit status: 0; 1 if something computed is wrong, or less is fused than asked; 2 for arguments that cannot be "
+    "used, or a part that is missing. Colours appear on a terminal only, with rich installed and NO_COLOR unset."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,15 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for option in ("json", "html", "markdown"):
             _require_writable(option, getattr(arguments, option, None))
-        return arguments.run(arguments)
+        with json_on_standard_output(getattr(arguments, "json", None)):
+            status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read has seen enough: `resnet-fused info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return PIPE_CLOSED
     except (ValueError, ImportError, OSError, BackendError) as error:
         print(f"resnet-fused {arguments.command}: {error}", file=sys.stderr)
         return USAGE
+    except KeyboardInterrupt:
+        print(f"\nresnet-fused {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
-def _require_writable(option: str, file: Path | None) -> None:
+def _require_writable(option: str, file: object) -> None:
     """Raises OSError at once, and not after minutes of work; leaves no file behind."""
-    if file is None:
+    if not isinstance(file, Path):
         return
     existed = file.exists()
     try:
@@ -59,8 +75,10 @@ def _require_writable(option: str, file: Path | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="resnet-fused", description="Fused residual blocks for PyTorch.")
-    parser.add_argument("--version", action="version", version=resnet_fused.__version__)
+    parser = argparse.ArgumentParser(
+        prog="resnet-fused", description="Fused residual blocks for PyTorch.", epilog=STATUS
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {resnet_fused.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     check = commands.add_parser(
@@ -70,30 +88,47 @@ def _parser() -> argparse.ArgumentParser:
         f"running statistics. Exit status 1 if errors are larger than PyTorch's own (by {CLAIM.mean:g} on average, "
         f"by {CLAIM.limit:g} where no ReLU can flip; README, The claim), or fewer blocks run fused than asked.",
     )
-    _add_model(check)
-    check.add_argument("--dtype", choices=DTYPES, default="float32", help="the 16-bit ones are autocast's")
+    named_models.add_option(check)
+    check.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="the 16-bit ones are autocast's (default: %(default)s)"
+    )
     check.add_argument("--train", action="store_true", help="training mode (default: evaluation)")
-    check.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of both (default: %(default)s)")
-    check.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
-    check.add_argument("--backend", choices=dispatch.NAMES, default="auto")
-    check.add_argument("--memory", choices=("default", "low"), default="default")
+    check.add_argument(
+        "--layout", choices=LAYOUTS, default="contiguous", help="of model and pictures (default: %(default)s)"
+    )
+    check.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    check.add_argument("--backend", choices=dispatch.NAMES, default="auto", help="of the fused model (default: auto)")
+    check.add_argument(
+        "--memory", choices=("default", "low"), default="default", help="low: recompute in backward (default: default)"
+    )
     check.add_argument("--images", type=Path, metavar="DIR", help="your pictures (default: scikit-learn's samples)")
-    check.add_argument("--size", type=int, default=224, help="of the square input (default: %(default)s)")
+    check.add_argument("--size", type=int, default=224, help="of the square pictures (default: %(default)s)")
     check.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
     check.add_argument("--seeds", type=int, default=SEEDS, help="different crops, and gradients (default: %(default)s)")
     check.add_argument("--min-fused", type=float, default=0.0, metavar="SHARE", help="of blocks, 0 to 1 (default: any)")
-    check.add_argument("--json", type=Path, metavar="FILE", help="write every comparison there")
+    add_json(check, "every comparison")
     check.set_defaults(run=_verify)
 
     command.configure(commands.add_parser("bench", **command.HELP))
     analyze.configure(commands.add_parser("analyze", **analyze.HELP))
 
-    about = commands.add_parser("info", help="how the extension was built, and which backends can run")
-    about.set_defaults(run=_info)
+    here = commands.add_parser(
+        "info",
+        help="how the extension was built, and which backends can run",
+        description="Show versions, processor and threads, how the C++ extension was built, and for each backend "
+        "whether it can run here, or why not.",
+    )
+    add_json(here, "all of it")
+    here.set_defaults(run=_info)
 
-    why = commands.add_parser("explain", help="which backend runs each block of a model, and why not another")
-    _add_model(why)
-    why.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
+    why = commands.add_parser(
+        "explain",
+        help="which backend runs each block of a model, and why not another",
+        description="Fuse a model, and show for each of its residual blocks the backend that runs it, and why not "
+        "another one, or why it is not fused.",
+    )
+    named_models.add_option(why)
+    add_json(why, "every row")
     why.set_defaults(run=_explain)
 
     covered = commands.add_parser(
@@ -104,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     covered.add_argument("models", nargs="+", metavar="PATTERN", help="as timm:resnet* or torchvision:*resnet*")
     covered.add_argument("--min-share", type=float, default=0.0, metavar="SHARE", help="of all pairs (default: any)")
-    covered.add_argument("--json", type=Path, metavar="FILE", help="write every count there")
+    add_json(covered, "every count")
     covered.add_argument("--markdown", type=Path, metavar="FILE", help="write a page there")
     covered.add_argument(
         "--further",
@@ -127,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--batch", type=int, default=256, help="pictures at once (default: %(default)s)")
     cost.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all tensors (default: %(default)s)")
     cost.add_argument("--per-phase", action="store_true", help="list every fused phase and every operation of eager")
-    cost.add_argument("--json", type=Path, metavar="FILE", help="write every count there")
+    add_json(cost, "every count")
     cost.set_defaults(run=_cost)
 
     build = commands.add_parser(
@@ -137,12 +172,21 @@ def _parser() -> argparse.ArgumentParser:
         "spills, shared memory, tensor-core instructions. Exit status 1 if one spills, does not fit its chip, or "
         "multiplies without tensor cores.",
     )
-    build.add_argument("--arch", nargs="+", default=["sm_80", "sm_90", "sm_100"], metavar="ARCH", help="%(default)s")
-    build.add_argument("--launch", nargs="+", choices=("single", "phased"), default=["single", "phased"])
+    archs = ["sm_80", "sm_90", "sm_100"]
+    build.add_argument("--arch", nargs="+", default=archs, metavar="ARCH", help=f"default: {' '.join(archs)}")
+    build.add_argument(
+        "--launch",
+        nargs="+",
+        choices=("single", "phased"),
+        default=["single", "phased"],
+        help="all phases in one kernel, or a kernel for each (default: both)",
+    )
     build.add_argument("--batch", type=int, default=256, help="pictures at once (default: %(default)s)")
-    build.add_argument("--dtype", choices=(*DTYPES, "tf32"), default="bfloat16")
+    build.add_argument(
+        "--dtype", choices=(*DTYPES, "tf32"), default="bfloat16", help="tf32: float32 by TF32 (default: %(default)s)"
+    )
     build.add_argument("--block", nargs="+", metavar="BLOCK", help="e.g. layer1.1 (default: all)")
-    build.add_argument("--json", type=Path, metavar="FILE", help="write every kernel's figures there")
+    add_json(build, "every kernel's figures")
     build.set_defaults(run=_compile)
 
     tune = commands.add_parser(
@@ -151,18 +195,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Time a model's blocks in every way the native and the Triton kernels can run them, against "
         "PyTorch, and keep the result for this device.",
     )
-    _add_model(tune)
+    named_models.add_option(tune)
     tune.add_argument("--batch", type=int, default=32, help="pictures at once (default: %(default)s)")
-    tune.add_argument("--size", type=int, default=224, help="of the square input (default: %(default)s)")
+    tune.add_argument("--size", type=int, default=224, help="of the square pictures (default: %(default)s)")
     tune.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of model and input (default: %(default)s)")
     tune.add_argument("--train", action="store_true", help="training mode (default: evaluation)")
     tune.add_argument("--tiles", action="store_true", help="also search tile sizes of Triton's, which takes minutes")
+    add_json(tune, "every row")
     tune.set_defaults(run=_tune)
+
+    complete = commands.add_parser(
+        "completion",
+        help="print a script with which bash or zsh complete this command line",
+        description=completion.ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    complete.add_argument("shell", choices=completion.SHELLS, help="%(choices)s", metavar="SHELL")
+    complete.set_defaults(run=_completion)
     return parser
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="resnet50", help="e.g. resnet50, or timm:NAME (default: %(default)s)")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -188,14 +238,16 @@ def _verify(arguments: argparse.Namespace) -> int:
             min_fused=arguments.min_fused,
             progress=progress,
         )
-    print(report.table())
+    say(report.table())
     if arguments.json is not None:
         arguments.json.write_text(report.to_json() + "\n")
     return 0 if report.ok else WRONG
 
 
-def _info(_: argparse.Namespace) -> int:
-    print(info())
+def _info(arguments: argparse.Namespace) -> int:
+    say(info())
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(about(), indent=1) + "\n")
     return 0
 
 
@@ -211,9 +263,9 @@ def _coverage(arguments: argparse.Namespace) -> int:
     with _progress() as progress:
         found = coverage.coverage(names, progress)
         further = coverage.coverage(beside, progress) if beside else None
-    print(found)
+    say(str(found))
     if further is not None:
-        print(f"\n{further}")
+        say(f"\n{further}")
     if arguments.json is not None:
         arguments.json.write_text(found.to_json() + "\n")
     if arguments.markdown is not None:
@@ -228,7 +280,7 @@ def _cost(arguments: argparse.Namespace) -> int:
 
     dtype = DTYPES[arguments.dtype] or torch.float32
     predictions = [cost_model.predict(CHIPS[name], arguments.batch, dtype) for name in arguments.chip]
-    print("\n\n".join([*(each.table(arguments.per_phase) for each in predictions), cost_model.NOTE]))
+    say("\n\n".join([*(each.table(arguments.per_phase) for each in predictions), cost_model.NOTE]))
     if arguments.json is not None:
         report = {"note": cost_model.NOTE, "predictions": [each.to_dict() for each in predictions]}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -248,7 +300,7 @@ def _compile(arguments: argparse.Namespace) -> int:
     work = ahead_of_time.jobs(archs, arguments.launch, arguments.batch, dtype, precision, arguments.block)
     results = list(ahead_of_time.compile_all(work))
     text, good = ahead_of_time.report(results)
-    print(text)
+    say(text)
     if arguments.json is not None:
         rows = [{"job": str(job), "fault": ahead_of_time.fault(job, b), **asdict(b)} for job, b in results]
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -262,7 +314,15 @@ def _tune(arguments: argparse.Namespace) -> int:
     model = named_models.build(arguments.model).to("cuda", dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(arguments.batch, 3, arguments.size, arguments.size, device="cuda", dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
-    print(resnet_fused.tune(resnet_fused.fuse(model).train(arguments.train), x, tiles=arguments.tiles))
+    found = resnet_fused.tune(resnet_fused.fuse(model).train(arguments.train), x, tiles=arguments.tiles)
+    say(str(found))
+    if arguments.json is not None:
+        arguments.json.write_text(found.to_json() + "\n")
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    print(completion.script(_parser(), arguments.shell))
     return 0
 
 

@@ -24,6 +24,11 @@ def info() -> str:
     return "\n\n".join(parts)
 
 
+def about() -> dict[str, dict[str, str | None]]:
+    """What `info` shows, as values; of a backend the reason why it cannot run, or None."""
+    return {"resnet_fused": {**machine()}, "extension": {**extension()}, "backends": resnet_fused.backends()}
+
+
 def machine() -> dict[str, str]:
     """Versions, processor and threads: what a measurement has to be read with."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from types import ModuleType
 
@@ -12,6 +13,13 @@ from resnet_fused import models
 
 FAMILY = tuple(name for name in models.__all__ if name[0].islower() and name != "small_resnet")  # it takes a depth
 TIMM, TORCHVISION = "timm:", "torchvision:"
+
+
+def add_option(parser: argparse.ArgumentParser, default: str = "resnet50") -> None:
+    """Adds ``--model``, a name for `build`."""
+    parser.add_argument(
+        "--model", default=default, help=f"e.g. resnet50, {TORCHVISION}NAME, {TIMM}NAME (default: %(default)s)"
+    )
 
 
 def build(name: str, *, zero_init_residual: bool = False) -> nn.Module:

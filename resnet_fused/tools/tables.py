@@ -26,7 +26,8 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> s
         drawn.add_column(name, justify="right" if number else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*map(rich.markup.escape, row))
-    console = rich.console.Console(file=io.StringIO(), width=WIDTH)
+    # text, wherever it is printed: in a notebook rich would display it itself, and FORCE_COLOR would put colours in
+    console = rich.console.Console(file=io.StringIO(), width=WIDTH, force_jupyter=False, color_system=None)
     with console.capture() as captured:
         console.print(drawn)
     return "\n".join([title, *(line.rstrip() for line in captured.get().splitlines() if line.strip())])

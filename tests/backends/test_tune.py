@@ -16,6 +16,7 @@ import torch
 from support.blocks import block
 from support.runs import run
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import resnet_fused
 from resnet_fused import triton_kernels
@@ -383,6 +384,20 @@ def test_explain_with_an_input(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_to_tune_is_an_error() -> None:
     with pytest.raises(BackendError, match=r"nothing to tune: native: .* on cpu; triton: .* on cpu"):
         resnet_fused.tune(one_block(), X)
+
+
+def test_shards_are_not_tuned(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.Sequential(one_block().to(memory_format=torch.contiguous_format))  # all that fully_shard takes
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for module in (model[0][0], model):  # the root would stay gathered
+            fully_shard(module, mesh=mesh)
+        with pytest.raises(BackendError, match=r"parameters of 0\.0 are sharded: tune the model before fully_shard"):
+            resnet_fused.tune(model, X, timer=Clock(fastest=0, ours=0.5, eager=1.0))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_auto_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

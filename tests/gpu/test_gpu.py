@@ -322,6 +322,24 @@ def test_captured_graph_replays_the_same_bits(training: bool, mode: str, device:
 
 @cuda_only
 @modes
+def test_replayed_steps_blend_their_statistics(mode: str, device: torch.device, backend: str) -> None:
+    """Two steps that warm up and three replays leave the running statistics where five calls leave them."""
+    ((x, params, spec),), _ = built(bottleneck("14x14"), device, torch.bfloat16, range(1), torch.float32)
+    others = map_tensors(params, lambda _, t: t.clone())
+    with torch.no_grad(), how.launch_mode(mode), how.library_convolutions("none"):  # type: ignore[arg-type]
+        graph, _ = captured(lambda: (functional.residual_block(x, params, spec, backend=backend),))
+        for _ in range(3):
+            graph.replay()
+        for _ in range(5):
+            functional.residual_block(x, others, spec, backend=backend)
+    torch.cuda.synchronize()
+    for stage, other in zip(params.convs, others.convs, strict=True):
+        for buffer in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(getattr(stage, buffer), getattr(other, buffer)), buffer
+
+
+@cuda_only
+@modes
 def test_two_streams_at_once(mode: str, device: torch.device, backend: str) -> None:
     """Launches that meet on the device share no counter and no partial."""
     (given,), (dout,) = built(bottleneck("14x14"), device, torch.bfloat16, range(1), torch.float32)

@@ -11,29 +11,14 @@ from support.shared_blocks import Gated, SeveralCalls
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import functional, fuse
+from resnet_fused import fuse
 from resnet_fused.models.resnet import BasicBlock, PreBasicBlock
-
-
-class NormAct(nn.Module):
-    """On its own; `fused` says which."""
-
-    fused = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bn = nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.batch_norm_act(x, self.bn) if self.fused else self.bn(x).relu()
-
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "two blocks": lambda: nn.Sequential(BasicBlock(6, 6), BasicBlock(6, 6)),
     "pre-activation": lambda: PreBasicBlock(6, 6),
     "gated": Gated,
     "several calls": SeveralCalls,
-    "batch norm": NormAct,
 }
 
 
@@ -50,11 +35,7 @@ def train(model: nn.Module, use_reentrant: bool) -> dict[str, Tensor]:
 def test_gradients_and_statistics_are_eagers(name: str, use_reentrant: bool) -> None:
     torch.manual_seed(0)
     eager = BLOCKS[name]().double()
-    fused = copy.deepcopy(eager)
-    if isinstance(fused, NormAct):
-        fused.fused = True
-    else:
-        fuse(fused)
+    fused = fuse(copy.deepcopy(eager))
     got, expected = train(fused, use_reentrant), train(eager, use_reentrant)
     assert got.keys() == expected.keys()
     for key, value in expected.items():

@@ -99,6 +99,10 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "timm's configurable bottleneck, attention at its end": (lambda: byob("se", "", attn_last=True), 1),
     "selective kernels": (lambda: sknet.SelectiveKernelBottleneck(8, 4, 2, down(8, 16)), 3),
     "selective kernels, basic block": (lambda: sknet.SelectiveKernelBasic(16, 16, sk_kwargs={"split_input": False}), 1),
+    "a depthwise layer of many taps": (
+        lambda: torchvision.ops.Conv2dNormActivation(8, 8, 5, groups=8, activation_layer=nn.Hardswish),
+        1,
+    ),
     "a segmentation head": (lambda: fcn.FCNHead(8, 5), 1),
     "an atrous convolution": (lambda: deeplabv3.ASPPConv(8, 16, 2), 1),
 }

@@ -106,6 +106,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
     "RepVGG, three branches": (lambda: byob(byobnet.RepVggBlock, 16), 2, set()),
     "RepVGG, stochastic depth": (lambda: byob(byobnet.RepVggBlock, 16, drop_path_rate=0.5), 1, set()),
     "RepVGG, attention": (lambda: byob(byobnet.RepVggBlock, 16, "se"), 2, set()),
+    "RepVGG, two branches and attention": (lambda: byob(byobnet.RepVggBlock, 8, "se", stride=2), 2, set()),
     "MobileOne": (lambda: byob(byobnet.MobileOneBlock, 16, num_conv_branches=2), 3, set()),
     "MobileOne, pointwise": (lambda: byob(byobnet.MobileOneBlock, 16, kernel_size=1), 1, set()),
     "cross stage's bottleneck": (lambda: cspnet.BottleneckBlock(16, 16, attn_layer=timm.layers.SEModule), 2, set()),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.blocks import Case, block
+from support.blocks import Case, block, frozen
 from support.fake_kernels import assert_fake_agrees
 from support.matrix import FORMATS, family
 from support.operator_arguments import (
@@ -17,6 +17,7 @@ from support.operator_arguments import (
     Arguments,
     arguments,
     backward_arguments,
+    evaluate_arguments,
     forward_arguments,
     infer_arguments,
     tensors_in,
@@ -31,7 +32,12 @@ def operator(name: str) -> Callable:
     return getattr(torch.ops.resnet_fused, name).default
 
 
-BLOCK_OPERATORS = ["residual_block_forward", "residual_block_backward", "residual_block_infer"]
+BLOCK_OPERATORS = [
+    "residual_block_forward",
+    "residual_block_backward",
+    "residual_block_infer",
+    "residual_block_evaluate",
+]
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
@@ -39,6 +45,13 @@ BLOCK_OPERATORS = ["residual_block_forward", "residual_block_backward", "residua
 @pytest.mark.parametrize("name", BLOCK_OPERATORS)
 def test_opcheck(name: str, case: str, memory_format: torch.memory_format) -> None:
     torch.library.opcheck(operator(name), arguments(name, CASES[case], torch.float32, memory_format))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_evaluation_with_pooling(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    given = evaluate_arguments(*frozen(CASES["stem"]).build(dtype, memory_format), pool=(3, 2, 1))
+    torch.library.opcheck(operator("residual_block_evaluate"), given)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
@@ -81,6 +94,9 @@ def test_fakes_of_mixed_layouts(arrangement: str, weight_last: bool, x_last: boo
         "residual_block_forward": lambda: forward_arguments(x, params, spec),
         "residual_block_backward": lambda: backward_arguments(x, params, spec, dout, [True] * tensors_in(spec)),
         "residual_block_infer": lambda: infer_arguments(x, params, spec),
+        "residual_block_evaluate": lambda: evaluate_arguments(
+            x, *frozen(case).build(torch.float32, FORMATS[weight_last])[1:]
+        ),
     }[name]()
     assert_fake_agrees(operator(name), given)
 

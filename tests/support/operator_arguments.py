@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from support.blocks import Case, block
+from support.blocks import Case, block, frozen
 from torch import Tensor
 
 from resnet_fused.backends.how import CHOSEN, How
@@ -33,6 +33,8 @@ CASES = {
 
 
 def arguments(name: str, case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> Arguments:
+    if name == "residual_block_evaluate":
+        return evaluate_arguments(*frozen(case).build(dtype, memory_format))
     x, params, spec = case.build(dtype, memory_format)
     if name == "residual_block_forward":
         return forward_arguments(x, params, spec)
@@ -57,6 +59,10 @@ def backward_arguments(
     out, saved, stats = operators.residual_block_forward(spec, tensors, wanted)
     kept = out if facts(spec).join == "output" else None
     return (dout, kept, saved, stats, *tensors.arguments, wanted.flat, *encode(spec, wanted, how))
+
+
+def evaluate_arguments(x: Tensor, params: BlockParams, spec: BlockSpec, pool: Sequence[int] = ()) -> Arguments:
+    return (*autograd.tensors_of(params, x).arguments, *encode(spec), list(pool))
 
 
 def every_gradient(tensors: Tensors) -> Needs:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
+import io
 import json
+import os
+import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import models
+from resnet_fused.backends.tune import Measured, Tuning
 from resnet_fused.ops import operators, reference
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
-from resnet_fused.tools import named_models, pictures, tables
+from resnet_fused.tools import cli, named_models, pictures, tables, terminal
 from resnet_fused.tools.cli import main
 from resnet_fused.tools.info import info
 
@@ -145,6 +152,130 @@ def test_info_with_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a compiler" in info() and "80, 90 + PTX" in info()
 
 
+def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Those without commands of their own."""
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not nested:
+        yield parser
+    for action in nested:
+        for command in action.choices.values():
+            yield from commands(command)
+
+
+@pytest.mark.parametrize("command", list(commands(cli._parser())), ids=lambda command: command.prog)
+def test_every_command_explains_itself(command: argparse.ArgumentParser) -> None:
+    """A description, a help text for each argument with its default, and ``--json`` where it prints data."""
+    assert command.description
+    arguments = [action for action in command._actions if not isinstance(action, argparse._HelpAction)]
+    for argument in arguments:
+        assert argument.help, argument.dest
+        flag = isinstance(argument.default, bool) or argument.default is None
+        assert flag or "default" in argument.help, argument.dest
+    assert ("json" in {argument.dest for argument in arguments}) is (command.prog != "resnet-fused completion")
+
+
+def test_json_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json", "-"]) == 0
+    printed = capsys.readouterr()
+    about = json.loads(printed.out)
+    assert about["resnet_fused"]["torch"] == torch.__version__ and about["backends"]["eager"] is None
+    assert torch.__version__ in printed.err and "Backends" in printed.err
+
+
+def test_a_command_that_fails_prints_no_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", "resnet51", "--json", "-"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_what_tune_found_as_json() -> None:
+    row = Measured("layer1.0", (8, 64, 56, 56), "training", "native", "single", "none", 1.25)
+    assert json.loads(Tuning([row]).to_json()) == [
+        {
+            "name": "layer1.0",
+            "shape": [8, 64, 56, 56],
+            "workload": "training",
+            "backend": "native",
+            "mode": "single",
+            "library": "none",
+            "speedup": 1.25,
+        }
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_are_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = (
+        "Title\n  part   ratio\n ───────\n  stem   ok\n  layer  WRONG, and a line that no terminal has room for"
+        + "." * 90
+    )
+
+    def said(out: io.StringIO) -> str:
+        monkeypatch.setattr(sys, "stdout", out)
+        terminal.say(text)
+        return out.getvalue()
+
+    coloured = said(Terminal())
+    assert "\x1b[32mok" in coloured and "\x1b[1;31mWRONG" in coloured
+    assert "." * 90 in coloured, "a long line is left to the terminal"
+    assert said(io.StringIO()) == text + "\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert said(Terminal()) == text + "\n"
+
+
+def test_completion_needs_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "pip install resnet_fused[completion]" in printed.err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "report.json").touch()
+
+    def completed(*words: str) -> list[str]:
+        call = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_resnet_fused; echo "${COMPREPLY[@]}"'
+        command = ["bash", "-c", script + call, "bash", "resnet-fused", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert completed("ex") == ["explain"]
+    assert completed("analyze", "ja") == ["jacobian"]
+    assert completed("verify", "--min") == ["--min-fused"]
+    assert completed("verify", "--dtype", "bf") == ["bfloat16"]
+    assert completed("explain", "--model", "resnet3") == ["resnet34"]
+    assert completed("info", "--json", "rep") == ["report.json"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "resnet_fused", "info"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_an_interrupted_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_info", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "\nresnet-fused info: interrupted\n"
+
+
 def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "blocks.json"
     assert main(["explain", "--model", "resnet18", "--json", str(file)]) == 0
@@ -177,6 +308,13 @@ def test_tables_without_rich(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "rich", None)
     drawn = tables.table("Title", ("name", "count"), [["first", "1"], ["b", "20"]])
     assert drawn.splitlines() == ["Title", "name   count", "-----  -----", "first      1", "b         20"]
+
+
+def test_a_table_is_text_whatever_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b" not in tables.table("Title", ("name", "count"), [["first", "1"]])
 
 
 @pytest.mark.usefixtures("one_block")

@@ -227,12 +227,14 @@ static void reduce_any(const BackwardReduceArgs<T>& args, int64_t rows, int64_t 
           z[c] *= scale[first + c];
         }
       T* dz = args.dz + at;
+      // Loops of their own: GCC 12 turns one that also stores 16 bits into branches, a value at a time.
       CHANNEL_LOOP {
         // where the derivative is zero the gradient is zero, whatever dout is: PyTorch leaves such values out
-        const T stored = Store<T>::from(z[c] == 0 ? A(0) : load(dout[c]) * z[c]);
-        dz[c] = stored;
-        z[c] = load(stored);  // the sums count the value that later passes read
+        const A product = load(dout[c]) * z[c];
+        z[c] = z[c] == 0 ? A(0) : product;
       }
+      CHANNEL_LOOP { dz[c] = Store<T>::from(z[c]); }
+      CHANNEL_LOOP { z[c] = load(dz[c]); }  // the sums count the value that later passes read
       Sum *sum = args.sum_dz + first, *sum_y = args.sum_dz_y + first;
       CHANNEL_LOOP {
         sum[c] += z[c];

@@ -76,6 +76,11 @@ def pre_unit(block: nn.Module) -> Modules:
     return CompositeModules((), BlockModules(end, "none", gate=gate), skip_steps((), projection), before)  # type: ignore[arg-type]
 
 
+def pre_stem(block: nn.Module) -> CompositeModules:
+    stage = StageModules(block.conv, block.bn, block.activ)  # type: ignore[arg-type]
+    return CompositeModules((BlockModules((stage,), "none"), block.pool))  # type: ignore[arg-type]
+
+
 def body(block: nn.Module) -> BlockModules:
     """Of a unit that is not known, which calls it."""
     return BlockModules(tuple(_stage(name, part) for name, part in block.named_children()), "none")
@@ -168,6 +173,7 @@ BLOCKS: dict[str, Adapter] = {
     f"{PACKAGE}.regnet.RegNetUnit": regnet_unit,
     f"{PACKAGE}.preresnet.PreResUnit": pre_unit,
     f"{PACKAGE}.sepreresnet.SEPreResUnit": pre_unit,
+    f"{PACKAGE}.preresnet.PreResInitBlock": pre_stem,
     **dict.fromkeys(BODIES, body),
     CONV_BLOCK: layer,
 }

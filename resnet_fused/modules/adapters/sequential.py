@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,12 @@ CONV_NORM_ACT = "timm.layers.conv_bn_act.ConvNormAct"
 SINGLE: tuple[str, ...] = (CONV_NORM_ACT, "torchvision.ops.misc.Conv2dNormActivation")
 # those of a convolution and a norm, whose forward ends in F.relu
 BASIC: tuple[str, ...] = ("torchvision.models.googlenet.BasicConv2d", "torchvision.models.inception.BasicConv2d")
+FEW_TAPS = 9  # up to which a depthwise weight gradient is oneDNN's (csrc/cpu/depthwise.cpp)
+ALONE = (
+    "a layer on its own is faster in PyTorch; accepted: a convolution of one group, norm and ReLU, or a depthwise "
+    f"convolution of more than {FEW_TAPS} taps"
+)
 Layer = Callable[[nn.Module], BlockModules | None]
-ALONE = "a layer on its own is faster in PyTorch; accepted: a convolution of one group, norm and ReLU"
 
 
 def chain(container: nn.Module) -> BlockModules | CompositeModules:
@@ -69,19 +74,35 @@ def require_gain(stage: StageModules) -> None:
 def gains(stage: StageModules) -> bool:
     """Whether a single stage, fused, is faster than PyTorch's.
 
-    Of torchvision's mobilenet_v2 at batch 4, whose layers end in ReLU6 or nothing and are often depthwise, a bfloat16
-    training step took 1.6 times eager's, float32 evaluation 1.2 times (AMD EPYC, two threads).
+    Of layers that torchvision's networks hold, at batch 4, those that end in another activation than ReLU or in none
+    took 1.05 to 1.3 times eager's time in a training step, and 0.6 to 1.2 times in evaluation; a depthwise 5 x 5 layer
+    0.75 times in float32 and 0.14 times in bfloat16, by its weight gradient (torch 2.13, AMD Zen 5, two threads).
     """
     norm: Any = stage.norm
     act = recognise(norm.act if hasattr(norm, "act") else stage.act)
-    return getattr(stage.conv, "groups", 1) == 1 and act == RELU
+    plain = getattr(stage.conv, "groups", 1) == 1 and act == RELU
+    return plain or _has_gradient_of_its_own(stage.conv)
 
 
-def chains(modules: list[nn.Module], layer: Layer = lambda _: None) -> tuple[StepModules, ...]:
+def _has_gradient_of_its_own(conv: Any) -> bool:
+    depthwise = type(conv) is nn.Conv2d and 1 < conv.groups == conv.in_channels == conv.out_channels
+    return depthwise and math.prod(conv.kernel_size) > FEW_TAPS
+
+
+def _chain_gains(stages: tuple[StageModules, ...], *, pooled: bool) -> bool:
+    if len(stages) == 1:
+        return pooled or gains(stages[0])
+    return all(getattr(stage.conv, "groups", 1) == 1 or _has_gradient_of_its_own(stage.conv) for stage in stages)
+
+
+def chains(
+    modules: list[nn.Module], layer: Layer = lambda _: None, *, within_block: bool = False
+) -> tuple[StepModules, ...]:
     """Modules that are called one after the other, with each run of conv, norm and activation as one fused chain.
 
     Layers and plain nn.Sequentials among them are opened, unless they have hooks. A single stage that PyTorch runs
-    faster is called as it is, unless a max pooling follows, which the fused call takes with it.
+    faster is called as it is, unless the chain is part of a block, or a max pooling follows, which the fused call takes
+    with it. So are chains of grouped convolutions.
 
     layer: names the parts of further layers.
     """
@@ -89,13 +110,11 @@ def chains(modules: list[nn.Module], layer: Layer = lambda _: None) -> tuple[Ste
     run: list[tuple[StageModules, list[nn.Module]]] = []  # each stage with what computes it in the model
 
     def close(following: nn.Module | None = None) -> None:
-        grouped = any(getattr(stage.conv, "groups", 1) != 1 for stage, _ in run)
-        if (len(run) == 1 and not gains(run[0][0]) and type(following) is not nn.MaxPool2d) or (
-            len(run) > 1 and grouped
-        ):
+        stages = tuple(stage for stage, _ in run)
+        if not within_block and not _chain_gains(stages, pooled=type(following) is nn.MaxPool2d):
             steps.extend(dict.fromkeys(part for _, parts in run for part in parts))
         elif run:
-            steps.append(BlockModules(tuple(stage for stage, _ in run), "none"))
+            steps.append(BlockModules(stages, "none"))
         run.clear()
 
     waiting = opened(modules)

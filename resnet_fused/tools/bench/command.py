@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_fused.backends import dispatch
+from resnet_fused.tools import named_models
 from resnet_fused.tools.bench.blocks import blocks_table, measure_blocks
 from resnet_fused.tools.bench.ceilings import Ceilings, ceilings
 from resnet_fused.tools.bench.compare import compare
@@ -22,6 +23,7 @@ from resnet_fused.tools.bench.plots import plots
 from resnet_fused.tools.bench.task import DTYPES, MODES, Task, cores
 from resnet_fused.tools.bench.worker import BenchError
 from resnet_fused.tools.info import extension, machine
+from resnet_fused.tools.terminal import add_json, say
 
 GOOD, WRONG, USAGE = 0, 1, 2
 PEERS = [contender for contender in CONTENDERS if contender.name != OURS]
@@ -39,7 +41,7 @@ HELP: dict[str, Any] = {
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments, and `run`."""
     add = parser.add_argument
-    add("--model", default="resnet50", help="e.g. resnet50, or timm:NAME (default: %(default)s)")
+    named_models.add_option(parser)
     add("--mode", nargs="+", choices=MODES, default=["eval"], help="default: eval")
     add("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"], help="default: float32 bfloat16")
     add("--batch", type=int, default=16, help="pictures at once (default: %(default)s)")
@@ -50,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--no-pin", dest="pin", action="store_false", help="leave threads to the scheduler: on a machine that is busy")
     add("--peers", nargs="+", default=["all"], metavar="PEER", help="all, or those below (default: all)")
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    add("--backend", choices=dispatch.NAMES, default="auto", help="of the fused model")
+    add("--backend", choices=dispatch.NAMES, default="auto", help="of the fused model (default: auto)")
     add("--one-process", action="store_true", help="no processes of their own, but for runtimes that disturb PyTorch's")
     add("--blocks", action="store_true", help="time each block, too; --html and --plots do")
     add("--ceilings", action="store_true", help="measure only what products and copies reach on this machine")
@@ -60,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="VERSION",
         help="BASE..HEAD, or two wheels or folders: are both right, and which is faster",
     )
-    add("--json", type=Path, metavar="FILE", help="write machine, setting and every round there")
+    add_json(parser, "machine, setting and every round")
     add("--html", type=Path, metavar="FILE", help="write one page with tables and plots, which needs no network")
     add("--plots", type=Path, metavar="DIR", help="write the plots there, as SVG")
     parser.set_defaults(run=run)
@@ -94,14 +96,14 @@ def _measure(arguments: argparse.Namespace, used: list[int], about: dict[str, An
         with confined(used):
             found: Ceilings = ceilings(arguments.device)
             _progress("")
-            print(found.table())
+            say(found.table())
         record["ceilings"] = found.to_dict()
         _write(arguments, record)
     right = True
     for task in [] if arguments.ceilings else _tasks(arguments, used):
         table = measure(task, contenders, used, arguments.rounds, arguments.one_process, arguments.pin, _progress)
         _progress("")
-        print(f"\n{table.table()}", flush=True)
+        say(f"\n{table.table()}")
         right = right and OURS not in table.absent
         blocks = []
         if (arguments.blocks or plotted) and OURS not in table.absent:
@@ -109,7 +111,7 @@ def _measure(arguments: argparse.Namespace, used: list[int], about: dict[str, An
                 blocks = measure_blocks(task, arguments.rounds, _progress)
             _progress("")
             if blocks:
-                print(f"\n{blocks_table(f'Blocks: {task.title}', blocks)}", flush=True)
+                say(f"\n{blocks_table(f'Blocks: {task.title}', blocks)}")
         record["runs"].append(table.to_dict() | {"blocks": [row.to_dict() for row in blocks]})
         _write(arguments, record)  # what is done is kept if the next fails
     return GOOD if right else WRONG
@@ -119,7 +121,7 @@ def _compare(arguments: argparse.Namespace, used: list[int], about: dict[str, An
     tasks = _tasks(arguments, used)
     comparison = compare(arguments.compare, tasks, used, arguments.rounds, arguments.pin, _progress)
     _progress("")
-    print(comparison)
+    say(str(comparison))
     if arguments.json is not None:
         arguments.json.write_text(
             json.dumps(about | {"comparison": comparison.to_dict()}, indent=1, default=str) + "\n"

@@ -124,6 +124,14 @@ def _compiled(mode: str | None = None, freezing: bool = False) -> Prepare:
     return prepare
 
 
+def _fused_compiled(model: nn.Module, x: Tensor, labels: Tensor, task: Task) -> Prepared:
+    model, x = task.cast(model, x)
+    fused = torch.compile(fuse(model, backend=task.backend))
+    prepared = on_torch(fused, x, labels, task, compiled=True)  # type: ignore[arg-type]
+    prepared.step()  # compiles
+    return prepared
+
+
 def _graphed(prepare: Prepare) -> Prepare:
     def captured(model: nn.Module, x: Tensor, labels: Tensor, task: Task) -> Prepared:
         step, parameters, _ = prepare(model, x, labels, task)
@@ -152,6 +160,7 @@ CONTENDERS = (
     Contender("eager", "eager", "PyTorch, channels_last", _eager(LAST)),
     Contender("eager contiguous", "contiguous", "PyTorch, NCHW", _eager(torch.contiguous_format)),
     Contender("torch.compile", "compile", "default mode", _compiled()),
+    Contender("resnet_fused, torch.compile", "fused-compile", "torch.compile(fuse(model))", _fused_compiled),
     Contender(
         "torch.compile freezing",
         "freezing",

@@ -275,3 +275,22 @@ def test_a_layer_on_its_own_keeps_its_arguments() -> None:
     layer = fuse(nn.Sequential(basic(), ConvModule(conv(8, 8, 1), nn.ReLU())))[1]
     assert (layer(pictures(), activate=False) < 0).any()
     assert "arguments beside its input" in str(why_not(layer))
+
+
+@stands_for("mmdet.models.backbones.resnet.ResNetV1d")
+class ResNetV1d(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = (conv(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU()), (conv(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem, self.layer1 = nn.Sequential(*first, *second), basic()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer1(self.stem(x))
+
+
+def test_a_deep_stem_is_one_chain() -> None:
+    torch.manual_seed(0)
+    model = settled(ResNetV1d())
+    assert_trains_as_eager(model, pictures(3, 17))
+    assert [(row.name, row.backend) for row in explain(fuse(model))] == [("stem", "native"), ("layer1", "native")]
+    assert len(model.stem.fused_describe().spec.stages) == 2

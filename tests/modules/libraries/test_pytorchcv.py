@@ -76,6 +76,13 @@ def test_a_whole_model_is_fused() -> None:
     assert {row.backend for row in rows} == {"native"}
 
 
+def test_a_preactivated_stem_is_a_block() -> None:
+    torch.manual_seed(0)
+    model = settled(nn.Sequential(preresnet.PreResInitBlock(3, 8), preresnet.PreResUnit(8, 8, 1)))
+    assert_trains_as_eager(model, pictures(3, 33))
+    assert [row.backend for row in explain(fuse(model))] == ["native"] * 2
+
+
 def test_the_body_of_an_unknown_unit_is_fused() -> None:
     model = fuse(nn.Sequential(cbamresnet.CbamResUnit(16, 32, 2, False)))
     fused = {row.name: row.backend for row in explain(model)}

@@ -4,6 +4,7 @@ from resnet_fused.modules.adapters import sequential
 from resnet_fused.modules.adapters.timm import (
     byobnet,
     cspnet,
+    efficientnet,
     layers,
     networks,
     regnet,
@@ -27,6 +28,7 @@ BLOCKS: dict[str, Adapter] = {
     **res2net.BLOCKS,
     **resnest.BLOCKS,
     **networks.BLOCKS,
+    **efficientnet.BLOCKS,
     **layers.BLOCKS,
 }
 LAYERS = (sequential.CONV_NORM_ACT,)

@@ -58,7 +58,7 @@ def attention_of(se: nn.Module | None, name: str = "se") -> Gated | None:
     """pooled [N, C] -> [N, C]; raises NotFusable where `se` reads more than the mean."""
     found = factor_or_module(se, name)
     if isinstance(found, nn.Module):
-        require(name, found, "SEModule, EffectiveSEModule, EcaModule of the mean alone, nn.Identity")
+        require(name, found, "SEModule, SqueezeExcite, EffectiveSEModule, EcaModule of the mean alone, nn.Identity")
         raise AssertionError  # it has raised
     return None if found is None else found.gate
 
@@ -71,6 +71,11 @@ def _of_the_mean(se: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
 def _squeeze_excitation(se: nn.Module, pooled: Tensor) -> Tensor:
     squeezed = se.act(se.bn(se.fc1(pooled[:, :, None, None])))  # type: ignore[operator]
     return se.gate(se.fc2(squeezed)).flatten(1)  # type: ignore[operator]
+
+
+def _of_inverted_residuals(se: nn.Module, pooled: Tensor) -> Tensor:
+    squeezed = se.act1(se.conv_reduce(pooled[:, :, None, None]))  # type: ignore[operator]
+    return se.gate(se.conv_expand(squeezed)).flatten(1)  # type: ignore[operator]
 
 
 def _effective(se: nn.Module, pooled: Tensor) -> Tensor:
@@ -95,6 +100,7 @@ ATTENTION: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "timm.layers.eca.EcaModule": _efficient,
     "timm.models.senet.SEModule": _legacy,
     "segmentation_models_pytorch.encoders._senet.SEModule": _legacy,
+    "timm.models._efficientnet_blocks.SqueezeExcite": _of_inverted_residuals,
 }
 
 

@@ -88,6 +88,8 @@ def _added_branches(block: Any, branches: list[StageModules]) -> Modules:
     attended = type(block.attn) is not nn.Identity
     act = None if attended else block.act
     after: tuple[nn.Module, ...] = (block.attn, block.act) if attended else ()
+    if len(branches) == 1 and block.identity is None and not attended:
+        sequential.require_gain(StageModules(branches[0].conv, None, act))  # its norm has no activation
     if block.identity is None or drop_path_of(block.drop_path) is None:
         return _sum(branches, () if block.identity is None else (block.identity,), act, after)
     dropped = (_sum(branches, (), None, ()), block.drop_path)
@@ -101,8 +103,6 @@ def _sum(
     first = replace(branches[0], act=act)
     end = BlockModules((first,), "none", in_place_add=True)
     if len(branches) == 1:
-        if not rest:
-            sequential.require_gain(first)
         return CompositeModules((), end, rest or None, after=after) if rest or after else end
     if len(branches) == 2 and not rest and not after:
         return BlockModules((first,), "projection", branches[1], in_place_add=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from resnet_fused.modules.adapters.resnet import chain, with_skip
-from resnet_fused.modules.adapters.torchvision import dense_block
+from resnet_fused.modules.adapters.torchvision.networks import dense_block
 from resnet_fused.modules.block_modules import Adapter, BlockModules, Modules, StageModules
 
 

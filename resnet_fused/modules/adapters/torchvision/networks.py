@@ -1,13 +1,12 @@
-"""torchvision's other networks, heads and layers. Its ResNets are in `resnet`."""
+"""torchvision's other networks, and the heads of its segmentation and detection."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
@@ -18,41 +17,8 @@ from resnet_fused.modules.block_modules import (
     DenseModules,
     StageModules,
     StepModules,
-    class_path,
     require_no_hooks,
 )
-
-
-def regnet_block(block: nn.Module) -> BlockModules | CompositeModules:
-    """arXiv:2003.13678: f = a, b, squeeze-excitation or none, c; the skip path is x or `proj`."""
-    branch_modules = block.f
-    require_no_hooks("f", branch_modules)  # type: ignore[arg-type]
-    names = [name for name, _ in branch_modules.named_children()]  # type: ignore[union-attr]
-    if names not in (["a", "b", "c"], ["a", "b", "se", "c"]):
-        raise NotFusable(f"f has the parts {', '.join(names)}; accepted: a, b, se, c, without se or with it")
-    first, second, last = (sequential.stage(f"f.{name}", getattr(branch_modules, name)) for name in "abc")
-    last = replace(last, act=block.activation)  # type: ignore[arg-type]
-    projection = None if block.proj is None else sequential.stage("proj", block.proj)  # type: ignore[arg-type]
-    if "se" not in names:
-        skip = "identity" if projection is None else "projection"
-        return BlockModules((first, second, last), skip, projection)  # type: ignore[arg-type]
-    se = branch_modules.se  # type: ignore[union-attr]
-    _require_squeeze_excitation(se)  # type: ignore[arg-type]
-
-    def gate(pooled: Tensor) -> Tensor:
-        squeezed = se.activation(se.fc1(pooled[:, :, None, None]))  # type: ignore[union-attr, operator]
-        return se.scale_activation(se.fc2(squeezed)).flatten(1)  # type: ignore[union-attr, operator]
-
-    branch: tuple[StepModules, ...] = (BlockModules((first, second), "none", order="branch", gate=gate),)
-    skip_path = () if projection is None else (BlockModules((projection,), "none"),)
-    return CompositeModules(branch, BlockModules((last,), "none"), skip_path)
-
-
-def _require_squeeze_excitation(se: nn.Module) -> None:
-    if class_path(type(se)) != "torchvision.ops.misc.SqueezeExcitation":
-        raise NotFusable(f"f.se is {type(se).__name__}; accepted: SqueezeExcitation itself")
-    require_no_hooks("f.se", se)
-    require_no_hooks("f.se.avgpool", se.avgpool)  # type: ignore[arg-type]
 
 
 def basic_conv(module: nn.Module) -> BlockModules:
@@ -94,8 +60,6 @@ def dense_layer(name: str, layer: Any) -> tuple[StepModules, ...]:
 
 
 BLOCKS: dict[str, Adapter] = {
-    "torchvision.models.regnet.ResBottleneckBlock": regnet_block,
-    "torchvision.models.regnet.SimpleStemIN": sequential.chain,
     "torchvision.models.densenet._DenseBlock": dense_block,
     "torchvision.models.googlenet.BasicConv2d": basic_conv,
     "torchvision.models.inception.BasicConv2d": basic_conv,
@@ -105,6 +69,5 @@ BLOCKS: dict[str, Adapter] = {
     "torchvision.models.segmentation.deeplabv3.DeepLabHead": sequential.chain,
     "torchvision.models.segmentation.deeplabv3.ASPPPooling": aspp_pooling,
     "torchvision.ops.feature_pyramid_network.FeaturePyramidNetwork": feature_pyramid,
-    "torchvision.ops.misc.Conv2dNormActivation": sequential.layer,
 }
-LAYERS = ("torchvision.ops.misc.Conv2dNormActivation", *sequential.BASIC)
+LAYERS = sequential.BASIC
