@@ -133,10 +133,13 @@ class FusedModule(nn.Module):
         kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None)
         return block
 
-    def _fused_describe_or_log(self, describe: Callable[[], Described | Plan] | None = None) -> Described | Plan | None:
+    def _fused_describe_or_log(
+        self, describe: Callable[[], Described | Plan | None] | None = None
+    ) -> Described | Plan | None:
         try:
             described = self.fused_describe() if describe is None else describe()
-            require_plain(described)
+            if described is not None:
+                require_plain(described)
             return described
         except NotFusable as reason:
             _log_once(self._fused_from.__name__, str(reason))

@@ -101,10 +101,8 @@ class FusedStem(FusedModule):
         if not all(isinstance(part, nn.Module) for part in parts):  # a function, say
             return None
 
-        def describe() -> Described | Plan:
-            if not _is_stem(parts, lone=True):
-                raise NotFusable(f"{', '.join(names)} are no stem")
-            return describe_all(_steps(parts), self._fused_settings.memory)
+        def describe() -> Described | Plan | None:
+            return describe_all(_steps(parts), self._fused_settings.memory) if _is_stem(parts, lone=True) else None
 
         if torch.compiler.is_compiling():
             return self._fused_describe_or_log(describe)
@@ -147,7 +145,7 @@ def mixin(cls: type[nn.Module]) -> type[FusedStem]:
 
 def stem_runs(module: nn.Module) -> list[Run]:
     """The rows of calls in the module's methods that are fused as one, hooks and the like apart."""
-    methods, runs = merged(original_class(module))
+    methods, runs = merged(original_class(module))  # type: ignore[arg-type]
     if not methods:
         return []
     lone = _holds_blocks(module)
@@ -155,22 +153,25 @@ def stem_runs(module: nn.Module) -> list[Run]:
 
 
 def stem_modules(module: nn.Module) -> Modules:
-    """What is fused of the first run of which anything is. Raises NotFusable."""
+    """What is fused of its runs. Raises NotFusable."""
     reason = NotFusable("its methods call no convolution and batch norm in a row")
+    found: dict[tuple[int, ...], BlockModules] = {}  # once, where several methods call the same
     for names in stem_runs(module):
         try:
-            steps = _steps(_parts(module, names)).branch
+            blocks = _steps(_parts(module, names)).blocks
         except NotFusable as refusal:
             reason = refusal
             continue
-        blocks = tuple(step for step in steps if isinstance(step, BlockModules))
-        return blocks[0] if len(blocks) == 1 else CompositeModules(blocks)
-    raise reason
+        found |= {tuple(id(stage.conv) for stage in block.stages): block for block in blocks}
+    if not found:
+        raise reason
+    each = tuple(found.values())
+    return each[0] if len(each) == 1 else CompositeModules(each)
 
 
 def refused_stem(module: nn.Module) -> str | None:
     """Why a network of known blocks has no fused stem, where it calls a convolution and two more layers in a row."""
-    methods, runs = merged(original_class(module))
+    methods, runs = merged(original_class(module))  # type: ignore[arg-type]
     if not methods or not _holds_blocks(module):
         return None
     for names in runs:
@@ -244,7 +245,7 @@ def _is_stem(parts: list[nn.Module], lone: bool) -> bool:
     """
     steps = sequential.chains(parts, _layer)
     held = [{id(module) for module in part.modules()} for part in parts]
-    for step, following in zip(steps, (*steps[1:], None), strict=True):
+    for step, following in zip(steps, (*steps[1:], None), strict=False):
         if isinstance(step, BlockModules):
             fused = {id(part) for stage in step.stages for part in (stage.conv, stage.norm, stage.act)}
             if isinstance(following, nn.Module) and pool_reason(following) is None:

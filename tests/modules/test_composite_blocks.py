@@ -129,7 +129,7 @@ def test_every_pair_is_fused_and_trains_as_eager(name: str) -> None:
     convs = pairs(copy.deepcopy(model).eval(), x)
     fuse(model)
     assert convs and not unfused(model, convs)
-    described = model[0].fused_describe()
+    described = next(m for m in model.modules() if isinstance(m, FusedModule)).fused_describe()
     assert len(described.calls) == calls
     assert {row.backend for row in explain(model)} == {"native"}
     if isinstance(described, Plan):

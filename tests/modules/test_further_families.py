@@ -229,7 +229,7 @@ PARTS: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     ),
     "SelecSLS": (
         lambda: First(selecsls.SelecSlsBlock(8, 8, 8, 8, True, 2)),
-        {f"block.conv{i}" for i in range(1, 7)},
+        {"block", "block.conv1", "block.conv6"},
         set(),
     ),
     "VGG": (small_vgg, {"features"}, set()),

@@ -85,7 +85,7 @@ def test_the_command_writes_both_files_and_judges_the_share(tmp_path: Path, caps
     assert main([*arguments, "--min-share", "1", "--further", "torchvision:shufflenet_v2_x0_5"]) == 0
     totals, further = page.read_text().split("# Further families")
     assert "20 of 20" in totals and "shufflenet" not in totals.split("## Models")[1]
-    assert "0 of 56" in further and "| torchvision:shufflenet_v2_x0_5 | 56 | 0 | 0% |" in further
+    assert "2 of 56" in further and "| torchvision:shufflenet_v2_x0_5 | 56 | 2 | 4% |" in further
     assert json.loads(data.read_text())["fused"] == 20
     assert main(["coverage", "torchvision:shufflenet_v2_x0_5", "--min-share", "0.5"]) == 1
     assert main(["coverage", "torchvision:nothing*"]) == 2

@@ -69,10 +69,10 @@ def test_units_train_as_eager(name: str) -> None:
 
 
 def test_a_whole_model_is_fused() -> None:
-    """Its stem is a layer of its own."""
+    """With its stem."""
     model = fuse(resnet.get_resnet(blocks=10, width_scale=0.125))
     rows = explain(model)
-    assert [row.block for row in rows] == ["ConvBlock"] + ["ResUnit"] * 4
+    assert [row.block for row in rows] == ["ResInitBlock"] + ["ResUnit"] * 4
     assert {row.backend for row in rows} == {"native"}
 
 
