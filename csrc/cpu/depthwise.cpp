@@ -82,8 +82,7 @@ bool all_finite(const std::vector<float>& values) {
   return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
 }
 
-// Taps that every `stride`-th output of a row reads, from its `first` output on: where in a row of the source, and which
-// column or row of the filter.
+// What an output reads along one dimension: the position in the source, and the row or column of the filter.
 struct Tap {
   int64_t position, index;
 };
@@ -132,7 +131,8 @@ Range reach(const std::vector<Phase>& phases, Range out) {
     if (first * period + phase >= out.end) continue;
     const int64_t last = (out.end - 1 - phase) / period;
     for (const Tap& tap : phases[phase].taps) {
-      const int64_t low = first * phases[phase].step + tap.position, high = last * phases[phase].step + tap.position + 1;
+      const int64_t low = first * phases[phase].step + tap.position;
+      const int64_t high = last * phases[phase].step + tap.position + 1;
       all = any ? Range{std::min(all.begin, low), std::max(all.end, high)} : Range{low, high};
       any = true;
     }
@@ -169,8 +169,7 @@ at::Tensor convolve(
     std::vector<float> used(taps * lanes);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t image = item / (bands * groups), first = item % groups * kGroup;
-      const Range out_rows{
-          item / groups % bands * band, std::min(height, (item / groups % bands + 1) * band)};
+      const Range out_rows{item / groups % bands * band, std::min(height, (item / groups % bands + 1) * band)};
       const int64_t count = std::min(kGroup, channels - first);
       const Range in_rows = reach(rows, out_rows);
       float* planes = reinterpret_cast<float*>(

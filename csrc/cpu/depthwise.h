@@ -7,13 +7,13 @@
 
 namespace resnet_fused::cpu {
 
-// Whether the functions below compute the gradients faster than oneDNN: of convolutions with one filter for each channel
-// and zeros as padding, in float or bfloat16.
+// Whether the functions below compute the gradients faster than oneDNN: of convolutions with one filter for each
+// channel and zeros as padding, in float or bfloat16.
 //
-// Measured with torch 2.13 on Zen 5, 2 threads, batch 4: the weight gradient of 240 channels, 28 x 28 pixels, 5 x 5, takes
-// oneDNN 1.8 ms in float and 4.7 ms in bfloat16, us 0.24 ms; of 1152 channels, 7 x 7, 1.2, 4.2 and 0.21 ms. Of 3 x 3 it
-// takes oneDNN 0.17 to 0.5 ms, us up to twice as long. The input's gradient of a stride of 2 in bfloat16 (96 channels,
-// 112 x 112) takes oneDNN 10.2 ms, us 0.5 ms. Everything else is as fast as memory or arithmetic allows in oneDNN.
+// Measured with torch 2.13 on Zen 5, 2 threads, batch 4: the weight gradient of 240 channels, 28 x 28 pixels, 5 x 5,
+// takes oneDNN 1.8 ms in float and 4.7 ms in bfloat16, us 0.24 ms; of 1152 channels, 7 x 7, 1.2, 4.2 and 0.21 ms. Of
+// 3 x 3 it takes oneDNN 0.17 to 0.5 ms, us up to twice as long. The input's gradient of a stride of 2 in bfloat16
+// (96 channels, 112 x 112) takes oneDNN 10.2 ms, us 0.5 ms. Other gradients gain nothing.
 bool has_faster_backward_data(const at::Tensor& weight, const Stage& stage);
 bool has_faster_backward_weight(const at::Tensor& weight, const Stage& stage);
 

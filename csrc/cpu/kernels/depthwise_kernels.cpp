@@ -5,10 +5,10 @@
 
 namespace resnet_fused::cpu {
 
-#define DECLARE_TABLES(isa)                           \
-  namespace isa {                                     \
-  const DepthwiseKernels<float>& depthwise(float);    \
-  const DepthwiseKernels<bf16>& depthwise(bf16);      \
+#define DECLARE_TABLES(isa)                        \
+  namespace isa {                                  \
+  const DepthwiseKernels<float>& depthwise(float); \
+  const DepthwiseKernels<bf16>& depthwise(bf16);   \
   }
 DECLARE_TABLES(baseline)
 #if defined(__x86_64__)

@@ -1,7 +1,7 @@
 // Depthwise convolutions over tiles of channels in float32: single-threaded, torch-free, one table per instruction set.
 //
-// A plane holds pixels of one tile of `lanes` channels: [pixels, lanes] floats. Borders are zeros that have been written
-// out, so a tap of the window is one shift for all outputs of a row.
+// A plane holds pixels of one tile of `lanes` channels: [pixels, lanes] floats. Borders are zeros that have been
+// written out, so a tap of the window is one shift for all outputs of a row.
 #pragma once
 
 #include "scalar_types.h"
@@ -23,7 +23,8 @@ struct DepthwiseRow {
   int64_t channels;  // of the tile that exist; the others are not written
 };
 
-// Sums of products over a band: sums[t] += sum over rows and q of dy[row, q] * in[row * row_step + offsets[t] + q * step].
+// Sums of products over a band:
+// sums[t] += sum over rows and q of dy[row, q] * in[row * row_step + offsets[t] + q * step].
 struct DepthwiseProducts {
   const float* dy;  // [rows, count, lanes]
   const float* in;
