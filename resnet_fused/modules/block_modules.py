@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.module_state import GLOBAL_HOOKS, HOOKS
+from resnet_fused.modules.operations import Operations
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec, batch_norm
 from resnet_fused.spec.activations import KINDS, recognise
@@ -93,7 +94,7 @@ class CompositeModules:
           activation (in branch order behind it). None: `branch` is all, and there is no skip path.
     skip: () for x itself, None for no skip path.
 
-    A step may itself be composite, as where three branches are added.
+    A step may itself be composite, as where three branches are added, or `Operations` that `structure` has traced.
 
     Modules among the steps are called, so their hooks run. Raises ValueError for parts that do not fit together.
     """
@@ -118,9 +119,15 @@ class CompositeModules:
     @property
     def called(self) -> tuple[nn.Module, ...]:
         """The modules that are called as they are."""
-        return tuple(step for step in self._steps() if isinstance(step, nn.Module))
+        found: list[nn.Module] = []
+        for step in self._steps():
+            if isinstance(step, nn.Module):
+                found.append(step)
+            elif isinstance(step, Operations):
+                found += step.modules
+        return tuple(found)
 
-    def _steps(self) -> Iterator[BlockModules | nn.Module]:
+    def _steps(self) -> Iterator[BlockModules | nn.Module | Operations]:
         end = () if self.end is None else (self.end,)
         for step in (*self.before, *self.branch, *end, *(self.skip or ()), *self.after):
             if isinstance(step, CompositeModules):
@@ -130,7 +137,7 @@ class CompositeModules:
 
 
 Modules = BlockModules | CompositeModules
-StepModules = Modules | nn.Module  # fused calls, or a module that is called as it is
+StepModules = Modules | nn.Module | Operations  # fused calls, or what is called as it is
 Adapter = Callable[[nn.Module], Modules]
 
 

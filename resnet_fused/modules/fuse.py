@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -17,16 +17,18 @@ from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
 from resnet_fused.modules.plan import describe_all
 from resnet_fused.modules.stem import STEMS
+from resnet_fused.modules.structure import fuse_by_structure, reason_against
 from resnet_fused.ops import operators
 from resnet_fused.spec import Memory
 
-__all__ = ["FusedBlock", "fuse", "require_module", "unfuse", "why_not"]
+__all__ = ["FusedBlock", "MatchBy", "fuse", "require_module", "unfuse", "why_not"]
 
 Model = TypeVar("Model", bound=nn.Module)
+MatchBy = Literal["class", "structure"]
 SHOWN = 3  # reasons in a warning
 
 
-def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> Model:
+def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default", match: MatchBy = "class") -> Model:
     """Switch every block of a known class to the fused operators, in place, and return the model.
 
     Known are the blocks, stems and layers of torchvision's and timm's ResNets and RegNets (`modules.adapters` lists
@@ -39,35 +41,59 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> 
 
     backend: "auto", or a name from `resnet_fused.backends()`; one that cannot run raises BackendError in forward.
     memory:  "default", or "low" to recompute in backward instead of keeping (`BlockSpec.memory`).
+    match:   "class": known classes. "structure": then also blocks of other classes that `explain` lists. What their
+             forward does is traced with torch.fx, in training and in evaluation; convolution, norm and activation in a
+             row, additions, gates and constant scales become fused calls, everything else is called as it is. Then it
+             is proven: a float64 copy of the block and its fused form run on random input, and outputs, gradients and
+             buffers must agree. It is off by default since it runs your code when the model is fused (and where a
+             block changes, or was unpickled, at its next call), needs about a second for large blocks, and relies on
+             forward depending on nothing but x, tensors and attributes: a global variable that changes later, or an
+             object of your own that does, is not seen.
 
     Warns where nothing is fused, and gives the first reasons; where a block is sharded already, which hides its class;
     and once where backend is "auto" and the C++ extension is missing, so that PyTorch runs.
-    Raises TypeError if model is not a module, ValueError for an unknown backend or memory.
+    Raises TypeError if model is not a module, ValueError for an unknown backend, memory or match.
     """
     require_module(model)
     dispatch.check_name(backend)
     if memory not in get_args(Memory):
         raise ValueError(f"memory must be one of {', '.join(map(repr, get_args(Memory)))}, got {memory!r}")
-    _fuse(model, Settings(backend, memory))
+    if match not in get_args(MatchBy):
+        raise ValueError(f"match must be one of {', '.join(map(repr, get_args(MatchBy)))}, got {match!r}")
+    _fuse(model, Settings(backend, memory), _unknown_blocks([model]) if match == "structure" else None)
     _warn_of_what_is_left(model)
     if backend == "auto" and (reason := operators.load_error()) is not None:
         _warn_once(f"fused blocks run in plain PyTorch: {reason}")
     return model
 
 
-def _fuse(module: nn.Module, settings: Settings) -> None:
+def _fuse(module: nn.Module, settings: Settings, unknown: set[int] | None) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
-    block that is left alone may hold others."""
+    block that is left alone may hold others.
+
+    unknown: the blocks (by id) that are matched by structure; None where only classes count.
+    """
     if isinstance(module, FusedModule) or why_not(module) is None:
         inject(module, STEMS.get(class_path(type(module)), FusedBlock), settings)
+    elif unknown is not None and id(module) in unknown and not fuse_by_structure(module, settings):
+        unknown |= _unknown_blocks(list(module.children()))
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
-    for called in _called(module):
-        _fuse(called, settings)
+    called = _called(module)
+    if unknown is not None:
+        unknown |= _unknown_blocks(called)
+    for part in called:
+        _fuse(part, settings, unknown)
     for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
         _fuse_sequential(module, name, settings)
     for child in module.children():
         if id(child) not in within:
-            _fuse(child, settings)
+            _fuse(child, settings, unknown)
+
+
+def _unknown_blocks(modules: list[nn.Module]) -> set[int]:
+    """Those that are listed among blocks though no adapter knows them."""
+    listed = [candidate.module for module in modules for candidate in candidates(module)]
+    return {id(m) for m in listed if not (isinstance(m, FusedModule) or adapters.find(type(m)) or _is_sharded(m))}
 
 
 def _called(module: nn.Module) -> list[nn.Module]:
@@ -109,7 +135,9 @@ def why_not(module: nn.Module) -> str | None:
     if adapter is None and _is_sharded(module):
         return "sharded by fully_shard, which has changed its class: call fuse before fully_shard"
     if adapter is None:
-        return "unknown block class; register_block(cls, adapter) teaches it"
+        if (reason := reason_against(module)) is not None:
+            return f"no match by structure: {reason}"
+        return 'unknown block class; register_block(cls, adapter) teaches it, match="structure" looks for its parts'
     try:
         describe_all(adapter(module), "default")
     except NotFusable as reason:

@@ -77,6 +77,7 @@ class FusedModule(nn.Module):
 
     _fused_from: ClassVar[type[nn.Module]]
     _fused_class: ClassVar[type[FusedModule]]  # made of the mixin and `_fused_from` by `_make_class`
+    _fused_kept: ClassVar[tuple[str, ...]] = ("_fused_settings", "_fused_description")  # what `eject` takes away
     _fused_settings: Settings
     _fused_description: Description
 
@@ -117,9 +118,7 @@ class FusedModule(nn.Module):
         block = self._fused_describe_or_log()
         if block is not None:
             block = block.remember(last)
-        # a registered adapter may read anything, so it is asked every time
-        lasts = adapters.is_built_in(self._fused_from)
-        kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None)
+        kept.keep(block, module_state.snapshot(self._fused_parts()) if self._fused_lasts() else None)
         return block
 
     def _fused_describe_or_log(self) -> Described | Plan | None:
@@ -128,6 +127,10 @@ class FusedModule(nn.Module):
         except NotFusable as reason:
             _log_once(self._fused_from.__name__, str(reason))
             return None
+
+    def _fused_lasts(self) -> bool:
+        """Whether a snapshot shows all that `fused_describe` reads. A registered adapter may read anything."""
+        return adapters.is_built_in(self._fused_from)
 
     def _fused_parts(self) -> Iterable[nn.Module]:
         """The modules that `fused_describe` reads."""
@@ -176,7 +179,8 @@ def eject(module: FusedModule) -> None:
         raise TypeError(
             f"the fused module has become {type(module).__name__} (parametrized or sharded?); undo that before unfuse"
         )
-    del module._fused_settings, module._fused_description
+    for name in module._fused_kept:
+        delattr(module, name)
     module.__class__ = module._fused_from  # type: ignore[assignment]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resnet_fused import functional
 from resnet_fused.modules.block_modules import BlockModules, Modules, StepModules, describe
+from resnet_fused.modules.operations import Operations
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, same
 from resnet_fused.spec import BlockSpec, Memory
@@ -91,7 +92,7 @@ class Plan(NamedTuple):
                     yield from step.calls
 
 
-Step = Described | Plan | nn.Module
+Step = Described | Plan | nn.Module | Operations
 
 
 def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
@@ -100,7 +101,8 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
         return Described(*describe(modules, memory), modules.gate)
 
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
-        return tuple(step if isinstance(step, nn.Module) else describe_all(step, memory) for step in given)
+        kept = (nn.Module, Operations)
+        return tuple(step if isinstance(step, kept) else describe_all(step, memory) for step in given)
 
     end = None if modules.end is None else Described(*describe(modules.end, memory), modules.end.gate)
     skip = None if modules.skip is None else steps(modules.skip)

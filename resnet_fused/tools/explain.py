@@ -20,6 +20,7 @@ from resnet_fused.modules.fuse import require_module, why_not
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.plan import Described, Plan
 from resnet_fused.modules.stem import FusedStem, pool_reason
+from resnet_fused.modules.structure import FusedByStructure, matched_words
 from resnet_fused.ops import gated_block
 from resnet_fused.params import BlockParams
 from resnet_fused.spec import BlockSpec
@@ -95,9 +96,12 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
         described = module.fused_describe()
     except NotFusable as reason:
         return "eager", str(reason)
+    found = [f"matched by structure: {matched_words(module)}"] if isinstance(module, FusedByStructure) else []
     if isinstance(described, Plan):
-        return _of_plan(module, described, x)
+        backend, note = _of_plan(module, described, x)
+        return backend, "; ".join([*found, note])
     backend, notes = _of_call(module, described, x)
+    notes = [*found, *notes]
     if isinstance(module, FusedStem) and not pools_with_convolution(module):
         notes += [pool] if (pool := pool_reason(module.maxpool)) is not None else []
     return backend, "; ".join(notes)
