@@ -134,6 +134,8 @@ class CompositeModules:
                 yield from step._steps()
             else:
                 yield step
+                if isinstance(step, Operations):
+                    yield from step.fused
 
 
 Modules = BlockModules | CompositeModules

@@ -16,6 +16,7 @@ from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule
 from resnet_fused.modules.stem import STEMS
+from resnet_fused.modules.structure import FusedByStructure
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -55,7 +56,8 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
     ]
     cls = original_class(module)
     if adapters.find(cls) is not None or isinstance(module, FusedModule):
-        yield Candidate(name, module, whole=class_path(cls) not in adapters.LAYERS)
+        layer = class_path(cls) in adapters.LAYERS or (isinstance(module, FusedByStructure) and not _adds(cls))  # type: ignore[arg-type]
+        yield Candidate(name, module, whole=not layer)
         if class_path(cls) in STEMS:  # the one kind of block that has others beside it
             yield from inner
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Literal, TypeVar, get_args
 
@@ -17,7 +18,7 @@ from resnet_fused.modules.candidates import candidates, original_class
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, FusedSequential, Settings, eject, inject
 from resnet_fused.modules.plan import describe_all
 from resnet_fused.modules.stem import STEMS
-from resnet_fused.modules.structure import fuse_by_structure, reason_against
+from resnet_fused.modules.structure import Found, fuse_by_structure, reason_against
 from resnet_fused.ops import operators
 from resnet_fused.spec import Memory
 
@@ -60,27 +61,48 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default", mat
         raise ValueError(f"memory must be one of {', '.join(map(repr, get_args(Memory)))}, got {memory!r}")
     if match not in get_args(MatchBy):
         raise ValueError(f"match must be one of {', '.join(map(repr, get_args(MatchBy)))}, got {match!r}")
-    _fuse(model, Settings(backend, memory), _unknown_blocks([model]) if match == "structure" else None)
+    _fuse(model, Settings(backend, memory), _Unknown(model) if match == "structure" else None)
     _warn_of_what_is_left(model)
     if backend == "auto" and (reason := operators.load_error()) is not None:
         _warn_once(f"fused blocks run in plain PyTorch: {reason}")
     return model
 
 
-def _fuse(module: nn.Module, settings: Settings, unknown: set[int] | None) -> None:
+class _Unknown:
+    """The blocks of classes that no adapter knows, and what was found in them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._blocks: set[int] = set()
+        self._found: list[Found] = []
+        self.add([model])
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Those within `modules` that would be listed as blocks."""
+        listed = (candidate.module for module in modules for candidate in candidates(module))
+        self._blocks |= {id(m) for m in listed if not (isinstance(m, FusedModule) or adapters.find(type(m)))}
+
+    def fuse(self, module: nn.Module, settings: Settings) -> None:
+        """By its structure, if it is one of them; if it has no match, the blocks within it are added."""
+        if id(module) not in self._blocks or _is_sharded(module):
+            return
+        if not fuse_by_structure(module, settings, self._found):
+            self.add(module.children())
+
+
+def _fuse(module: nn.Module, settings: Settings, unknown: _Unknown | None) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
     block that is left alone may hold others.
 
-    unknown: the blocks (by id) that are matched by structure; None where only classes count.
+    unknown: None where only classes count.
     """
     if isinstance(module, FusedModule) or why_not(module) is None:
         inject(module, STEMS.get(class_path(type(module)), FusedBlock), settings)
-    elif unknown is not None and id(module) in unknown and not fuse_by_structure(module, settings):
-        unknown |= _unknown_blocks(list(module.children()))
+    elif unknown is not None:
+        unknown.fuse(module, settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
     called = _called(module)
     if unknown is not None:
-        unknown |= _unknown_blocks(called)
+        unknown.add(called)
     for part in called:
         _fuse(part, settings, unknown)
     for name in adapters.SEQUENTIALS.get(class_path(original_class(module)), ()):
@@ -88,12 +110,6 @@ def _fuse(module: nn.Module, settings: Settings, unknown: set[int] | None) -> No
     for child in module.children():
         if id(child) not in within:
             _fuse(child, settings, unknown)
-
-
-def _unknown_blocks(modules: list[nn.Module]) -> set[int]:
-    """Those that are listed among blocks though no adapter knows them."""
-    listed = [candidate.module for module in modules for candidate in candidates(module)]
-    return {id(m) for m in listed if not (isinstance(m, FusedModule) or adapters.find(type(m)) or _is_sharded(m))}
 
 
 def _called(module: nn.Module) -> list[nn.Module]:

@@ -125,7 +125,8 @@ class FusedModule(nn.Module):
         try:
             return self.fused_describe()
         except NotFusable as reason:
-            _log_once(self._fused_from.__name__, str(reason))
+            if not torch.compiler.is_compiling():  # Dynamo has no loggers
+                _log_once(self._fused_from.__name__, str(reason))
             return None
 
     def _fused_lasts(self) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-OperationKind = Literal["module", "function", "method", "attribute"]
+OperationKind = Literal["module", "function", "method", "attribute", "fused"]
 
 
 class Value(NamedTuple):
@@ -21,12 +21,13 @@ class Operation(NamedTuple):
     """One operation of a traced forward.
 
     number: of its result.
-    target: a child's name for "module", a parameter's or buffer's for "attribute", a method's, or the function itself.
+    target: a child's name for "module", a parameter's or buffer's for "attribute", a method's, or the function itself;
+            for "fused" what stands for a fused call.
     """
 
     number: int
     kind: OperationKind
-    target: str | Callable[..., Any]
+    target: Any
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}  # noqa: RUF012 - never written
 
@@ -36,36 +37,52 @@ class Operation(NamedTuple):
         return _read((self.args, self.kwargs))
 
 
-class Call(NamedTuple):
-    """An `Operation` whose target was looked up in a block."""
-
-    number: int
-    kind: OperationKind
-    target: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 @dataclass(frozen=True)
 class Operations:
-    """A step of a composite block: from the value `entry` to the value `exit`."""
+    """A step of a composite block: from the value `entry` to the value `exit`.
 
-    calls: tuple[Call, ...]
+    calls: operations whose targets are modules, tensors, functions, methods' names and fused calls themselves.
+    """
+
+    calls: tuple[Operation, ...]
     entry: int
     exit: int
 
     @staticmethod
-    def of(block: nn.Module, operations: tuple[Operation, ...], entry: int, leave: int) -> Operations:
-        """With targets looked up by name in `block`. Raises AttributeError."""
-        return Operations(tuple(_look_up(block, operation) for operation in operations), entry, leave)
+    def of(
+        block: nn.Module,
+        operations: tuple[Operation, ...],
+        entry: int,
+        leave: int,
+        fused: Callable[[Any], Any],
+    ) -> Operations:
+        """With targets looked up by name in `block`, and `fused` of those of fused calls. Raises AttributeError."""
+
+        def found(operation: Operation) -> Operation:
+            if operation.kind == "fused":
+                return operation._replace(target=fused(operation.target))
+            named = operation.kind in ("module", "attribute")
+            return operation._replace(target=look_up(block, operation.target)) if named else operation
+
+        return Operations(tuple(found(operation) for operation in operations), entry, leave)
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Those that are called."""
+        """Those that are called as they are."""
         return [call.target for call in self.calls if call.kind == "module"]
 
+    @property
+    def fused(self) -> list[Any]:
+        """The fused calls: an adapter's `BlockModules`, and once described what runs them."""
+        return [call.target for call in self.calls if call.kind == "fused"]
+
+    def map_fused(self, change: Callable[[Any], Any]) -> Operations:
+        """With each fused call changed, in their order."""
+        calls = [call._replace(target=change(call.target)) if call.kind == "fused" else call for call in self.calls]
+        return replace(self, calls=tuple(calls))
+
     def run(self, x: Tensor, backend: str = "eager") -> Tensor:
-        """backend: as a fused call's, without effect."""
+        """backend: of the fused calls."""
         values: dict[int, Any] = {self.entry: x}
         for number, kind, target, given, named in self.calls:
             if kind == "attribute":
@@ -74,6 +91,8 @@ class Operations:
             args, kwargs = _filled(given, values), _filled(named, values)
             if kind == "method":
                 target, args = getattr(args[0], target), args[1:]
+            elif kind == "fused":
+                target, args = target.run, (args[0], backend)
             values[number] = target(*args, **kwargs)
         return values[self.exit]
 
@@ -84,13 +103,6 @@ def look_up(block: nn.Module, name: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part)
     return found
-
-
-def _look_up(block: nn.Module, operation: Operation) -> Call:
-    target: Any = operation.target
-    if operation.kind in ("module", "attribute"):
-        target = look_up(block, target)
-    return Call(operation.number, operation.kind, target, operation.args, operation.kwargs)
 
 
 def _filled(argument: Any, values: dict[int, Any]) -> Any:

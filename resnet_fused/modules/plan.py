@@ -70,6 +70,8 @@ class Plan(NamedTuple):
         def one(step: Step) -> Step:
             if isinstance(step, Plan):
                 return step._carry(before)
+            if isinstance(step, Operations):
+                return step.map_fused(lambda call: call.remember(next(before)))
             return step.remember(next(before)) if isinstance(step, Described) else step
 
         return Plan(
@@ -90,6 +92,8 @@ class Plan(NamedTuple):
             for step in steps:
                 if isinstance(step, (Described, Plan)):
                     yield from step.calls
+                elif isinstance(step, Operations):
+                    yield from step.fused
 
 
 Step = Described | Plan | nn.Module | Operations
@@ -101,8 +105,12 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
         return Described(*describe(modules, memory), modules.gate)
 
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
-        kept = (nn.Module, Operations)
-        return tuple(step if isinstance(step, kept) else describe_all(step, memory) for step in given)
+        return tuple(one(step) for step in given)
+
+    def one(step: StepModules) -> Step:
+        if isinstance(step, Operations):
+            return step.map_fused(lambda call: describe_all(call, memory))
+        return step if isinstance(step, nn.Module) else describe_all(step, memory)
 
     end = None if modules.end is None else Described(*describe(modules.end, memory), modules.end.gate)
     skip = None if modules.skip is None else steps(modules.skip)

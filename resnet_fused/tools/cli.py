@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ import resnet_fused
 from resnet_fused.analysis import command as analyze
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import BackendError
+from resnet_fused.modules.fuse import MatchBy
 from resnet_fused.tools import coverage, named_models
 from resnet_fused.tools.bench import command
 from resnet_fused.tools.comparison import Progress
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
     check.add_argument("--backend", choices=dispatch.NAMES, default="auto")
     check.add_argument("--memory", choices=("default", "low"), default="default")
+    _add_match(check)
     check.add_argument("--images", type=Path, metavar="DIR", help="your pictures (default: scikit-learn's samples)")
     check.add_argument("--size", type=int, default=224, help="of the square input (default: %(default)s)")
     check.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
@@ -93,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     why = commands.add_parser("explain", help="which backend runs each block of a model, and why not another")
     _add_model(why)
+    _add_match(why)
     why.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
     why.set_defaults(run=_explain)
 
@@ -158,6 +162,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", help="e.g. resnet50, or timm:NAME (default: %(default)s)")
 
 
+def _add_match(parser: argparse.ArgumentParser) -> None:
+    by = "known classes, or also what other blocks compute, traced and proven (default: %(default)s)"
+    parser.add_argument("--match", choices=get_args(MatchBy), default="class", help=by)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from resnet_fused.tools.pictures import photographs
 
@@ -177,6 +186,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             train=arguments.train,
             backend=arguments.backend,
             memory=arguments.memory,
+            match=arguments.match,
             seeds=arguments.seeds,
             min_fused=arguments.min_fused,
             progress=progress,
@@ -193,7 +203,8 @@ def _info(_: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    explanation = resnet_fused.explain(resnet_fused.fuse(named_models.build(arguments.model)))
+    model = resnet_fused.fuse(named_models.build(arguments.model), match=arguments.match)
+    explanation = resnet_fused.explain(model)
     if arguments.json is not None:
         arguments.json.write_text(explanation.to_json() + "\n")
     return 0

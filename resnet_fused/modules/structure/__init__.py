@@ -5,10 +5,11 @@ trace (torch.fx, as a list of operations) -> match (which of them are fused call
 """
 
 from resnet_fused.modules.structure.fused import (
+    Found,
     FusedByStructure,
     fuse_by_structure,
     matched_words,
     reason_against,
 )
 
-__all__ = ["FusedByStructure", "fuse_by_structure", "matched_words", "reason_against"]
+__all__ = ["Found", "FusedByStructure", "fuse_by_structure", "matched_words", "reason_against"]

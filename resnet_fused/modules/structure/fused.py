@@ -18,8 +18,8 @@ from resnet_fused.modules.module_state import GLOBAL_HOOKS
 from resnet_fused.modules.operations import look_up
 from resnet_fused.modules.structure.match import match
 from resnet_fused.modules.structure.proof import prove
-from resnet_fused.modules.structure.recipe import Recipe, build, fused_calls, words
-from resnet_fused.modules.structure.trace import has_hooks, takes_x_alone, trace
+from resnet_fused.modules.structure.recipe import Join, Recipe, build, fused_calls, words
+from resnet_fused.modules.structure.trace import DROPOUTS, has_hooks, takes_x_alone, trace
 
 KEPT = 8  # states of a block: its modes, and those that a user alternates between
 _deriving = threading.RLock()  # torch.fx changes nn.Module while it traces
@@ -42,27 +42,27 @@ class Matches:
 
     __slots__ = ("_kept",)
 
-    def __init__(self, kept: tuple[tuple[_State, Match | str], ...] = ()) -> None:
+    def __init__(self, kept: tuple[Found, ...] = ()) -> None:
         self._kept = kept
 
-    def of(self, block: nn.Module) -> Match:
-        """In its present state: kept, or traced and proven now. Raises NotFusable."""
+    def of(self, block: nn.Module, known: list[Found] | None = None) -> Match:
+        """In its present state: kept, or among `known`, or traced and proven now. Raises NotFusable."""
         if any(GLOBAL_HOOKS):
             raise NotFusable("global module hooks are registered and would not run for the block's children")
         if torch.compiler.is_compiling():
             return self._of_compiled(block)
         state = _state(block)
-        found = self._recall(state)
+        found = next((found for kept, found in (*self._kept, *(known or ())) if kept == state), None)
         if found is None:
             with _deriving:
                 found = _derive(block)
+            if known is not None:
+                known.append((state, found))
+        if not any(kept == state for kept, _ in self._kept):
             self._kept = (*self._kept[1 - KEPT :], (state, found))
         if isinstance(found, str):
             raise NotFusable(found)
         return found
-
-    def _recall(self, state: _State) -> Match | str | None:
-        return next((found for known, found in self._kept if known == state), None)
 
     def _of_compiled(self, block: nn.Module) -> Match:
         """A graph is made: nothing can be traced, and attributes are compared where Dynamo sees it."""
@@ -90,7 +90,10 @@ class FusedByStructure(FusedBlock):
         return super().forward(x)
 
     def fused_modules(self) -> Modules:
-        return build(self._fused_matches.of(self).recipe, self)
+        try:
+            return build(self._fused_matches.of(self).recipe, self)
+        except AttributeError as error:  # compiled, where only attributes are compared
+            raise NotFusable(f"a part that was matched is missing: {error}") from error
 
     def _fused_promotes(self) -> bool:
         try:
@@ -117,12 +120,15 @@ class FusedCall(FusedByStructure):
         return super()._fused_lasts() and not any(isinstance(value, (list, dict, set)) for value in held)
 
 
-def fuse_by_structure(block: nn.Module, settings: Settings) -> bool:
-    """Fuse it, if it has a match in its present or in the other mode; otherwise `reason_against` says why not."""
+def fuse_by_structure(block: nn.Module, settings: Settings, known: list[Found]) -> bool:
+    """Fuse it, if it has a match in its present or in the other mode; otherwise `reason_against` says why not.
+
+    known: what was found for other blocks, which holds for those that are in the same state; this one's is added.
+    """
     matches, reasons = Matches(), []
     for mode in (block.training, not block.training):
         try:
-            matches.of(block if mode == block.training else copy.deepcopy(block).train(mode))
+            matches.of(block if mode == block.training else _copied(block).train(mode), known)
         except NotFusable as reason:
             reasons.append(str(reason))
     if len(reasons) == 2:
@@ -132,6 +138,13 @@ def fuse_by_structure(block: nn.Module, settings: Settings) -> bool:
     inject(block, FusedByStructure if takes_x_alone(block) else FusedCall, settings)
     block._fused_matches = matches  # type: ignore[assignment]
     return True
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(block)
+    except Exception as error:  # a tensor with a history, a lock
+        raise NotFusable(f"it cannot be copied, so it cannot be traced in its other mode: {error}") from error
 
 
 def reason_against(block: nn.Module) -> str | None:
@@ -157,28 +170,45 @@ def _derive(block: nn.Module) -> Match | str:
 
 
 def _require_gain(recipe: Recipe, block: nn.Module) -> None:
-    """As for the layers that adapters know."""
-    modules = build(recipe, block)
-    if isinstance(modules, BlockModules) and modules.skip == "none" and len(modules.stages) == 1:
-        sequential.require_gain(modules.stages[0])
+    """As of the layers that adapters know: one of them at least is worth it, or there is a block."""
+    calls = [build((call,), block) for call in fused_calls(recipe)]
+    lone = [call for call in calls if isinstance(call, BlockModules) and len(call.stages) == 1]
+    joins = any(isinstance(step, Join) for step in recipe) or any(c.skip != "none" for c in lone)
+    if len(lone) < len(calls) or joins:
+        return
+    for call in lone[1:]:
+        try:
+            return sequential.require_gain(call.stages[0])
+        except NotFusable:
+            continue
+    sequential.require_gain(lone[0].stages[0])
 
 
 class _State(NamedTuple):
     """What a block's forward may depend on beside x and the values of its tensors.
 
-    values: of every module the class, whether it has hooks, its tensors' shapes and all other attributes.
-    plain:  (child, attribute, value) of those that a user's modules have and Dynamo can compare.
+    values:  of every module the class, whether it has hooks, its tensors' shapes and all other attributes.
+    classes: (child, class), and plain: (child, attribute, value) of what a user's modules and dropouts have: what
+             Dynamo can compare.
     """
 
     values: tuple[Any, ...]
+    classes: tuple[tuple[str, type[nn.Module]], ...]
     plain: tuple[tuple[str, str, Any], ...]
 
     def holds(self, block: nn.Module) -> bool:
-        """Whether `plain` is as it was."""
+        """Whether `classes` and `plain` are as they were."""
+        for path, cls in self.classes:
+            now = type(look_up(block, path))
+            if getattr(now, "_fused_from", now) is not cls:
+                return False
         for path, attribute, value in self.plain:
             if getattr(look_up(block, path) if path else block, attribute, None) != value:
                 return False
         return True
+
+
+Found = tuple[_State, Match | str]  # a match, or the reason against one
 
 
 class _Same:
@@ -195,26 +225,30 @@ class _Same:
 
 OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {
     *FusedByStructure._fused_kept,
-    "_former_parameters",  # nn.DataParallel's replicas
+    "_former_parameters",
     "_is_replica",
 }
 
 
 def _state(block: nn.Module) -> _State:
     values: list[Any] = []
+    classes: list[tuple[str, type[nn.Module]]] = []
     plain: list[tuple[str, str, Any]] = [("", "training", block.training)]
     for path, module in block.named_modules(remove_duplicate=False):
         own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
-        held = {**module._parameters, **module._buffers, **{k: v for k, v in own.items() if isinstance(v, Tensor)}}
+        former = module.__dict__.get("_former_parameters", {})  # of nn.DataParallel's replicas
+        held = {**module._parameters, **module._buffers, **{name: own[name] for name in former if name in own}}
         tensors = sorted((name, None if t is None else tuple(t.shape)) for name, t in held.items())
         absent = [name for name, child in module._modules.items() if child is None]
         rest = sorted((name, value) for name, value in own.items() if name not in held)
-        cls = module._fused_from if isinstance(module, FusedModule) else type(module)
+        cls: type[nn.Module] = module._fused_from if isinstance(module, FusedModule) else type(module)
+        if path:
+            classes.append((path, cls))
         hooked = module is not block and has_hooks(module)
         values.append((path, cls, hooked, tensors, absent, [(name, _frozen(value)) for name, value in rest]))
-        if not _is_of_torch(module):
+        if not _is_of_torch(module) or isinstance(module, DROPOUTS):
             plain += [(path, name, value) for name, value in rest if isinstance(value, PLAIN) and name.isidentifier()]
-    return _State(tuple(values), tuple(plain))
+    return _State(tuple(values), tuple(classes), tuple(plain))
 
 
 PLAIN = (bool, int, float, str, type(None))

@@ -25,9 +25,9 @@ from resnet_fused.modules.block_modules import (
     frozen_norm,
 )
 from resnet_fused.modules.operations import Operation, Value, look_up
-from resnet_fused.modules.structure.recipe import Fused, Join, Part, Recipe, Stage, Step
-from resnet_fused.modules.structure.trace import Traced, bound, function_name, has_hooks
-from resnet_fused.spec import Activation
+from resnet_fused.modules.structure.recipe import Fused, Join, Part, Recipe, Stage, Step, fused_calls
+from resnet_fused.modules.structure.trace import Traced, bound, function_name, has_hooks, writes
+from resnet_fused.spec import Activation, Order
 from resnet_fused.spec.activations import IDENTITY, activation, recognise
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -64,8 +64,9 @@ Path = tuple[Item, ...]
 
 def match(block: nn.Module, traced: Traced) -> Recipe:
     """The fused calls in a block's trace, and what is called between. Raises NotFusable where there is none."""
-    recipe = _steps(_Graph(block, traced).path(0, traced.output))
-    if not any(isinstance(step, (Fused, Join)) for step in recipe):
+    graph = _Graph(block, traced)
+    recipe = graph.steps(graph.path(0, traced.output))
+    if not any(fused_calls(recipe)):
         raise NotFusable("it has no convolution with a batch norm beside it, each called once, that nothing else reads")
     return recipe
 
@@ -80,6 +81,7 @@ class _Graph:
         for operation in traced.operations:
             if operation.reads & self._varies:
                 self._varies.add(operation.number)
+        self._written = {o.args[0].number for o in traced.operations if writes(block, o)}
         called = [look_up(block, str(o.target)) for o in traced.operations if o.kind == "module"]
         self._repeated = {id(module) for module in called if sum(module is each for each in called) > 1}
 
@@ -214,6 +216,146 @@ class _Graph:
             return isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
         return False
 
+    def steps(self, path: Path) -> Recipe:
+        """Fused calls, and what lies between."""
+        steps: list[Step] = []
+        loose: list[Item] = []
+        i = 0
+        while i < len(path):
+            found = self._chain(path, i) or _shared_norm(path, i) or self._joined(path, i)
+            if found is None:
+                loose.append(path[i])
+                i += 1
+            else:
+                steps += [*self._called(loose), found[0]]
+                loose.clear()
+                i += found[1]
+        return (*steps, *self._called(loose))
+
+    def _called(self, items: list[Item]) -> list[Step]:
+        """Items that are not fused whole: children that are called, and operations, with the chains among them."""
+        steps: list[Step] = []
+        rest: list[Item] = []
+
+        def end_part() -> None:
+            if rest:
+                operations = {operation.number: operation for item in rest for operation in item.operations}
+                chained = self._with_chains([operations[number] for number in sorted(operations)], rest[-1].exit)
+                steps.append(Part(chained, rest[0].entry, rest[-1].exit))
+                rest.clear()
+
+        for item in items:
+            only = item.operations[0] if len(item.operations) == 1 else None
+            if only is not None and only.kind == "module" and only.args == (Value(item.entry),) and not only.kwargs:
+                end_part()
+                steps.append(only.target)
+            elif item.operations:
+                rest.append(item)
+        end_part()
+        return steps
+
+    def _with_chains(self, operations: list[Operation], leave: int) -> tuple[Operation, ...]:
+        """With each row of convolution, norm and activation that nothing else reads as one operation."""
+        readers: dict[int, list[Operation]] = {}
+        for operation in operations:
+            for number in operation.reads:
+                readers.setdefault(number, []).append(operation)
+        taken: set[int] = set()
+        found: list[Operation] = []
+        for operation in operations:
+            if operation.number in taken:
+                continue
+            row = self._row(operation, readers, leave)
+            chain = self._chain(tuple(row), 0) if row else None
+            if chain is None:
+                found.append(operation)
+                continue
+            used = row[: chain[1]]
+            taken |= {each.number for item in used for each in item.operations}
+            found.append(Operation(used[-1].exit, "fused", chain[0], (Value(used[0].entry),)))
+        return tuple(sorted(found, key=lambda each: each.number))
+
+    def _row(self, operation: Operation, readers: dict[int, list[Operation]], leave: int) -> list[Item]:
+        """The convolutions, norms and activations from here on, each of which alone reads the one before."""
+        row: list[Item] = []
+        following: Operation | None = operation
+        while following is not None and following.reads:
+            entry = min(following.reads)
+            items = self._single(entry, following.number)
+            if len(following.reads) != 1 or any(item.kind not in CHAIN for item in items):
+                break
+            row += items
+            reading = readers.get(following.number, [])
+            following = reading[0] if len(reading) == 1 and row[-1].exit != leave else None
+        return row
+
+    def _chain(self, path: Path, start: int) -> tuple[Fused, int] | None:
+        """The chain that begins here, with the gate behind it, and how many items it is."""
+        order: Order = "post"
+        if path[start].kind == "norm":
+            stages, length = _pre_stages(path, start)
+            order = "pre"
+            if start + length < len(path) and path[start + length].kind in CHAIN:
+                return None  # its last norm stands behind a convolution
+        else:
+            stages, length = _post_stages(path, start)
+        if not any(stage.norm for stage in stages):
+            return None
+        end = start + length
+        if order == "post" and stages[-1].act is not None and path[end - 1].exit in self._written:
+            # backward may need the result that is written to
+            stages = (*stages[:-1], replace(stages[-1], act=None))
+            return (Fused(stages, order=order), length - 1)
+        if end < len(path) and path[end].kind == "gate":
+            order = "branch" if order == "post" and stages[-1].act is not None else order
+            return Fused(stages, order=order, gate=path[end].what), length + 1
+        return Fused(stages, order=order), length
+
+    def _joined(self, path: Path, at: int) -> tuple[Step, int] | None:
+        """The sum that stands here, with the activation behind it where the fused call takes it."""
+        if path[at].kind != "sum":
+            return None
+        after = path[at + 1] if at + 1 < len(path) and path[at + 1].kind == "act" else None
+        if after is not None and after.exit in self._written:
+            after = None
+        found = self._join(_flat(path[at]), path[at].in_place, after)
+        return None if found is None else (found[0], 2 if found[1] else 1)
+
+    def _join(self, terms: list[Path], in_place: bool, after: Item | None) -> tuple[Step, bool] | None:
+        """(the fused call that adds, whether it takes the activation) or None where no term ends in a fused call."""
+        ends: list[tuple[int, int, Recipe, float | str]] = []
+        for i, term in enumerate(terms):
+            path, scale = _unscaled(term)
+            recipe = self.steps(path)
+            if recipe and isinstance(recipe[-1], Fused) and recipe[-1].skip == "none":
+                count = sum(len(step.stages) for step in recipe if isinstance(step, Fused))
+                ends.append((count, -i, recipe, scale))
+        if not ends:
+            return None
+        _, place, recipe, scale = max(ends, key=lambda each: each[:2])
+        rest = [term for i, term in enumerate(terms) if i != -place]
+        end = replace(recipe[-1], branch_scale=scale, in_place_add=in_place and place == 0)  # type: ignore[type-var]
+        assert isinstance(end, Fused)
+        takes = False
+        if end.order == "post" and end.stages[-1].act is not None:
+            end = replace(end, order="branch")
+        elif end.order == "post" and after is not None:
+            end = replace(end, stages=(*end.stages[:-1], replace(end.stages[-1], act=after.what)))
+            takes = True
+        if len(rest) > 1:
+            inner = self._join(rest, False, None)
+            return None if inner is None else (Join(recipe[:-1], end, (inner[0],)), takes)
+        skip, skip_scale = _unscaled(rest[0])
+        end = replace(end, skip_scale=skip_scale)
+        kinds = [item.kind for item in skip]
+        if len(recipe) == 1:
+            if not skip:
+                return replace(end, skip="identity"), takes
+            if kinds in (["conv"], ["conv", "norm"]) and end.order != "pre":
+                projection = Stage(skip[0].what, skip[1].what if len(skip) > 1 else None)
+                return replace(end, skip="projection", projection=projection), takes
+        return Join(recipe[:-1], end, self.steps(skip)), takes
+
 
 def _reads_shape(operation: Operation, entry: int) -> bool:
     if function_name(operation) == "expand_as":
@@ -248,71 +390,6 @@ def _activation(operation: Operation) -> Activation | None:
     if found.name == "gelu":
         return {"none": found, "tanh": activation("gelu_tanh")}.get(given.get("approximate", "none"))
     return found
-
-
-def _steps(path: Path) -> Recipe:
-    """Fused calls, and what lies between."""
-    steps: list[Step] = []
-    loose: list[Item] = []
-
-    def take(step: Step) -> None:
-        steps.extend(_called(loose))
-        loose.clear()
-        steps.append(step)
-
-    i = 0
-    while i < len(path):
-        found = _chain(path, i) or _shared_norm(path, i) or _joined(path, i)
-        if found is None:
-            loose.append(path[i])
-            i += 1
-        else:
-            take(found[0])
-            i += found[1]
-    return (*steps, *_called(loose))
-
-
-def _called(items: list[Item]) -> list[Step]:
-    """Items that are not fused, as children or operations that are called."""
-    steps: list[Step] = []
-    rest: list[Operation] = []
-    start: int | None = None
-    leave = 0
-    for item in items:
-        only = item.operations[0] if len(item.operations) == 1 else None
-        if only is not None and only.kind == "module" and only.args == (Value(item.entry),) and not only.kwargs:
-            if rest and start is not None:
-                steps.append(Part(tuple(rest), start, leave))
-            steps.append(str(only.target))
-            rest, start = [], None
-        elif item.operations:
-            known = {operation.number for operation in rest}
-            rest += [operation for operation in item.operations if operation.number not in known]
-            start, leave = item.entry if start is None else start, item.exit
-    if rest and start is not None:
-        steps.append(Part(tuple(rest), start, leave))
-    return steps
-
-
-def _chain(path: Path, start: int) -> tuple[Fused, int] | None:
-    """The chain that begins here, with the gate behind it, and how many items it is."""
-    if path[start].kind == "norm":
-        stages, length = _pre_stages(path, start)
-        order: Any = "pre"
-        end = start + length
-        if end < len(path) and path[end].kind in CHAIN:  # its last norm stands behind a convolution
-            return None
-    else:
-        stages, length = _post_stages(path, start)
-        order = "post"
-        end = start + length
-    if not any(stage.norm for stage in stages):
-        return None
-    gate = None
-    if end < len(path) and path[end].kind == "gate":
-        gate, length = path[end].what, length + 1
-        order = "branch" if order == "post" and stages[-1].act is not None else order
-    return Fused(stages, order=order, gate=gate), length
 
 
 def _post_stages(path: Path, start: int) -> tuple[tuple[Stage, ...], int]:
@@ -365,57 +442,9 @@ def _shared_norm(path: Path, start: int) -> tuple[Fused, int] | None:
     return None
 
 
-def _joined(path: Path, at: int) -> tuple[Step, int] | None:
-    """The sum that stands here, with the activation behind it where the fused call takes it."""
-    if path[at].kind != "sum":
-        return None
-    after = path[at + 1] if at + 1 < len(path) and path[at + 1].kind == "act" else None
-    terms = _flat(path[at])
-    found = _join(terms, path[at].in_place, after)
-    if found is None:
-        return None
-    return found[0], 2 if found[1] else 1
-
-
 def _flat(item: Item) -> list[Path]:
     """The terms of a sum, and of sums within it."""
     return [inner for term in item.terms for inner in (_flat(term[0]) if [i.kind for i in term] == ["sum"] else [term])]
-
-
-def _join(terms: list[Path], in_place: bool, after: Item | None) -> tuple[Step, bool] | None:
-    """(the fused call that adds, whether it takes the activation) or None where no term ends in a fused call."""
-    ends: list[tuple[int, int, Recipe, float | str]] = []
-    for i, term in enumerate(terms):
-        path, scale = _unscaled(term)
-        recipe = _steps(path)
-        if recipe and isinstance(recipe[-1], Fused) and recipe[-1].skip == "none":
-            count = sum(len(step.stages) for step in recipe if isinstance(step, Fused))
-            ends.append((count, -i, recipe, scale))
-    if not ends:
-        return None
-    _, place, recipe, scale = max(ends, key=lambda each: each[:2])
-    rest = [term for i, term in enumerate(terms) if i != -place]
-    end = replace(recipe[-1], branch_scale=scale, in_place_add=in_place and place == 0)  # type: ignore[type-var]
-    assert isinstance(end, Fused)
-    takes = False
-    if end.order == "post" and end.stages[-1].act is not None:
-        end = replace(end, order="branch")
-    elif end.order == "post" and after is not None:
-        end = replace(end, stages=(*end.stages[:-1], replace(end.stages[-1], act=after.what)))
-        takes = True
-    if len(rest) > 1:
-        inner = _join(rest, False, None)
-        return None if inner is None else (Join(recipe[:-1], end, (inner[0],)), takes)
-    skip, skip_scale = _unscaled(rest[0])
-    end = replace(end, skip_scale=skip_scale)
-    kinds = [item.kind for item in skip]
-    if len(recipe) == 1:
-        if not skip:
-            return replace(end, skip="identity"), takes
-        if kinds in (["conv"], ["conv", "norm"]) and end.order != "pre":
-            projection = Stage(skip[0].what, skip[1].what if len(skip) > 1 else None)
-            return replace(end, skip="projection", projection=projection), takes
-    return Join(recipe[:-1], end, _steps(skip)), takes
 
 
 def _unscaled(path: Path) -> tuple[Path, float | str]:

@@ -37,12 +37,19 @@ def prove(block: nn.Module, recipe: Recipe) -> None:
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        eager = _stand_in(block)
+        if any(tensor.is_meta for tensor in block.state_dict().values()):
+            raise NotFusable("its tensors are on the meta device: no match can be proven before they have values")
+        try:
+            eager = _stand_in(block)
+        except Exception as error:  # an uninitialised parameter, a class without copies
+            raise NotFusable(f"it has no copy in float64, so no match can be proven: {_first_line(error)}") from error
         x, expected = _first_that_runs(eager)
         twin = copy.deepcopy(eager)
-        modules = describe_all(build(recipe, twin), "default")
         try:
+            modules = describe_all(build(recipe, twin), "default")
             got = _run(twin, lambda given: modules.run(given, "eager"), x)
+        except NotFusable:
+            raise
         except Exception as error:  # whatever the parts of a wrong match do with each other's results
             raise NotFusable(f"what was matched cannot be run: {_first_line(error)}") from error
     _compare(got, expected)

@@ -22,6 +22,8 @@ from resnet_fused.modules.operations import Operation, Operations, look_up
 from resnet_fused.params import Scale
 from resnet_fused.spec import Activation, Order, Skip
 
+SHOWN = 5  # operations by name in a line
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -34,7 +36,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Part:
-    """Operations that are run as they are, from the value `entry` to the value `exit`."""
+    """Operations that are run as they are, from the value `entry` to the value `exit`; "fused" ones are `Fused`."""
 
     operations: tuple[Operation, ...]
     entry: int
@@ -82,13 +84,15 @@ def fused_calls(recipe: Recipe) -> Iterator[Fused]:
             yield step
         elif isinstance(step, Join):
             yield from fused_calls((*step.branch, step.end, *step.skip))
+        elif isinstance(step, Part):
+            yield from (operation.target for operation in step.operations if operation.kind == "fused")
 
 
 def _step(step: Step, block: nn.Module) -> StepModules:
     if isinstance(step, str):
         return look_up(block, step)
     if isinstance(step, Part):
-        return Operations.of(block, step.operations, step.entry, step.exit)
+        return Operations.of(block, step.operations, step.entry, step.exit, lambda fused: _fused(fused, block))
     if isinstance(step, Join):
         branch = tuple(_step(each, block) for each in step.branch)
         return CompositeModules(branch, _fused(step.end, block), tuple(_step(each, block) for each in step.skip))
@@ -121,7 +125,7 @@ def _scale(scale: float | str, block: nn.Module) -> Scale:
 
 def _gate(part: Part, block: nn.Module) -> Callable[[Tensor], Tensor]:
     """The factor reads its branch through the mean over pixels, and the mean of one pixel is that pixel."""
-    operations = Operations.of(block, part.operations, part.entry, part.exit)
+    operations = Operations.of(block, part.operations, part.entry, part.exit, lambda fused: _fused(fused, block))
     return lambda pooled: operations.run(pooled[:, :, None, None])
 
 
@@ -134,7 +138,12 @@ def _words(step: Step, block: nn.Module) -> str:
     if isinstance(step, str):
         return type(look_up(block, step)).__name__
     if isinstance(step, Part):
-        return "+".join(_operation_words(each, block) for each in step.operations if each.kind != "attribute")
+        shown = [each for each in step.operations if each.kind != "attribute"]
+        plain = [each for each in shown if each.kind != "fused"]
+        if len(plain) > SHOWN:
+            chains = [_operation_words(each, block) for each in shown if each.kind == "fused"]
+            return " beside ".join([f"{len(plain)} operations", *chains])
+        return "+".join(_operation_words(each, block) for each in shown)
     if isinstance(step, Join):
         branch = [_words(each, block) for each in step.branch]
         return _joined_words(branch, step.end, words(step.skip, block) if step.skip else "x", block)
@@ -180,5 +189,7 @@ def _scale_words(scale: float | str) -> str:
 
 def _operation_words(operation: Operation, block: nn.Module) -> str:
     if operation.kind == "module":
-        return type(look_up(block, str(operation.target))).__name__
+        return type(look_up(block, operation.target)).__name__
+    if operation.kind == "fused":
+        return f"({_words(operation.target, block)})"
     return operation.target if isinstance(operation.target, str) else operation.target.__name__

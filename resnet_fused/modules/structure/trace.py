@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from resnet_fused.errors import NotFusable
+from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import NORMS_WITH_ACT, class_path, is_norm
 from resnet_fused.modules.fused_block import FusedModule, eject
 from resnet_fused.modules.module_state import HOOKS
@@ -105,13 +106,15 @@ def unmoved_random_numbers() -> Iterator[Callable[[], bool]]:
 
 
 def _unfused(block: nn.Module) -> nn.Module:
-    """A copy, of its original class. Raises NotFusable."""
+    """A copy, of its original class; so are the layers in it, which are parts of it. Raises NotFusable."""
     try:
         copied = copy.deepcopy(block)
     except Exception as error:  # a tensor with a history, a lock
         raise NotFusable(f"it cannot be copied, so it cannot be traced: {_first_line(error)}") from error
-    if isinstance(copied, FusedModule):
-        eject(copied)
+    for module in copied.modules():
+        layer = isinstance(module, FusedModule) and class_path(module._fused_from) in adapters.LAYERS
+        if isinstance(module, FusedModule) and (module is copied or layer):
+            eject(module)
     return copied
 
 
@@ -290,7 +293,7 @@ def _gives_back(block: nn.Module, operation: Operation) -> bool:
 def bound(operation: Operation) -> dict[str, Any]:
     """A function's arguments by name; a method's and a built-in's that were given so."""
     try:
-        found = inspect.signature(operation.target).bind(*operation.args, **operation.kwargs)  # type: ignore[arg-type]
+        found = inspect.signature(operation.target).bind(*operation.args, **operation.kwargs)
     except (TypeError, ValueError):
         return dict(operation.kwargs)
     found.apply_defaults()
@@ -304,7 +307,7 @@ def function_name(operation: Operation) -> str:
 
 def label(operation: Operation) -> str:
     """For a reason."""
-    return operation.target if operation.kind in ("module", "attribute") else function_name(operation)  # type: ignore[return-value]
+    return operation.target if operation.kind in ("module", "attribute") else function_name(operation)
 
 
 def writes(block: nn.Module, operation: Operation) -> bool:
