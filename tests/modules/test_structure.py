@@ -259,6 +259,20 @@ class Split(CifarBlock):
         return F.relu(out)
 
 
+class Darknet(nn.Module):
+    """Its last activation stands before the sum, which is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = conv(8, 4, 1), nn.BatchNorm2d(4), conv(4, 8), nn.BatchNorm2d(8)
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn2(self.conv2(self.act(self.bn1(self.conv1(x))))))
+        out += x
+        return out
+
+
 class Optional(CifarBlock):
     """Takes more than x, if it is given."""
 
@@ -299,7 +313,11 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "three paths": (ThreePaths, "conv3x3+bn, + conv1x1+bn, + BatchNorm2d, relu"),
     "stochastic depth": (Dropped, "15 operations beside (conv3x3+bn+relu → conv3x3+bn)"),
     "split": (Split, "conv3x3+bn+relu → chunk+getitem+getitem+(conv3x3+bn+relu)+cat → conv3x3+bn, + conv1x1+bn, relu"),
-    "optional arguments": (Optional, "conv3x3+bn+relu → conv3x3+bn, + conv1x1+bn, relu"),
+    "optional arguments": (
+        Optional,
+        "conv3x3+bn+relu → conv3x3+bn, + conv1x1+bn, relu (given more than x, its own forward runs)",
+    ),
+    "added to an activation in place": (Darknet, "conv1x1+bn+silu → conv3x3+bn+silu, + x"),
 }
 
 

@@ -128,7 +128,7 @@ def fuse_by_structure(block: nn.Module, settings: Settings, known: list[Found]) 
     matches, reasons = Matches(), []
     for mode in (block.training, not block.training):
         try:
-            matches.of(block if mode == block.training else _copied(block).train(mode), known)
+            matches.of(block if mode == block.training else _in_mode(block, mode), known)
         except NotFusable as reason:
             reasons.append(str(reason))
     if len(reasons) == 2:
@@ -140,11 +140,14 @@ def fuse_by_structure(block: nn.Module, settings: Settings, known: list[Found]) 
     return True
 
 
-def _copied(block: nn.Module) -> nn.Module:
+def _in_mode(block: nn.Module, training: bool) -> nn.Module:
+    """A copy, as `train` leaves it, which a user may have written."""
     try:
-        return copy.deepcopy(block)
+        copied = copy.deepcopy(block)
+        copied.train(training)
     except Exception as error:  # a tensor with a history, a lock
         raise NotFusable(f"it cannot be copied, so it cannot be traced in its other mode: {error}") from error
+    return copied
 
 
 def reason_against(block: nn.Module) -> str | None:
@@ -154,7 +157,8 @@ def reason_against(block: nn.Module) -> str | None:
 
 def matched_words(block: FusedByStructure) -> str:
     """What was found in its present mode. Raises NotFusable."""
-    return block._fused_matches.of(block).words
+    alone = "" if not isinstance(block, FusedCall) else " (given more than x, its own forward runs)"
+    return block._fused_matches.of(block).words + alone
 
 
 def _derive(block: nn.Module) -> Match | str:
@@ -225,7 +229,7 @@ class _Same:
 
 OF_EVERY_MODULE = (frozenset(vars(nn.Module())) - {"training"}) | {
     *FusedByStructure._fused_kept,
-    "_former_parameters",
+    "_former_parameters",  # of nn.DataParallel's replicas
     "_is_replica",
 }
 
@@ -236,8 +240,8 @@ def _state(block: nn.Module) -> _State:
     plain: list[tuple[str, str, Any]] = [("", "training", block.training)]
     for path, module in block.named_modules(remove_duplicate=False):
         own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
-        former = module.__dict__.get("_former_parameters", {})  # of nn.DataParallel's replicas
-        held = {**module._parameters, **module._buffers, **{name: own[name] for name in former if name in own}}
+        # what shards or replicates a model leaves parameters as plain attributes
+        held = {**module._parameters, **module._buffers, **{k: v for k, v in own.items() if isinstance(v, Tensor)}}
         tensors = sorted((name, None if t is None else tuple(t.shape)) for name, t in held.items())
         absent = [name for name, child in module._modules.items() if child is None]
         rest = sorted((name, value) for name, value in own.items() if name not in held)

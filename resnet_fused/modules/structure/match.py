@@ -216,13 +216,14 @@ class _Graph:
             return isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
         return False
 
-    def steps(self, path: Path) -> Recipe:
-        """Fused calls, and what lies between."""
+    def steps(self, path: Path, summed: bool = False) -> Recipe:
+        """Fused calls, and what lies between. summed: a sum that may be fused is written to what the path gives."""
+        absorbed = path[-1].exit if path and summed else None
         steps: list[Step] = []
         loose: list[Item] = []
         i = 0
         while i < len(path):
-            found = self._chain(path, i) or _shared_norm(path, i) or self._joined(path, i)
+            found = self._chain(path, i, absorbed) or _shared_norm(path, i) or self._joined(path, i)
             if found is None:
                 loose.append(path[i])
                 i += 1
@@ -289,8 +290,11 @@ class _Graph:
             following = reading[0] if len(reading) == 1 and row[-1].exit != leave else None
         return row
 
-    def _chain(self, path: Path, start: int) -> tuple[Fused, int] | None:
-        """The chain that begins here, with the gate behind it, and how many items it is."""
+    def _chain(self, path: Path, start: int, absorbed: int | None = None) -> tuple[Fused, int] | None:
+        """The chain that begins here, with the gate behind it, and how many items it is.
+
+        absorbed: a value that nothing writes to but what is fused as well.
+        """
         order: Order = "post"
         if path[start].kind == "norm":
             stages, length = _pre_stages(path, start)
@@ -302,7 +306,7 @@ class _Graph:
         if not any(stage.norm for stage in stages):
             return None
         end = start + length
-        if order == "post" and stages[-1].act is not None and path[end - 1].exit in self._written:
+        if order == "post" and stages[-1].act is not None and path[end - 1].exit in self._written - {absorbed}:
             # backward may need the result that is written to
             stages = (*stages[:-1], replace(stages[-1], act=None))
             return (Fused(stages, order=order), length - 1)
@@ -326,7 +330,7 @@ class _Graph:
         ends: list[tuple[int, int, Recipe, float | str]] = []
         for i, term in enumerate(terms):
             path, scale = _unscaled(term)
-            recipe = self.steps(path)
+            recipe = self.steps(path, summed=in_place and i == 0)
             if recipe and isinstance(recipe[-1], Fused) and recipe[-1].skip == "none":
                 count = sum(len(step.stages) for step in recipe if isinstance(step, Fused))
                 ends.append((count, -i, recipe, scale))
@@ -384,6 +388,8 @@ def _activation(operation: Operation) -> Activation | None:
     if found is None or found.kind.learned:
         return None
     given = bound(operation)
+    if len(operation.args) > 1 and not given:  # a built-in, whose arguments have no names
+        return None
     if found.name == "leaky_relu":
         slope = given.get("negative_slope", found.parameter)
         return Activation(found.name, float(slope)) if _is_number(slope) else None

@@ -183,7 +183,10 @@ def _defaults(block: nn.Module) -> dict[str, Any]:
     """The arguments of forward beside the first, by default. Raises NotFusable for another kind of forward."""
     if "forward" in block.__dict__:
         raise NotFusable("its forward is replaced on the instance")
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    except (TypeError, ValueError):  # compiled code
+        parameters = []
     packed = any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD, each.KEYWORD_ONLY) for each in parameters)
     if not parameters or packed or any(each.default is each.empty for each in parameters[1:]):
         raise NotFusable("its forward does not take one tensor; accepted: forward(x), others by default")
