@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.adapters import sequential
-from resnet_fused.modules.block_modules import BlockModules, Modules
+from resnet_fused.modules.block_modules import Modules
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule, Settings, inject
 from resnet_fused.modules.module_state import GLOBAL_HOOKS
 from resnet_fused.modules.operations import look_up
@@ -178,18 +178,18 @@ def _derive(block: nn.Module) -> Match | str:
 
 
 def _require_gain(recipe: Recipe, block: nn.Module) -> None:
-    """As of the layers that adapters know: one of them at least is worth it, or there is a block."""
-    calls = [build((call,), block) for call in fused_calls(recipe)]
-    lone = [call for call in calls if isinstance(call, BlockModules) and len(call.stages) == 1]
-    joins = any(isinstance(step, Join) for step in recipe) or any(c.skip != "none" for c in lone)
-    if len(lone) < len(calls) or joins:
+    """Raises NotFusable for single stages alone, none of which is worth it; as of the layers that adapters know."""
+    calls = list(fused_calls(recipe))
+    if any(isinstance(step, Join) for step in recipe) or any(len(c.stages) > 1 or c.skip != "none" for c in calls):
         return
-    for call in lone[1:]:
+    reasons = []
+    for call in calls:
         try:
-            return sequential.require_gain(call.stages[0])
-        except NotFusable:
-            continue
-    sequential.require_gain(lone[0].stages[0])
+            sequential.require_gain(build((call,), block).stages[0])  # type: ignore[union-attr]
+        except NotFusable as reason:
+            reasons.append(reason)
+    if len(reasons) == len(calls):
+        raise reasons[0]
 
 
 class _State(NamedTuple):
