@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from resnet_fused.modules.fuse import MatchBy
 from resnet_fused.spec import Memory
 from resnet_fused.tools.comparison import Inputs, Source
 from resnet_fused.tools.verification import SEEDS, Report, verify
@@ -28,6 +29,7 @@ def assert_equivalent(
     train: bool | None = None,
     backend: str = "auto",
     memory: Memory = "default",
+    match: MatchBy | None = None,
     seeds: int = SEEDS,
     min_fused: float = 0.0,
 ) -> None:
@@ -37,7 +39,15 @@ def assert_equivalent(
     """
     for mode in (True, False) if train is None else (train,):
         report = verify(
-            model, x, dtype=dtype, train=mode, backend=backend, memory=memory, seeds=seeds, min_fused=min_fused
+            model,
+            x,
+            dtype=dtype,
+            train=mode,
+            backend=backend,
+            memory=memory,
+            match=match,
+            seeds=seeds,
+            min_fused=min_fused,
         )
         if not report.ok:
             raise AssertionError(_message(report))

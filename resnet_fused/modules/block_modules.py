@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.module_state import GLOBAL_HOOKS, HOOKS
+from resnet_fused.modules.operations import Operations
 from resnet_fused.modules.overlay import is_gathered
 from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import Activation, BlockSpec, IntPair, Memory, Order, Skip, StageSpec, batch_norm
@@ -104,8 +105,8 @@ class CompositeModules:
     skip: () for x itself, None for no skip path.
     in_place_add: without an end, the sum keeps the branch's dtype, as `BlockModules.in_place_add`.
 
-    A step may itself be composite, as where three branches are added; or a function of one tensor, for what the block's
-    forward computes between its children.
+    A step may itself be composite, as where three branches are added; a function of one tensor, for what the block's
+    forward computes between its children; or `Operations` that `structure` has traced.
 
     Modules among the steps are called, so their hooks run. Raises ValueError for parts that do not fit together.
     """
@@ -131,9 +132,15 @@ class CompositeModules:
     @property
     def called(self) -> tuple[nn.Module, ...]:
         """The modules that are called as they are."""
-        return tuple(step for step in self._steps() if isinstance(step, nn.Module))
+        found: list[nn.Module] = []
+        for step in self._steps():
+            if isinstance(step, nn.Module):
+                found.append(step)
+            elif isinstance(step, Operations):
+                found += step.modules
+        return tuple(found)
 
-    def _steps(self) -> Iterator[BlockModules | Callable[[Tensor], Tensor]]:
+    def _steps(self) -> Iterator[BlockModules | Operations | Callable[[Tensor], Tensor]]:
         end = () if self.end is None else (self.end,)
         return _flat((*self.before, *self.branch, *end, *(self.skip or ()), *self.after))
 
@@ -170,11 +177,11 @@ class DenseModules:
 
 Modules = BlockModules | CompositeModules
 # a fused call, steps of several, or what is called as it is: a module, or a function
-StepModules = Modules | SplitModules | DenseModules | nn.Module | Callable[[Tensor], Tensor]
+StepModules = Modules | SplitModules | DenseModules | Operations | nn.Module | Callable[[Tensor], Tensor]
 Adapter = Callable[[nn.Module], Modules]
 
 
-def _flat(steps: Iterable[StepModules]) -> Iterator[BlockModules | Callable[[Tensor], Tensor]]:
+def _flat(steps: Iterable[StepModules]) -> Iterator[BlockModules | Operations | Callable[[Tensor], Tensor]]:
     """The fused calls, and what is called as it is, at any depth."""
     for step in steps:
         if isinstance(step, CompositeModules):
@@ -183,6 +190,8 @@ def _flat(steps: Iterable[StepModules]) -> Iterator[BlockModules | Callable[[Ten
             yield from _flat(chain.from_iterable(step.paths))
         else:
             yield step
+            if isinstance(step, Operations):
+                yield from step.fused
 
 
 def called_by(modules: Modules) -> list[nn.Module]:

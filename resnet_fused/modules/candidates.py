@@ -16,6 +16,7 @@ from resnet_fused.modules import adapters
 from resnet_fused.modules.block_modules import called_by, class_path, frozen_norm
 from resnet_fused.modules.fused_block import FusedModule, original_class
 from resnet_fused.modules.stem import FusedStem, refused_stem, stem_runs
+from resnet_fused.modules.structure import FusedByStructure
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # without a formula of their own
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -61,8 +62,9 @@ def _within(name: str, module: nn.Module) -> Iterator[Candidate]:
             within = {id(part) for part in module._fused_parts()}
             yield from (candidate for candidate in inner if id(candidate.module) not in within)
         else:
-            piece = class_path(cls) in adapters.LAYERS or cls is nn.Sequential
-            yield Candidate(name, module, whole=not piece)
+            layer = class_path(cls) in adapters.LAYERS or cls is nn.Sequential
+            layer = layer or (isinstance(module, FusedByStructure) and not _adds(cls))  # type: ignore[arg-type]
+            yield Candidate(name, module, whole=not layer)
             yield from _by_themselves(module, inner)
     elif _is_block(module, inner):
         yield Candidate(name, module, whole=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from functools import cache
-from typing import TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -25,16 +26,18 @@ from resnet_fused.modules.fused_block import (
     original_class,
 )
 from resnet_fused.modules.plan import describe_all
+from resnet_fused.modules.structure import Found, fuse_by_structure, reason_against
 from resnet_fused.ops import operators
 from resnet_fused.spec import Memory
 
-__all__ = ["FusedBlock", "fuse", "require_module", "unfuse", "why_not"]
+__all__ = ["FusedBlock", "MatchBy", "fuse", "require_module", "unfuse", "why_not"]
 
 Model = TypeVar("Model", bound=nn.Module)
+MatchBy = Literal["class", "structure"]
 SHOWN = 3  # reasons in a warning
 
 
-def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> Model:
+def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default", match: MatchBy = "class") -> Model:
     """Switch every block of a known class to the fused operators, in place, and return the model.
 
     Known are the blocks and layers of the ResNets and RegNets of torchvision, timm, transformers and
@@ -49,33 +52,72 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default") -> 
 
     backend: "auto", or a name from `resnet_fused.backends()`; one that cannot run raises BackendError in forward.
     memory:  "default", or "low" to recompute in backward instead of keeping (`BlockSpec.memory`).
+    match:   "class": known classes. "structure": then also blocks of other classes that `explain` lists. What their
+             forward does is traced with torch.fx, in training and in evaluation; convolution, norm and activation in a
+             row, additions, gates and constant scales become fused calls, everything else is called as it is. Then it
+             is proven: a float64 copy of the block and its fused form run on random input, and outputs, gradients and
+             buffers must agree. It is off by default since it runs your code when the model is fused (and where a
+             block changes, or was unpickled, at its next call), needs about a second for large blocks, and relies on
+             forward depending on nothing but x, tensors and attributes: a global variable that changes later, or an
+             object of your own that does, is not seen.
 
     Warns where nothing is fused, and gives the first reasons; and once where backend is "auto" and the C++ extension is
     missing, so that PyTorch runs.
-    Raises TypeError if model is not a module, ValueError for an unknown backend or memory.
+    Raises TypeError if model is not a module, ValueError for an unknown backend, memory or match.
     """
     require_module(model)
     dispatch.check_name(backend)
     if memory not in get_args(Memory):
         raise ValueError(f"memory must be one of {', '.join(map(repr, get_args(Memory)))}, got {memory!r}")
-    _fuse(model, Settings(backend, memory))
+    if match not in get_args(MatchBy):
+        raise ValueError(f"match must be one of {', '.join(map(repr, get_args(MatchBy)))}, got {match!r}")
+    _fuse(model, Settings(backend, memory), _Unknown(model) if match == "structure" else None)
     _warn_of_what_is_left(model)
     if backend == "auto" and (reason := operators.load_error()) is not None:
         _warn_once(f"fused blocks run in plain PyTorch: {reason}")
     return model
 
 
-def _fuse(module: nn.Module, settings: Settings) -> None:
+class _Unknown:
+    """The blocks of classes that no adapter knows, and what was found in them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._blocks: set[int] = set()
+        self._found: list[Found] = []
+        self.add([model])
+
+    def add(self, modules: Iterable[nn.Module]) -> None:
+        """Those within `modules` that would be listed as blocks."""
+        listed = (candidate.module for module in modules for candidate in candidates(module))
+        self._blocks |= {id(m) for m in listed if not (isinstance(m, FusedModule) or adapters.find(original_class(m)))}
+
+    def fuse(self, module: nn.Module, settings: Settings) -> None:
+        """By its structure, if it is one of them; if it has no match, the blocks within it are added."""
+        if id(module) not in self._blocks or original_class(module) is not type(module):  # sharded
+            return
+        if not fuse_by_structure(module, settings, self._found):
+            self.add(module.children())
+
+
+def _fuse(module: nn.Module, settings: Settings, unknown: _Unknown | None) -> None:
     """From the outside in: what a fused block holds runs within it, but for the modules that it calls as they are. A
-    block that is left alone may hold others."""
+    block that is left alone may hold others.
+
+    unknown: None where only classes count.
+    """
     if isinstance(module, FusedModule) or why_not(module) is None:
         inject(module, _mixin(original_class(module)), settings)
+    elif unknown is not None:
+        unknown.fuse(module, settings)
     within = {id(part) for part in module._fused_parts()} if isinstance(module, FusedModule) else set()
-    for called in _called(module):
-        _fuse(called, settings)
+    called = _called(module)
+    if unknown is not None:
+        unknown.add(called)
+    for part in called:
+        _fuse(part, settings, unknown)
     for child in module.children():
         if id(child) not in within:
-            _fuse(child, settings)
+            _fuse(child, settings, unknown)
 
 
 def _called(module: nn.Module) -> list[nn.Module]:
@@ -119,7 +161,9 @@ def why_not(module: nn.Module) -> str | None:
     if adapter is None and (found := dimensions(module.modules())) in (1, 3):
         return f"{found}-d convolutions have no fused form; accepted: nn.Conv2d"
     if adapter is None:
-        return "unknown block class; register_block(cls, adapter) teaches it"
+        if (reason := reason_against(module)) is not None:
+            return f"no match by structure: {reason}"
+        return 'unknown block class; register_block(cls, adapter) teaches it, match="structure" looks for its parts'
     try:
         describe_all(adapter(module), "default")
     except NotFusable as refusal:

@@ -81,6 +81,7 @@ class FusedModule(nn.Module):
     _fused_from: ClassVar[type[nn.Module]]
     _fused_class: ClassVar[type[FusedModule]]  # made of the mixin and `_fused_from` by `_make_class`
     _fused_keeps: ClassVar[type[Description]] = Description
+    _fused_attributes: ClassVar[tuple[str, ...]] = ("_fused_settings", "_fused_description")  # what `eject` takes away
     _fused_settings: Settings
     _fused_description: Description
 
@@ -128,9 +129,7 @@ class FusedModule(nn.Module):
         block = self._fused_describe_or_log()
         if block is not None:
             block = block.remember(last)
-        # a registered adapter may read anything, so it is asked every time
-        lasts = adapters.is_built_in(self._fused_from)
-        kept.keep(block, module_state.snapshot(self._fused_parts()) if lasts else None)
+        kept.keep(block, module_state.snapshot(self._fused_parts()) if self._fused_lasts() else None)
         return block
 
     def _fused_describe_or_log(
@@ -142,8 +141,13 @@ class FusedModule(nn.Module):
                 require_plain(described)
             return described
         except NotFusable as reason:
-            _log_once(self._fused_from.__name__, str(reason))
+            if not torch.compiler.is_compiling():  # Dynamo has no loggers
+                _log_once(self._fused_from.__name__, str(reason))
             return None
+
+    def _fused_lasts(self) -> bool:
+        """Whether a snapshot shows all that `fused_describe` reads. A registered adapter may read anything."""
+        return adapters.is_built_in(self._fused_from)
 
     def _fused_parts(self) -> Iterable[nn.Module]:
         """The modules that `fused_describe` reads."""
@@ -202,7 +206,8 @@ def eject(module: FusedModule) -> None:
     """Undo `inject`. Raises TypeError where something else has changed the class since."""
     if beneath(type(module)) is not module._fused_class:
         raise TypeError(f"the fused module has become {type(module).__name__} (parametrized?); undo that before unfuse")
-    del module._fused_settings, module._fused_description
+    for name in module._fused_attributes:
+        delattr(module, name)
     module.__class__ = exchange(type(module), module._fused_from)  # type: ignore[arg-type, assignment]
 
 

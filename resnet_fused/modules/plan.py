@@ -24,6 +24,7 @@ from resnet_fused.modules.block_modules import (
     describe,
     has_hooks,
 )
+from resnet_fused.modules.operations import Operations
 from resnet_fused.ops.gate import Gate
 from resnet_fused.params import BlockParams, is_wrapper, same
 from resnet_fused.spec import BlockSpec, Memory
@@ -156,7 +157,7 @@ class Dense(NamedTuple):
         return [call for path in self.paths for call in _calls(path)]
 
 
-Step = Described | Pooled | Plan | Split | Dense | Callable[[Tensor], Tensor]
+Step = Described | Pooled | Plan | Split | Dense | Operations | Callable[[Tensor], Tensor]
 FUSED = (Described, Pooled, Plan, Split, Dense)
 POOL = (3, 2, 1)  # kernel_size, stride, padding: the pooling that a fused call takes with it
 
@@ -171,6 +172,8 @@ def describe_all(modules: Modules, memory: Memory) -> Described | Plan:
             return Split(tuple(steps(path) for path in given.paths), given.cascade)
         if isinstance(given, DenseModules):
             return Dense(tuple(steps(path) for path in given.paths))
+        if isinstance(given, Operations):
+            return given.map_fused(lambda call: describe_all(call, memory))
         return describe_all(given, memory) if isinstance(given, (BlockModules, CompositeModules)) else given
 
     def steps(given: tuple[StepModules, ...]) -> tuple[Step, ...]:
@@ -216,16 +219,24 @@ def pool_reason(pool: nn.Module) -> str | None:
 
 def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:
     for step in steps:
-        x = step.run(x, backend) if isinstance(step, FUSED) else step(x)
+        x = step.run(x, backend) if isinstance(step, (*FUSED, Operations)) else step(x)
     return x
 
 
 def _calls(steps: Iterable[Step]) -> list[Described]:
-    return [call for step in steps if isinstance(step, FUSED) for call in step.calls]
+    found: list[Described] = []
+    for step in steps:
+        if isinstance(step, Operations):
+            found += step.fused
+        elif isinstance(step, FUSED):
+            found += step.calls
+    return found
 
 
 def _carry(steps: tuple[Step, ...], before: Iterator[Described]) -> tuple[Step, ...]:
     def one(step: Step) -> Step:
+        if isinstance(step, Operations):
+            return step.map_fused(lambda call: call.remember(next(before)))
         if isinstance(step, Described):
             return step.remember(next(before))
         return step.carry(before) if isinstance(step, FUSED) else step

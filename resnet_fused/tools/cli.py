@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ import resnet_fused
 from resnet_fused.analysis import command as analyze
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import BackendError
+from resnet_fused.modules.fuse import MatchBy
 from resnet_fused.tools import completion, coverage, named_models
 from resnet_fused.tools.bench import command
 from resnet_fused.tools.comparison import Progress
@@ -101,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--memory", choices=("default", "low"), default="default", help="low: recompute in backward (default: default)"
     )
+    _add_match(check)
     check.add_argument("--images", type=Path, metavar="DIR", help="your pictures (default: scikit-learn's samples)")
     check.add_argument("--size", type=int, default=224, help="of the square pictures (default: %(default)s)")
     check.add_argument("--batch", type=int, default=4, help="pictures at once (default: %(default)s)")
@@ -128,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "another one, or why it is not fused.",
     )
     named_models.add_option(why)
+    _add_match(why)
     add_json(why, "every row")
     why.set_defaults(run=_explain)
 
@@ -215,6 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_match(parser: argparse.ArgumentParser) -> None:
+    by = "known classes, or also what other blocks compute, traced and proven (default: %(default)s)"
+    parser.add_argument("--match", choices=get_args(MatchBy), default="class", help=by)
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from resnet_fused.tools.pictures import photographs
 
@@ -234,6 +243,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             train=arguments.train,
             backend=arguments.backend,
             memory=arguments.memory,
+            match=arguments.match,
             seeds=arguments.seeds,
             min_fused=arguments.min_fused,
             progress=progress,
@@ -252,7 +262,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    explanation = resnet_fused.explain(resnet_fused.fuse(named_models.build(arguments.model)))
+    model = resnet_fused.fuse(named_models.build(arguments.model), match=arguments.match)
+    explanation = resnet_fused.explain(model)
     if arguments.json is not None:
         arguments.json.write_text(explanation.to_json() + "\n")
     return 0

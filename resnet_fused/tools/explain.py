@@ -20,6 +20,7 @@ from resnet_fused.modules.fused_block import FusedModule, original_class
 from resnet_fused.modules.overlay import is_gathered
 from resnet_fused.modules.plan import Described, Plan, require_plain
 from resnet_fused.modules.stem import FusedStem, pool_note
+from resnet_fused.modules.structure import FusedByStructure, matched_words
 from resnet_fused.ops import gated_block
 from resnet_fused.params import BlockParams, is_wrapper
 from resnet_fused.spec import BlockSpec
@@ -100,9 +101,12 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     if any(conv.weight.dim() != 4 for call in described.calls for conv in call.params.convs):
         flat = "parameters are flattened outside of forward (FullyShardedDataParallel); explain the unwrapped model"
         return module._fused_settings.backend, flat
+    found = [f"matched by structure: {matched_words(module)}"] if isinstance(module, FusedByStructure) else []
     if isinstance(described, Plan):
-        return _of_plan(module, described, x)
+        backend, note = _of_plan(module, described, x)
+        return backend, "; ".join([*found, note])
     backend, notes = _of_call(module, described, x)
+    notes = [*found, *notes]
     if isinstance(module, FusedStem):
         notes += [pool] if (pool := pool_note(module)) is not None else []
     return backend, "; ".join(notes)

@@ -32,9 +32,10 @@ from resnet_fused import functional
 from resnet_fused.backends import dispatch
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.candidates import candidates
-from resnet_fused.modules.fuse import fuse, unfuse
+from resnet_fused.modules.fuse import MatchBy, fuse, unfuse
 from resnet_fused.modules.fused_block import FusedBlock, FusedModule
 from resnet_fused.modules.plan import Described
+from resnet_fused.modules.structure import FusedByStructure
 from resnet_fused.ops import gated_block
 from resnet_fused.spec import Memory
 from resnet_fused.tools.comparison import (
@@ -95,6 +96,7 @@ def verify(
     train: bool = True,
     backend: str = "auto",
     memory: Memory = "default",
+    match: MatchBy | None = None,
     seeds: int = SEEDS,
     min_fused: float = 0.0,
     progress: Progress | None = None,
@@ -109,6 +111,7 @@ def verify(
     dtype:    torch.bfloat16 or torch.float16 runs both under autocast; None or torch.float32 as they are.
     train:    training mode (batch statistics) or evaluation, where the output without autograd is compared too.
     backend, memory: as for `resnet_fused.fuse`.
+    match:    likewise; None: "structure" for a model that is fused by it, otherwise "class".
     seeds:    how many inputs, each with random upstream gradients of its own.
     min_fused: the share of the model's blocks that a fused backend has to run, 0 to 1. Blocks are modules of a known
               class, and others that hold a convolution and a batch norm; a ResNet's stem is one.
@@ -130,7 +133,9 @@ def verify(
             "below float64, which the exact run needs for itself"
         )
     eager = unfuse(copy.deepcopy(model))
-    fused = fuse(copy.deepcopy(eager), backend=backend, memory=memory)
+    if match is None:
+        match = "structure" if any(isinstance(m, FusedByStructure) for m in model.modules()) else "class"
+    fused = fuse(copy.deepcopy(eager), backend=backend, memory=memory, match=match)
     names = [name for name, module in fused.named_modules() if isinstance(module, FusedBlock)]
     if not any(isinstance(module, FusedModule) for module in fused.modules()):
         raise ValueError("no block of this model is fused; resnet_fused.explain(model) gives the reasons")

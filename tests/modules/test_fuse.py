@@ -25,6 +25,7 @@ from resnet_fused.modules.fused_block import FusedBlock, FusedModule
 from resnet_fused.spec import Activation
 
 FIRST = next(name for name, why_not in resnet_fused.backends().items() if why_not is None)  # what "auto" takes here
+UNKNOWN = 'unknown block class; register_block(cls, adapter) teaches it, match="structure" looks for its parts'
 
 
 def projection(inplanes: int, planes: int, stride: int = 1) -> nn.Sequential:
@@ -162,7 +163,7 @@ def test_fusing_nothing_gives_the_first_reasons() -> None:
     with pytest.warns(UserWarning, match="fuse left blocks of this Sequential unfused") as caught:
         fuse(nn.Sequential(Unknown(), group_norm, Unknown(), Unknown()))
     (message,) = (str(warning.message) for warning in caught)
-    assert "0 (Unknown): unknown block class; register_block(cls, adapter) teaches it; " in message
+    assert f"0 (Unknown): {UNKNOWN}; " in message
     assert "; 1 (BasicBlock): stages[0].norm is GroupNorm; " in message and "; 2 (Unknown): " in message
     assert "; 3 (Unknown)" not in message and message.endswith("; and more, see resnet_fused.explain(model)")
     assert caught[0].filename == __file__
@@ -500,7 +501,7 @@ def test_unknown_blocks_are_left_alone(block: nn.Module) -> None:
         assert type(fuse(block)) is cls
     assert torch.equal(block(pictures()), expected)
     (row,) = explain(block)
-    assert row == ("", cls.__name__, "eager", "unknown block class; register_block(cls, adapter) teaches it")
+    assert row == ("", cls.__name__, "eager", UNKNOWN)
 
 
 # --- blocks of the user ----------------------------------------------------------------------------------------------
@@ -630,8 +631,7 @@ def test_explain_before_and_after_fusing(mixed: nn.Sequential, capsys: pytest.Ca
     group_norm = (
         "stages[0].norm is GroupNorm; accepted: nn.BatchNorm2d and nn.SyncBatchNorm themselves, FrozenBatchNorm2d"
     )
-    unknown = "unknown block class; register_block(cls, adapter) teaches it"
-    left_alone = [("2", "BasicBlock", "eager", group_norm), ("3", "Unknown", "eager", unknown)]
+    left_alone = [("2", "BasicBlock", "eager", group_norm), ("3", "Unknown", "eager", UNKNOWN)]
     before = [("0", "Bottleneck", "eager", not_yet), ("1", "BasicBlock", "eager", not_yet)]
     assert explain(mixed) == before + left_alone
     capsys.readouterr()

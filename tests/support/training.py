@@ -13,6 +13,7 @@ from support.kinks import Kinks
 from torch import Tensor, nn
 
 from resnet_fused import fuse, unfuse
+from resnet_fused.modules.fuse import MatchBy
 from resnet_fused.spec import Memory
 
 Record = dict[str, Tensor | None]
@@ -28,6 +29,7 @@ def assert_trains_as_eager(
     steps: int = 1,
     autocast: torch.dtype | None = None,
     memory: Memory = "default",
+    match: MatchBy = "class",
 ) -> None:
     """Copies of `model`, fused and eager, give the same outputs, gradients and buffers over `steps` training steps.
 
@@ -38,7 +40,7 @@ def assert_trains_as_eager(
     the exact run counts as eager's rounding too (`kinks`).
     """
     eager = unfuse(copy.deepcopy(model))
-    fused = fuse(copy.deepcopy(eager), memory=memory)
+    fused = fuse(copy.deepcopy(eager), memory=memory, match=match)
     eager64, fused64 = copy.deepcopy(eager).double(), copy.deepcopy(fused).double()
     flipped64 = copy.deepcopy(eager64)
     kinks = Kinks(torch.float32) if autocast is None and pictures.dtype == torch.float32 else None

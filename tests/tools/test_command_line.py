@@ -285,6 +285,22 @@ def test_explain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert told["fused"] == 9 and told["rows"][8]["name"] == "layer4.1"
 
 
+class Unknown(models.BasicBlock):
+    """A class that no adapter knows."""
+
+
+def test_match_by_structure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(named_models, "build", lambda name: nn.Sequential(nn.Conv2d(3, 8, 1), Unknown(8, 8)))
+    assert main(["explain", "--match", "structure"]) == 0
+    assert "1 of 1 blocks fused" in capsys.readouterr().out
+    assert main(["verify", *SMALL[2:-2], "--match", "structure", "--min-fused", "1"]) == 0
+    assert main(["verify", *SMALL[2:-2]]) == 2
+    assert "no block of this model is fused" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["verify", "explain", "cost", "compile"])
 @pytest.mark.parametrize("place", ["no/such/folder.json", "."])
 def test_a_file_that_cannot_be_written_is_told_before_the_work(
