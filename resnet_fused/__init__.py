@@ -15,7 +15,13 @@ from resnet_fused.backends import dispatch
 from resnet_fused.backends.tune import tune
 from resnet_fused.errors import BackendError, NotFusable
 from resnet_fused.modules.adapters import register_block
-from resnet_fused.modules.block_modules import BlockModules, CompositeModules, StageModules
+from resnet_fused.modules.block_modules import (
+    BlockModules,
+    CompositeModules,
+    DenseModules,
+    SplitModules,
+    StageModules,
+)
 from resnet_fused.modules.fuse import fuse, unfuse
 from resnet_fused.ops.export import export_fused
 from resnet_fused.params import BlockParams, StageParams
@@ -31,7 +37,9 @@ __all__ = [
     "BlockParams",
     "BlockSpec",
     "CompositeModules",
+    "DenseModules",
     "NotFusable",
+    "SplitModules",
     "StageModules",
     "StageParams",
     "StageSpec",
