@@ -64,6 +64,8 @@ REFERENCE: dict[str, dict[str, list[str] | None]] = {
             "BlockModules",
             "StageModules",
             "CompositeModules",
+            "SplitModules",
+            "DenseModules",
             "export_fused",
             "NotFusable",
             "BackendError",
