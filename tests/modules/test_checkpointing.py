@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.shared_blocks import SeveralCalls
 from support.small_net import picture, small_net
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from resnet_fused import functional, fuse, unfuse
+from resnet_fused.models.resnet import PreBasicBlock
 from resnet_fused.tools.saved_bytes import saved_bytes
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}  # float64
@@ -63,6 +65,17 @@ def test_gradients_and_statistics_are_eagers(name: str, backend: str) -> None:
         expected, got = (step(model, picture().double(), WAYS[name]) for model in (eager, fused))
     torch.testing.assert_close(got, expected, **CLOSE)
     assert int(fused[0].bn1.num_batches_tracked) == 4  # type: ignore[arg-type, union-attr]
+
+
+@pytest.mark.parametrize("name", ["reentrant", "not reentrant"])
+@pytest.mark.parametrize("make", [lambda: PreBasicBlock(6, 6), SeveralCalls], ids=["pre-activation", "several calls"])
+def test_other_blocks(make: Callable[[], nn.Module], name: str) -> None:
+    torch.manual_seed(0)
+    eager = make().double()
+    fused = fuse(copy.deepcopy(eager))
+    x = torch.randn(3, 6, 6, 4, dtype=torch.float64)
+    expected, got = (step(model, x, WAYS[name]) for model in (eager, fused))
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 class Gated(nn.Module):
