@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="more families, in tables of their own: the share, --json and the exit status leave them out",
+        help="more families, in tables of their own: the share, --json and exit status leave them out (default: none)",
     )
     covered.set_defaults(run=_coverage)
 
