@@ -62,8 +62,7 @@ struct Source {
 
 template <class S>
 Source<element_t<S>> source_of(const at::Tensor& t, Range columns) {
-  return {
-      reinterpret_cast<const element_t<S>*>(t.const_data_ptr<S>()), t.size(1), t.size(2), t.size(3), columns};
+  return {reinterpret_cast<const element_t<S>*>(t.const_data_ptr<S>()), t.size(1), t.size(2), t.size(3), columns};
 }
 
 // Filters [C, 1, R, S] as [C / lanes, R * S, lanes] floats, zeros beyond C.
@@ -230,8 +229,8 @@ at::Tensor backward_weight(const at::Tensor& dy, const at::Tensor& p, const at::
         const Range out_rows{unit % bands * band, std::min(height, (unit % bands + 1) * band)};
         const Range in_rows = reach(rows, out_rows);
         const int64_t in_floats = in_rows.size() * row_floats, dy_floats = out_rows.size() * width * kGroup;
-        float* planes = reinterpret_cast<float*>(
-            engine::scratch((in_floats + dy_floats) * static_cast<int64_t>(sizeof(float))));
+        float* planes =
+            reinterpret_cast<float*>(engine::scratch((in_floats + dy_floats) * static_cast<int64_t>(sizeof(float))));
         source.lay_out(image, in_rows, first, count, planes);
         gradient.lay_out(image, out_rows, first, count, planes + in_floats);
         for (int64_t c = 0; c < count; c += lanes)

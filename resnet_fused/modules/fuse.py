@@ -40,10 +40,11 @@ SHOWN = 3  # reasons in a warning
 def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default", match: MatchBy = "class") -> Model:
     """Switch every block of a known class to the fused operators, in place, and return the model.
 
-    Known are blocks of torchvision, timm, transformers, segmentation_models_pytorch, detectron2, OpenMMLab, CLIP, MONAI
-    (2-d), WeSpeaker, pyannote.audio, Ultralytics, Kornia, pytorchcv, Lightning Bolts, InsightFace (`modules.adapters` lists
-    their classes; they are told by name, none is imported), this package's own, and what `register_block` has added; in
-    any class also stems (`modules.stem`) and plain nn.Sequentials of convolutions, norms and ReLUs.
+    Known are blocks of torchvision, timm, transformers, segmentation_models_pytorch, detectron2, OpenMMLab, CLIP,
+    MONAI (2-d), WeSpeaker, pyannote.audio, Ultralytics, Kornia, pytorchcv, Lightning Bolts, InsightFace
+    (`modules.adapters` lists their classes; they are told by name, none is imported), this package's own, and what
+    `register_block` has added; in any class also stems (`modules.stem`) and plain nn.Sequentials of convolutions,
+    norms and ReLUs.
     Parameters, buffers, names, hooks on the block and `state_dict` stay as they are.
     A block of another class, or one with a part that has no fused form, is left alone: `explain(model)` says why.
     A block that loses its fused form later runs its original forward, and the reason is logged to "resnet_fused".
