@@ -11,7 +11,7 @@ namespace resnet_fused::cpu {
   const DepthwiseKernels<bf16>& depthwise(bf16);   \
   }
 DECLARE_TABLES(baseline)
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 DECLARE_TABLES(avx2)
 DECLARE_TABLES(avx512)
 #endif
@@ -19,7 +19,7 @@ DECLARE_TABLES(avx512)
 
 template <class T>
 const DepthwiseKernels<T>& depthwise_kernels() {
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
   if (vector_isa() >= Isa::avx512) return avx512::depthwise(T{});
   if (vector_isa() >= Isa::avx2) return avx2::depthwise(T{});
 #endif

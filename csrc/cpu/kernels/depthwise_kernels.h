@@ -4,6 +4,7 @@
 // written out, so a tap of the window is one shift for all outputs of a row.
 #pragma once
 
+#include "../x86.h"
 #include "scalar_types.h"
 
 namespace resnet_fused::cpu {

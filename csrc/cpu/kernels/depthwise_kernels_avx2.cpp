@@ -3,7 +3,7 @@
 
 #include "../../block/activations.h"
 
-#if defined(__x86_64__)
+#if defined(RESNET_FUSED_X86)
 #pragma GCC target("avx2,fma,f16c")
 #define KERNELS_ISA avx2
 #define VECTOR_BYTES 32

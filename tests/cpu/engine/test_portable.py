@@ -18,7 +18,7 @@ CXX = os.environ.get("CXX") or "g++"
 @pytest.mark.skipif(shutil.which(CXX) is None, reason="compiles")
 def test_the_engine_without_x86(tmp_path: Path) -> None:
     sources = [Path(__file__).with_name("sanitize.cpp"), ENGINE / "layout.cpp", ENGINE / "schedule.cpp"]
-    sources += sorted(ENGINE.glob("products_*.cpp")) + sorted(ROWS.glob("row_kernels_*.cpp"))
+    sources += sorted(ENGINE.glob("products_*.cpp")) + sorted(ROWS.glob("*_kernels_*.cpp"))
     flags = ["-std=c++20", "-O1", "-pthread", "-fno-trapping-math", "-DRESNET_FUSED_PORTABLE"]
     program = tmp_path / "portable"
     subprocess.run([CXX, *flags, *map(str, sources), "-o", str(program)], check=True)
