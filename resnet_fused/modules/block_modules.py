@@ -379,7 +379,8 @@ def _activation(name: str, act: object) -> Activation:
     found = recognise(act)
     if found is not None and not (found.kind.learned and not isinstance(act, nn.Module)):
         return found
-    modules = ", ".join(f"nn.{module.__name__}" for kind in KINDS.values() for module in kind.modules)
+    known = (f"nn.{module.__name__}" for kind in KINDS.values() for module in kind.modules)
+    modules = ", ".join(dict.fromkeys(known))
     raise NotFusable(f"{name} is {_called(act)}; accepted: {modules}, their functions and names, or None")
 
 

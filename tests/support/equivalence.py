@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 FLOOR_ULPS = 4
-# `make soak` draws tens of thousands of small blocks, of which one in some thousands is beyond the tolerance by chance. A
-# wrong formula is so by a factor of thousands.
+# `make soak` draws tens of thousands of small blocks, of which one in some thousands is beyond the tolerance by chance.
+# A wrong formula is so by a factor of thousands.
 CHANCE = 16 if "RESNET_FUSED_SOAK" in os.environ else 1
 Results = dict[str, Tensor | None]
 
