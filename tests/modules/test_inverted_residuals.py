@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from support import library_blocks
 from support.training import assert_trains_as_eager
 from torch import Tensor, nn
 
@@ -74,16 +75,11 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def made(make: Callable[[], nn.Module]) -> nn.Module:
-    """The block within a model, whose norms are away from one and zero."""
-    torch.manual_seed(0)
-    block = make()
-    for module in block.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
+    model = library_blocks.made(make)
+    block = model[0]
     if isinstance(block, blocks.UniversalInvertedResidual) and not isinstance(block.dw_start, nn.Identity):
         block.dw_start.bn.bias.requires_grad_(False)  # whose gradient is zero: the norm behind pw_exp takes it away
-    return nn.Sequential(block)
+    return model
 
 
 def given(model: nn.Module, size: int = 9) -> Tensor:

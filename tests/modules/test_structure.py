@@ -7,11 +7,13 @@ import pickle
 import random
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import library_blocks
 from support.training import assert_trains_as_eager
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
@@ -321,22 +323,12 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-def made(make: Callable[[], nn.Module]) -> nn.Module:
-    """The block within a model, whose norms are away from one and zero."""
-    torch.manual_seed(0)
-    block = make()
-    for module in block.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-        if isinstance(module, nn.PReLU):
-            nn.init.uniform_(module.weight, 0.1, 0.4)
-    return nn.Sequential(block)
-
-
 def picture(block: nn.Module, n: int = 4, size: int = 10) -> Tensor:
     channels = next(m.in_channels for m in block.modules() if isinstance(m, nn.Conv2d))
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+made = partial(library_blocks.made, drop=True)
 
 
 def by_structure(model: nn.Module) -> nn.Module:
