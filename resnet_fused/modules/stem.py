@@ -285,6 +285,6 @@ def _fused_of(parts: list[nn.Module]) -> list[nn.Module]:
 
 
 def _read(parts: list[nn.Module]) -> list[nn.Module]:
-    """The modules on which a run's description depends: of what it calls no parts."""
+    """The modules on which a run's description depends, and not what it calls: that is right whatever it becomes."""
     called = {id(step) for step in sequential.chains(parts, _layer)}
-    return [module for part in parts for module in ([part] if id(part) in called else part.modules())]
+    return [module for part in parts if id(part) not in called for module in part.modules()]

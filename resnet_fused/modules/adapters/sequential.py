@@ -100,9 +100,9 @@ def chains(
 ) -> tuple[StepModules, ...]:
     """Modules that are called one after the other, with each run of conv, norm and activation as one fused chain.
 
-    Layers and plain nn.Sequentials among them are opened, unless they have hooks. A single stage that PyTorch runs
-    faster is called as it is, unless the chain is part of a block, or a max pooling follows, which the fused call takes
-    with it. So are chains of grouped convolutions.
+    Layers and plain nn.Sequentials of layers among them are opened, unless they have hooks. A single stage that PyTorch
+    runs faster is called as it is, unless the chain is part of a block, or a max pooling follows, which the fused call
+    takes with it. So are chains of grouped convolutions.
 
     layer: names the parts of further layers.
     """
@@ -142,7 +142,7 @@ def chains(
 
 def is_network(module: nn.Module) -> bool:
     """Whether it is more than a single layer, or a plain nn.Sequential of single layers."""
-    if is_norm(module) or not any(True for _ in module.children()):
+    if is_norm(module) or original_path(module) in (*SINGLE, *BASIC) or not any(True for _ in module.children()):
         return False
     if (type(module) is not nn.Sequential and not _is_fused(module)) or has_hooks(module):
         return True
@@ -150,10 +150,10 @@ def is_network(module: nn.Module) -> bool:
 
 
 def opened(modules: list[nn.Module]) -> list[nn.Module]:
-    """Without plain nn.Sequentials, in place of which stands what they hold, and without what does nothing."""
+    """Without plain nn.Sequentials of layers, in place of which stands what they hold, and what does nothing."""
     flat: list[nn.Module] = []
     for module in modules:
-        if (type(module) is nn.Sequential or _is_fused(module)) and not has_hooks(module):
+        if (type(module) is nn.Sequential or _is_fused(module)) and not is_network(module):
             flat += opened(list(module.children()))
         elif type(module) is not nn.Identity or has_hooks(module):
             flat.append(module)
