@@ -2,6 +2,8 @@
 // time, so that it is made where it is read and never lies in memory.
 #pragma once
 
+#include <atomic>
+
 #include "../kernels/row_kernels.h"
 
 namespace resnet_fused::cpu::engine {
@@ -15,6 +17,8 @@ class Operand {
   Operand(const NormalizeArgs<T>& args, int64_t channels) : channels_(channels), normalize_(args) {}
   // k_dz dz + k_y (y - center) + k: the gradient of a convolution's output.
   Operand(const BackwardApplyArgs<T>& args, int64_t channels) : channels_(channels), apply_(args) {}
+
+  std::atomic<bool>* not_finite = nullptr;  // set by `put` (fill.h) where a value is not finite; nullptr: not looked at
 
   int64_t channels() const { return channels_; }
   bool is_given() const { return given_ != nullptr; }

@@ -16,6 +16,7 @@
 #include "../convolution.h"
 #include "../isa.h"
 #include "../kernels/row_kernels.h"
+#include "fill.h"
 #include "memory.h"
 #include "pack.h"
 #include "schedule.h"
@@ -318,62 +319,34 @@ class Prepared final : public PreparedBlock {
         if (l.kind == Layout::Kind::folded)
           fold_rows(call, l, image, step.x_begin, step.x_end, first_row, buffer(s, buffers, 0));
         else if (l.kind == Layout::Kind::planes)
-          fill_planes(call, l, n, image, step.x_begin, step.x_end, buffer(s, buffers, 0));
+          fill_planes(operand(call), l, n, image, step.x_begin, step.x_end, buffer(s, buffers, 0));
         else
-          fill_columns(call, l, l, n, image, step.begin, step.end, buffer(s, buffers, 0));
+          fill_columns(operand(call), l, l, n, image, step.begin, step.end, buffer(s, buffers, 0));
       }
     }
     if (step.conv == spec_.last() && spec_.has_projection() && !s.projection_reads_x) {
       const int64_t at = spec_.projection();
       const Layout &l = s.layouts[at], &main = s.layouts[spec_.last()];
       for (int64_t n = 0; n < l.images; ++n)
-        fill_columns(call, l, main, n, item * l.images + n, step.begin, step.end, buffer(s, buffers, at));
+        fill_columns(operand(call), l, main, n, item * l.images + n, step.begin, step.end, buffer(s, buffers, at));
     }
   }
 
-  // `count` neighbouring pixels of x, behind the leading norm and activation, and zeros up to the pitch.
-  void put(Call& call, const T* from, int64_t count, int64_t channels, int64_t pitch, T* to) const {
-    if (transforms_x_) {
-      const NormalizeArgs<T> args{
-          from, {pre_center_.data(), pre_scale_.data(), pre_shift_.data()}, nullptr, {}, {pre_act_, pre_slope_.data()},
-          to};
-      if (pitch == channels) {
-        row_kernels<T>().normalize(args, count, channels);
-      } else {
-        for (int64_t i = 0; i < count; ++i) {
-          auto one = args;
-          one.y = from + i * channels;
-          one.out = to + i * pitch;
-          row_kernels<T>().normalize(one, 1, channels);
-          std::memset(one.out + channels, 0, (pitch - channels) * sizeof(T));
-        }
-      }
-    } else if (pitch == channels) {
-      std::memcpy(to, from, count * channels * sizeof(T));
-    } else {
-      for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(to + i * pitch, from + i * channels, channels * sizeof(T));
-        std::memset(to + i * pitch + channels, 0, (pitch - channels) * sizeof(T));
-      }
-    }
-    if (watches_x() && !row_kernels<T>().all_finite(to, count * pitch)) call.wild = true;
-  }
-
-  void fill_planes(Call& call, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) const {
-    const int64_t width = l.input.width, stride = l.window.stride[1];
-    const T* x = data(call.x) + image * l.input.pixels() * l.channels;
-    for (int64_t y = begin; y < end; ++y) {
-      const int32_t* place = l.place.data() + n * l.input.pixels() + y * width;
-      const T* row = x + y * width * l.channels;
-      if (stride == 1 && l.images == 1 && place[0] >= 0) {
-        int64_t count = width;
-        while (place[count - 1] < 0) --count;
-        put(call, row, count, l.channels, l.pitch, to + place[0] * l.pitch);
-      } else {
-        for (int64_t c = 0; c < width; ++c)
-          if (place[c] >= 0) put(call, row + c * l.channels, 1, l.channels, l.pitch, to + place[c] * l.pitch);
-      }
-    }
+  // x behind the leading norm and activation.
+  Operand<T> operand(Call& call) const {
+    const int64_t channels = convs_[0].shape.in;
+    Operand<T> from(data(call.x), channels);
+    if (transforms_x_)
+      from = Operand<T>(
+          {data(call.x),
+           {pre_center_.data(), pre_scale_.data(), pre_shift_.data()},
+           nullptr,
+           {},
+           {pre_act_, pre_slope_.data()},
+           nullptr},
+          channels);
+    if (watches_x()) from.not_finite = &call.wild;
+    return from;
   }
 
   // A row's taps side by side: row y of x with zeros at its ends, from which each output copies its window.
@@ -426,29 +399,6 @@ class Prepared final : public PreparedBlock {
       return v;
   }
   static bf16 convert(bf16 v) { return v; }
-
-  // The windows of output rows [begin, end), at the positions that `main` gives to these outputs.
-  void fill_columns(
-      Call& call, const Layout& l, const Layout& main, int64_t n, int64_t image, int64_t begin, int64_t end,
-      T* to) const {
-    const auto& w = l.window;
-    const int64_t taps = w.kernel[0] * w.kernel[1];
-    const T* x = data(call.x) + image * l.input.pixels() * l.channels;
-    for (int64_t y = begin; y < end; ++y)
-      for (int64_t c = 0; c < l.output.width; ++c) {
-        T* out = to + main.position(n, y, c) * l.pitch;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t iy = y * w.stride[0] - w.padding[0] + tap / w.kernel[1] * w.dilation[0];
-          const int64_t ix = c * w.stride[1] - w.padding[1] + tap % w.kernel[1] * w.dilation[1];
-          T* at = out + tap * l.channels;
-          if (iy < 0 || ix < 0 || iy >= l.input.height || ix >= l.input.width)
-            std::memset(at, 0, l.channels * sizeof(T));
-          else
-            put(call, x + (iy * l.input.width + ix) * l.channels, 1, l.channels, l.channels, at);
-        }
-        std::memset(out + taps * l.channels, 0, (l.pitch - taps * l.channels) * sizeof(T));
-      }
-  }
 
   Factor<T> factor(const Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t conv) const {
     const Schedule& s = call.schedule;
