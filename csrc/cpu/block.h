@@ -5,17 +5,23 @@
 #include <ATen/Dispatch.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "../block/kernel_layout.h"
 #include "../block/spec.h"
 #include "../block/tensors.h"
 #include "convolution.h"
+#include "engine/training.h"
 #include "passes.h"
 
 namespace resnet_fused::cpu {
 
 #define DISPATCH(x, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, (x).scalar_type(), "residual_block", __VA_ARGS__)
+
+// Whether the engine has products of this type.
+template <class S>
+constexpr bool kEngine = std::is_same_v<S, float> || std::is_same_v<S, c10::BFloat16>;
 
 // A scale as one value for each channel; absent: 1.
 template <class A>
@@ -55,6 +61,26 @@ class Block {
     return convolution(p, tensors.weights[i], tensors.biases[i], spec.convs[i]);
   }
 
+  // y_i, and its statistics where they are asked for and whoever convolves gathers them. made: P_i, where it is needed,
+  // kept for another convolution that reads it.
+  at::Tensor convolved(int64_t i, at::Tensor* statistics, at::Tensor* made) const {
+    if constexpr (kEngine<S>) {
+      const auto& from = input(i);
+      if (from.numel() > 0 && engine::convolves(tensors.weights[i], spec.convs[i], from.scalar_type())) {
+        const auto act = input_act(i);
+        auto found = engine::convolve<element_t<S>>(
+            operand(i, act), engine::batch_of(from), tensors.weights[i], tensors.biases[i], spec.convs[i],
+            statistics != nullptr);
+        if (statistics) *statistics = found.statistics;
+        if (found.y.defined()) return found.y;
+      }
+    }
+    at::Tensor p = made ? *made : at::Tensor();
+    if (!p.defined()) p = conv_input(i);
+    if (made) *made = p;
+    return conv(i, p);
+  }
+
   ActVectors<A> act(int64_t stage) const {
     return act_vectors<A>(spec.convs[stage].act, tensors.slopes[stage], norm_channels(stage));
   }
@@ -64,6 +90,18 @@ class Block {
     const int64_t stage = spec.convs[i].input_stage;
     if (stage == kNone || !spec.convs[stage].processes()) return input(i);
     return normalize<S>(input(i), norms[stage], act(stage));
+  }
+
+  // The same where it is read; `act` is that of the input stage, and outlives it.
+  engine::Operand<element_t<S>> operand(int64_t i, const ActVectors<A>& act) const {
+    const auto* pixels = reinterpret_cast<const element_t<S>*>(input(i).template const_data_ptr<S>());
+    const int64_t stage = spec.convs[i].input_stage, channels = input(i).size(1);
+    if (stage == kNone || !spec.convs[stage].processes()) return {pixels, channels};
+    return {{pixels, norms[stage].affine(), nullptr, {}, act.pointers(), nullptr}, channels};
+  }
+  ActVectors<A> input_act(int64_t i) const {
+    const int64_t stage = spec.convs[i].input_stage;
+    return stage == kNone ? ActVectors<A>() : act(stage);
   }
 
   // Fills norms[stage] from batch statistics [2, C] or the running ones.

@@ -11,23 +11,18 @@ template <class S>
 BlockForward forward(const BlockTensors& tensors, const BlockSpec& spec) {
   Block<S> block(tensors, spec);
   std::vector<at::Tensor> stats(spec.convs.size());
-  const auto set_norm = [&](int64_t stage, const at::Tensor& u) {
-    if (spec.uses_batch(stage)) stats[stage] = batch_statistics<S>(u);
-    block.set_norm(stage, stats[stage]);
-  };
-
-  at::Tensor first_input;
-  for (int64_t i = 0; i < spec.stages; ++i) {
-    if (spec.order == Order::pre) set_norm(i, block.input(i));
-    const auto p = block.conv_input(i);
-    if (i == 0) first_input = p;
-    block.y[i] = block.conv(i, p);
-    if (spec.order != Order::pre) set_norm(i, block.y[i]);
+  if (spec.order == Order::pre) {
+    if (spec.uses_batch(0)) stats[0] = batch_statistics<S>(block.x);
+    block.set_norm(0, stats[0]);
   }
-  if (spec.has_projection()) {
-    const int64_t s = spec.projection();
-    block.y[s] = block.conv(s, spec.convs[s].input_stage == kNone ? block.x : first_input);
-    if (spec.output_norm(s) != kNone) set_norm(s, block.y[s]);
+  at::Tensor first_input;  // P_1, which the projection reads as well
+  for (int64_t i = 0; i < static_cast<int64_t>(spec.convs.size()); ++i) {
+    const int64_t norm = spec.output_norm(i);
+    const bool counts = norm != kNone && spec.uses_batch(norm);
+    at::Tensor statistics;
+    block.y[i] = block.convolved(i, counts ? &statistics : nullptr, spec.from_x(i) ? &first_input : nullptr);
+    if (counts) stats[norm] = statistics.defined() ? statistics : batch_statistics<S>(block.y[i]);
+    if (spec.convs[i].output_stage != kNone) block.set_norm(spec.convs[i].output_stage, norm == kNone ? at::Tensor() : stats[norm]);
   }
   first_input.reset();
 

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "../block/integer_division.h"
+#include "merged_statistics.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -149,27 +150,13 @@ at::Tensor statistics(const at::Tensor& y, int64_t groups) {
       {groups, 2, channels},
       y.options().dtype(c10::CppTypeToScalarType<A>::value).memory_format(at::MemoryFormat::Contiguous));
   A* mean = result.template mutable_data_ptr<A>();
-  // Chan, Golub & LeVeque 1979: merge (count, mean, M2) pairwise, here in double and in chunk order.
-  std::vector<double> m(channels), m2(channels);
   for (int64_t group = 0; group < groups; ++group, mean += 2 * channels) {
-    std::fill(m.begin(), m.end(), 0.0);
-    std::fill(m2.begin(), m2.end(), 0.0);
-    double seen = 0;
+    MergedStatistics merged(channels);
     for (int64_t i = group * chunks.each; i < (group + 1) * chunks.each; ++i) {
-      const double rows = static_cast<double>(chunks.rows_of(i));
-      const double weight = rows / (seen + rows), cross = seen * weight;
       const Sum* p = partial.data() + i * 2 * channels;
-      for (int64_t c = 0; c < channels; ++c) {
-        const double delta = p[c] - m[c];
-        m[c] += delta * weight;
-        m2[c] += p[channels + c] + delta * delta * cross;
-      }
-      seen += rows;
+      merged.add(static_cast<double>(chunks.rows_of(i)), [&](int64_t c) { return std::pair(p[c], p[channels + c]); });
     }
-    for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = static_cast<A>(m[c]);
-      mean[channels + c] = static_cast<A>(m2[c] / seen);
-    }
+    merged.write(mean, mean + channels);
   }
   return result;
 }

@@ -8,6 +8,7 @@
 namespace resnet_fused::cpu::KERNELS_ISA {
 
 using engine::Epilogue;
+using engine::Gathers;
 using engine::kPanel;
 
 // Finishes rows [from, to) of a tile of sums, whose channels begin at `channel`, and writes them to the positions of
@@ -40,6 +41,88 @@ struct InRegisters {
         for (int v = 0; v < vectors; ++v) finite &= Vector::all_finite(z[v]);
         if (!finite) *e.not_finite = true;
       }
+    }
+  }
+};
+
+// The results as they are, and the statistics of each channel, counted from its first result: nothing cancels where
+// the mean is large.
+template <class T>
+struct WithStatistics {
+  static inline void rows(
+      const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
+    constexpr int vectors = kPanel / Vector::lanes;
+    const int64_t panel = channel / kPanel;
+    float* gathered = e.sums + 3 * channel;
+    int count = e.rows[panel];
+    typename Vector::Type shift[vectors], first[vectors], sum[vectors], square[vectors], z[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t c = v * Vector::lanes;
+      shift[v] = Vector::load(e.shift + channel + c);
+      first[v] = Vector::load(gathered + c);
+      sum[v] = Vector::load(gathered + kPanel + c);
+      square[v] = Vector::load(gathered + 2 * kPanel + c);
+    }
+    T* out = e.out + channel;
+    for (int row = from; row < to; ++row) {
+      if (target[row] < 0) continue;
+      for (int v = 0; v < vectors; ++v)
+        z[v] = Vector::add(Vector::load(sums + row * kPanel + v * Vector::lanes), shift[v]);
+      Vector::store_panel(out + target[row] * e.pitch, z);
+      if (count++ == 0)
+        for (int v = 0; v < vectors; ++v) {
+          Vector::store(gathered + v * Vector::lanes, z[v]);
+          first[v] = z[v];
+          sum[v] = square[v] = Vector::zero();
+        }
+      for (int v = 0; v < vectors; ++v) {
+        const auto d = Vector::subtract(z[v], first[v]);
+        sum[v] = Vector::add(sum[v], d);
+        square[v] = Vector::multiply_add(d, d, square[v]);
+      }
+    }
+    e.rows[panel] = count;
+    for (int v = 0; v < vectors; ++v) {
+      Vector::store(gathered + kPanel + v * Vector::lanes, sum[v]);
+      Vector::store(gathered + 2 * kPanel + v * Vector::lanes, square[v]);
+    }
+  }
+};
+
+// A gradient behind the norm and ReLU of y: dz and the sums behind the norm's own gradients.
+template <class T, bool relu>
+struct Differentiates {
+  static inline void rows(
+      const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
+    constexpr int vectors = kPanel / Vector::lanes;
+    float* gathered = e.sums + 2 * channel;
+    typename Vector::Type center[vectors], scale[vectors], shift[vectors], sum[vectors], sum_y[vectors], dz[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t c = v * Vector::lanes;
+      center[v] = Vector::load(e.behind.center + channel + c);
+      scale[v] = Vector::load(e.behind.scale + channel + c);
+      shift[v] = Vector::load(e.behind.shift + channel + c);
+      sum[v] = Vector::load(gathered + c);
+      sum_y[v] = Vector::load(gathered + kPanel + c);
+    }
+    T* out = e.out + channel;
+    const T* y = e.behind.y + channel;
+    for (int row = from; row < to; ++row) {
+      if (target[row] < 0) continue;
+      const int64_t at = target[row] * e.pitch;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t c = v * Vector::lanes;
+        const auto d = Vector::subtract(Vector::load(y + at + c), center[v]);
+        dz[v] = Vector::load(sums + row * kPanel + c);
+        if constexpr (relu) dz[v] = Vector::where_positive(Vector::multiply_add(d, scale[v], shift[v]), dz[v]);
+        sum[v] = Vector::add(sum[v], dz[v]);
+        sum_y[v] = Vector::multiply_add(dz[v], d, sum_y[v]);
+      }
+      Vector::store_panel(out + at, dz);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      Vector::store(gathered + v * Vector::lanes, sum[v]);
+      Vector::store(gathered + kPanel + v * Vector::lanes, sum_y[v]);
     }
   }
 };
@@ -81,6 +164,9 @@ struct InMemory {
 // Calls body with the struct above that fits every full panel.
 template <class T, class Body>
 static inline void with_finish(const Epilogue<T>& e, const Body& body) {
+  if (e.gathers == Gathers::statistics) return body(WithStatistics<T>{});
+  if (e.gathers == Gathers::gradient)
+    return e.behind.relu ? body(Differentiates<T, true>{}) : body(Differentiates<T, false>{});
   const bool relu = e.act.is(ActivationKind::relu);
   const bool plain = !e.branch_scale && !e.residual_scale && (relu || e.act.is(ActivationKind::identity));
   if (!plain || (e.residual && e.not_finite)) return body(InMemory<T>{});

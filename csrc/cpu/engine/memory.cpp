@@ -97,6 +97,10 @@ Memory allocate(int64_t bytes) {
   return {allocate_raw(bytes), [](unsigned char* memory) { free_raw(memory); }};
 }
 
+Memory reuse(int64_t bytes) {
+  return {pool().take(bytes), [bytes](unsigned char* memory) { pool().give(memory, bytes); }};
+}
+
 unsigned char* scratch(int64_t bytes) {
   if (this_thread.bytes < bytes) {
     this_thread = {};

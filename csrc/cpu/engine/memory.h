@@ -12,6 +12,9 @@ namespace resnet_fused::cpu::engine {
 using Memory = std::shared_ptr<unsigned char>;
 Memory allocate(int64_t bytes);
 
+// The same, from what earlier users of such memory have left (see reused_empty).
+Memory reuse(int64_t bytes);
+
 // This thread's scratch memory, at least `bytes`; its earlier contents are lost. Throws OutOfMemoryError.
 unsigned char* scratch(int64_t bytes);
 

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "../../block/integer_division.h"
+#include "../kernels/row_kernels.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
@@ -78,6 +79,78 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
   return packed;
 }
 
+namespace {
+
+// 32 channels of 32 outputs, or as many as there are; strides in elements.
+template <class T>
+void pack_block(const T* w, int64_t outputs, int64_t channels, int64_t output_stride, int64_t channel_stride, T* to) {
+  if (outputs < kPanel || channels < kPanel) std::fill_n(to, round_up(channels, kDepthStep<T>) * kPanel, T{});
+  if constexpr (sizeof(T) == 2) {
+    typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
+    if (channel_stride == 1 && channels == kPanel) {  // pairs lie side by side: a transposition of pairs
+      for (int64_t o = 0; o < outputs; ++o) {
+        const auto* from = reinterpret_cast<const Pair*>(w + o * output_stride);
+        auto* pairs = reinterpret_cast<Pair*>(to + o / 16 * 512 + o % 16 * 2);
+        for (int64_t pair = 0; pair < 16; ++pair) pairs[pair * 16] = from[pair];
+      }
+      return;
+    }
+    if (output_stride == 1 && channels == kPanel && outputs == kPanel) {
+      for (int64_t half = 0; half < 2; ++half)
+        for (int64_t pair = 0; pair < 16; ++pair) {
+          const T* even = w + 2 * pair * channel_stride + half * 16;
+          const T* odd = even + channel_stride;
+          T* at = to + half * 512 + pair * 32;
+          for (int64_t o = 0; o < 16; ++o) {
+            at[2 * o] = even[o];
+            at[2 * o + 1] = odd[o];
+          }
+        }
+      return;
+    }
+  }
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int64_t c = 0; c < channels; ++c)
+      to[offset_in_panel<T>(c, o)] = w[o * output_stride + c * channel_stride];
+}
+
+}  // namespace
+
+template <class T>
+Packed pack_taps(const at::Tensor& weight, bool backward) {
+  const int64_t out = weight.size(backward ? 1 : 0), in = weight.size(backward ? 0 : 1);
+  const int64_t output_stride = weight.stride(backward ? 1 : 0), channel_stride = weight.stride(backward ? 0 : 1);
+  const int64_t width = weight.size(3), taps = weight.size(2) * width;
+  Packed packed;
+  packed.panels = ceil_div(out, kPanel);
+  packed.taps = taps;
+  packed.depth = round_up(in, kDepthStep<T>);
+  packed.memory = reuse(packed.elements() * static_cast<int64_t>(sizeof(T)));
+  T* all = reinterpret_cast<T*>(packed.memory.get());
+  const T* w = static_cast<const T*>(weight.const_data_ptr());
+  std::vector<uint8_t> finite(packed.panels, 1);
+  const int64_t size = taps * packed.depth * kPanel;
+  at::parallel_for(0, packed.panels, 1, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p) {
+      T* panel = all + p * size;
+      const int64_t outputs = std::min(kPanel, out - p * kPanel);
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t of = backward ? taps - 1 - tap : tap;
+        const T* block = w + of / width * weight.stride(2) + of % width * weight.stride(3) + p * kPanel * output_stride;
+        for (int64_t c = 0; c < in; c += kPanel)
+          pack_block(
+              block + c * channel_stride, outputs, std::min(kPanel, in - c), output_stride, channel_stride,
+              panel + (tap * packed.depth + c) * kPanel);
+      }
+      finite[p] = row_kernels<T>().all_finite(panel, size);
+    }
+  });
+  packed.finite = std::all_of(finite.begin(), finite.end(), [](uint8_t each) { return each; });
+  return packed;
+}
+
+template Packed pack_taps<float>(const at::Tensor&, bool);
+template Packed pack_taps<bf16>(const at::Tensor&, bool);
 template Packed pack<float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 template Packed pack<bf16>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 

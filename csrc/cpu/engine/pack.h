@@ -23,4 +23,9 @@ struct Packed {
 template <class T>
 Packed pack(const at::Tensor& weight, const float* factor, Layout::Kind kind, int64_t groups);
 
+// The same of one group, as it is. backward: for the gradient of the input, whose outputs are the inputs and whose window
+// runs from its end to its beginning. weight is of type T.
+template <class T>
+Packed pack_taps(const at::Tensor& weight, bool backward);
+
 }  // namespace resnet_fused::cpu::engine

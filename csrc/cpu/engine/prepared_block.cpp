@@ -2,7 +2,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,17 +19,10 @@
 #include "memory.h"
 #include "pack.h"
 #include "schedule.h"
+#include "second_cache.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
-
-int64_t second_cache() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t told = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (told > 0) return told;
-#endif
-  return int64_t{1} << 20;
-}
 
 Window window_of(const Stage& stage, int64_t height, int64_t width) {
   return {{height, width}, stage.stride, stage.padding, stage.dilation};

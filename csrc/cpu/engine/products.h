@@ -37,6 +37,22 @@ struct Factor {
   const T* weights = nullptr;              // [panel][tap][depth][32]
 };
 
+// Of whole panels and sums that are only shifted, what the norm around them needs is gathered on the way: the statistics
+// of the results, or the sums of a gradient behind the norm's ReLU.
+enum class Gathers {
+  nothing,
+  statistics,  // rows of [3][32] for each panel: a value of the channel, the sum of (z - value), and of its square
+  gradient     // results are zero where the norm of y is not positive; rows of [2][32]: their sum, that times (y - center)
+};
+
+// For Gathers::gradient: y laid out as `out`, and its norm's vectors [panels * 32].
+template <class T>
+struct Differentiated {
+  const T* y = nullptr;
+  const float *center = nullptr, *scale = nullptr, *shift = nullptr;
+  bool relu = false;  // whether there is one
+};
+
 // out = act(scale product + shift + residual_scale residual), or branch_scale act(scale product + shift) + ...
 template <class T>
 struct Epilogue {
@@ -53,6 +69,10 @@ struct Epilogue {
   int64_t channels = 0;             // of `out` that are written; those beyond the convolution's own are made from zeros
   int64_t ahead = 0;           // distance to the line that will be written soon and is in no cache; 0: it is in a cache
   bool* not_finite = nullptr;  // set where an output is not finite; nullptr: not looked at
+  Gathers gathers = Gathers::nothing;
+  float* sums = nullptr;    // [panels], each as `gathers` says
+  int32_t* rows = nullptr;  // [panels]: how many results the statistics are of; 0 at first
+  Differentiated<T> behind;
 };
 
 template <class T>

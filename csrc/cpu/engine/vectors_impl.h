@@ -30,7 +30,12 @@ struct Vector {
   }
   static inline Type load_pairs(const bf16* p) { return _mm512_loadu_ps(p); }
   static inline Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
+  static inline Type subtract(Type a, Type b) { return _mm512_sub_ps(a, b); }
   static inline Type multiply_add(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
+  // v, zero where z <= 0
+  static inline Type where_positive(Type z, Type v) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+  }
   static inline Type relu(Type z) { return _mm512_max_ps(_mm512_setzero_ps(), z); }  // the second operand, if it is NaN
   static inline Type low(Type v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); }
   static inline Type high(Type v) {
@@ -95,6 +100,8 @@ struct Vector {
     return reinterpret_cast<Type>(static_cast<Ints>(*reinterpret_cast<const UnalignedInts*>(p)));
   }
   static inline Type add(Type a, Type b) { return a + b; }
+  static inline Type subtract(Type a, Type b) { return a - b; }
+  static inline Type where_positive(Type z, Type v) { return z <= Type{} ? Type{} : v; }
   static inline Type multiply_add(Type a, Type b, Type c) {
 #if VECTOR_BYTES == 32
     return _mm256_fmadd_ps(a, b, c);

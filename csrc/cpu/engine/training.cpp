@@ -1,0 +1,352 @@
+#include "training.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "../../block/integer_division.h"
+#include "../isa.h"
+#include "../merged_statistics.h"
+#include "fill.h"
+#include "memory.h"
+#include "pack.h"
+#include "schedule.h"
+#include "second_cache.h"
+
+namespace resnet_fused::cpu::engine {
+namespace {
+
+at::ScalarType scalar_type(float) { return at::kFloat; }
+at::ScalarType scalar_type(bf16) { return at::kBFloat16; }
+
+bool has_products(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  const bool tiles = isa() == Isa::amx || isa() == Isa::amx_portable;
+  return dtype == at::kBFloat16 && tiles && weight.scalar_type() == dtype && weight.layout() == at::kStrided &&
+         stage.groups == 1 && !stage.pads_values();
+}
+
+Window window_of(const at::Tensor& weight, const Stage& stage) {
+  return {{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation};
+}
+
+// A convolution with the window running backwards gives the gradient of the input of one with stride 1.
+Window backward_window(Window w) {
+  for (int d = 0; d < 2; ++d) w.padding[d] = w.dilation[d] * (w.kernel[d] - 1) - w.padding[d];
+  return w;
+}
+
+template <class T>
+Shape shape_of(const Window& window, int64_t in, int64_t out, const Packed& packed) {
+  const auto kind = window.is_pixel()                              ? Layout::Kind::pixels
+                    : window.kernel[0] == 1 && window.kernel[1] == 1 ? Layout::Kind::columns
+                                                                     : Layout::Kind::planes;
+  return {window, 1, in, out, kind, packed.panels, packed.taps * packed.depth};
+}
+
+// Schedules by everything that decides them. They are made anew when there are too many: sizes that do not recur must
+// not be kept for ever.
+template <class T>
+std::shared_ptr<const Schedule> schedule_of(const Shape& shape, const Batch& batch, bool made) {
+  static std::mutex mutex;
+  static std::map<std::vector<int64_t>, std::shared_ptr<const Schedule>> kept;
+  const auto& w = shape.window;
+  const int64_t threads = at::get_num_threads();
+  const std::vector<int64_t> key{w.kernel[0],   w.kernel[1],   w.stride[0],        w.stride[1],       w.padding[0],
+                                 w.padding[1],  w.dilation[0], w.dilation[1],      shape.in,          shape.out,
+                                 batch.images,  batch.size.height, batch.size.width, made,            threads};
+  const std::lock_guard lock(mutex);
+  if (const auto found = kept.find(key); found != kept.end()) return found->second;
+  if (kept.size() > 512) kept.clear();
+  const Machine machine{
+      threads,          second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles, sizeof(T),
+      kDepthStep<T>};
+  return kept[key] = std::make_shared<Schedule>(
+             make_schedule({shape}, nullptr, nullptr, batch.images, batch.size, made, machine));
+}
+
+// One convolution of a whole batch.
+template <class T>
+class Pass {
+ public:
+  // The pointers of `epilogue` are those of the first image. gathered: floats for each step and output.
+  Pass(const Shape& shape, const Batch& batch, const Operand<T>& from, const Packed& packed, const Epilogue<T>& epilogue,
+       int64_t gathered)
+      : shape_(shape),
+        from_(from),
+        packed_(packed),
+        epilogue_(epilogue),
+        kept_(schedule_of<T>(shape, batch, !from.is_given())),
+        s_(*kept_),
+        steps_(0),
+        width_(gathered * packed.panels * kPanel) {
+    for (const Part& part : s_.parts) steps_ = std::max(steps_, static_cast<int64_t>(part.size()));
+    const int64_t count = s_.items * static_cast<int64_t>(s_.parts.size()) * steps_;
+    if (gathered > 0) {
+      sums_.assign(count * width_, 0.0f);
+      rows_.assign(count * packed.panels, 0);
+    }
+  }
+
+  void run() {
+    if (s_.splits_outputs)
+      together();
+    else
+      apart();
+  }
+
+  // body(rows, sums) for every step that has any, in order
+  template <class Body>
+  void each_gathered(const Body& body) const {
+    const int64_t parts = static_cast<int64_t>(s_.parts.size());
+    for (int64_t i = 0; i < s_.items * parts; ++i)
+      for (size_t step = 0; step < s_.parts[i % parts].size(); ++step) {
+        const int64_t at = i * steps_ + static_cast<int64_t>(step);
+        body(rows_[at * packed_.panels], sums_.data() + at * width_);
+      }
+  }
+
+ private:
+  const Shape& shape_;
+  const Operand<T>& from_;
+  const Packed& packed_;
+  const Epilogue<T>& epilogue_;
+  std::shared_ptr<const Schedule> kept_;
+  const Schedule& s_;
+  int64_t steps_, width_;
+  std::vector<float> sums_;
+  std::vector<int32_t> rows_;
+
+  const Layout& layout() const { return s_.layouts[0]; }
+  // A buffer of columns holds a band.
+  int64_t origin(const Step& step) const {
+    const Layout& l = layout();
+    return l.kind == Layout::Kind::columns && l.images == 1 ? step.begin * l.row : 0;
+  }
+
+  void apart() {
+    const int64_t parts = static_cast<int64_t>(s_.parts.size());
+    at::parallel_for(0, s_.items * parts, 1, [&](int64_t begin, int64_t end) {
+      T* buffer = reinterpret_cast<T*>(scratch(s_.scratch));
+      clear_padding(buffer);
+      for (int64_t i = begin; i < end; ++i) {
+        const Part& part = s_.parts[i % parts];
+        for (size_t step = 0; step < part.size(); ++step) {
+          fill(buffer, i / parts, part[step], part[step]);
+          multiply(buffer, i / parts, i * steps_ + static_cast<int64_t>(step), part[step], 0, packed_.panels);
+        }
+      }
+    });
+  }
+
+  void together() {
+    T* buffer = reinterpret_cast<T*>(scratch(s_.scratch));
+    clear_padding(buffer);
+    const int64_t threads = at::get_num_threads(), shares = std::min(threads, packed_.panels);
+    const auto each = [](int64_t count, const auto& body) {
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) body(t);
+      });
+    };
+    for (int64_t item = 0; item < s_.items; ++item) {
+      const Part& part = s_.parts[0];
+      for (size_t index = 0; index < part.size(); ++index) {
+        const Step& step = part[index];
+        if (!s_.reads_x)
+          each(threads, [&](int64_t t) {
+            const auto share = [&](int64_t begin, int64_t end, int64_t n) { return begin + n * (end - begin) / threads; };
+            Step own = step;
+            own.x_begin = share(step.x_begin, step.x_end, t);
+            own.x_end = share(step.x_begin, step.x_end, t + 1);
+            own.begin = share(step.begin, step.end, t);
+            own.end = share(step.begin, step.end, t + 1);
+            fill(buffer, item, own, step);
+          });
+        each(shares, [&](int64_t t) {
+          multiply(
+              buffer, item, item * steps_ + static_cast<int64_t>(index), step, t * packed_.panels / shares,
+              (t + 1) * packed_.panels / shares);
+        });
+      }
+    }
+  }
+
+  void clear_padding(T* buffer) const {
+    for (const int32_t position : layout().zeros)
+      std::memset(buffer + position * layout().pitch, 0, layout().pitch * sizeof(T));
+  }
+
+  // What the step reads of x, or a share of it.
+  void fill(T* buffer, int64_t item, const Step& share, const Step& whole) const {
+    if (s_.reads_x) return;
+    const Layout& l = layout();
+    for (int64_t n = 0; n < l.images; ++n) {
+      const int64_t image = item * l.images + n;
+      if (l.kind == Layout::Kind::planes)
+        fill_planes(from_, l, n, image, share.x_begin, share.x_end, buffer);
+      else
+        fill_columns(from_, l, l, n, image, share.begin, share.end, buffer, origin(whole));
+    }
+  }
+
+  void multiply(T* buffer, int64_t item, int64_t at, const Step& step, int64_t panel_begin, int64_t panel_end) {
+    const Layout& l = layout();
+    Task<T> task{};
+    auto& f = task.factors[0];
+    f.pitch = l.pitch;
+    f.taps = l.taps.data();
+    f.tap_count = packed_.taps;
+    f.depth = packed_.depth;
+    f.weights = reinterpret_cast<const T*>(packed_.memory.get());
+    f.input = s_.reads_x ? from_.pixels(item * l.images * l.input.pixels(), 0, nullptr)
+                         : buffer - origin(step) * l.pitch;
+    task.rows = step.tiles.data();
+    task.row_count = static_cast<int64_t>(step.tiles.size());
+    task.panel_begin = panel_begin;
+    task.panel_end = panel_end;
+    task.panels_inner =
+        shape_.products * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
+    task.prefetches = s_.reads_x;
+    auto& e = task.epilogue = epilogue_;
+    const int64_t shift = item * l.images * l.output.pixels() * shape_.out;
+    e.out += shift;
+    if (e.residual) e.residual += shift;
+    if (e.behind.y) e.behind.y += shift;
+    e.pitch = e.channels = shape_.out;
+    if (e.residual) e.ahead = 2 * products<T>().tile_rows * e.pitch;
+    e.target = s_.targets[0].data();
+    if (width_ > 0) {
+      e.sums = sums_.data() + at * width_;
+      e.rows = rows_.data() + at * packed_.panels;
+    }
+    products<T>().multiply(task);
+  }
+};
+
+template <class T>
+std::vector<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t length) {
+  std::vector<float> values(length, 0.0f);
+  if (bias) {
+    const auto flat = bias->to(at::kFloat).contiguous();
+    std::copy_n(flat.template const_data_ptr<float>(), flat.numel(), values.begin());
+  }
+  return values;
+}
+
+}  // namespace
+
+bool convolves(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  return has_products(weight, stage, dtype) && weight.size(0) % kPanel == 0 && weight.size(1) % kPanel == 0;
+}
+
+bool convolves_backward(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  const Window w = backward_window(window_of(weight, stage));
+  return convolves(weight, stage, dtype) && w.stride[0] == 1 && w.stride[1] == 1 && w.padding[0] >= 0 &&
+         w.padding[1] >= 0;
+}
+
+Batch batch_of(const at::Tensor& p) { return {p.size(0), {p.size(2), p.size(3)}}; }
+
+template <class T>
+Convolved convolve(
+    const Operand<T>& p, const Batch& batch, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const Stage& stage, bool statistics) {
+  const Packed packed = pack_taps<T>(weight, false);
+  if (!packed.finite) return {};
+  const int64_t out = weight.size(0);
+  const Shape shape = shape_of<T>(window_of(weight, stage), weight.size(1), out, packed);
+  const Size size = shape.window.output(batch.size);
+  Convolved result;
+  result.y = reused_empty(batch.images, out, size.height, size.width, scalar_type(T{}));
+  const auto shift = padded_bias<T>(bias, packed.panels * kPanel);
+  const std::vector<float> ones(packed.panels * kPanel, 1.0f);
+  Epilogue<T> e;
+  e.scale = ones.data();
+  e.shift = shift.data();
+  e.out = static_cast<T*>(result.y.mutable_data_ptr());
+  if (statistics) e.gathers = Gathers::statistics;
+  Pass<T> pass(shape, batch, p, packed, e, statistics ? 3 : 0);
+  pass.run();
+  if (!statistics) return result;
+  MergedStatistics merged(out);
+  pass.each_gathered([&](int64_t rows, const float* sums) {
+    merged.add(static_cast<double>(rows), [&](int64_t c) {
+      const float* s = sums + c / kPanel * 3 * kPanel + c % kPanel;
+      const double sum = s[kPanel], offset = sum / static_cast<double>(rows);
+      return std::pair(s[0] + offset, std::max(0.0, s[2 * kPanel] - sum * offset));
+    });
+  });
+  result.statistics = at::empty({2, out}, weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+  float* mean = result.statistics.template mutable_data_ptr<float>();
+  merged.write(mean, mean + out);
+  return result;
+}
+
+namespace {
+
+template <class T>
+NormGradient backward(
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& add,
+    const Differentiated<T>* behind) {
+  const Packed packed = pack_taps<T>(weight, true);
+  if (!packed.finite) return {};
+  const int64_t out = weight.size(1);
+  const Window forward = window_of(weight, stage);
+  const Shape shape = shape_of<T>(backward_window(forward), weight.size(0), out, packed);
+  NormGradient result;
+  result.dz = reused_empty(batch.images, out, batch.size.height, batch.size.width, scalar_type(T{}));
+  const std::vector<float> zeros(packed.panels * kPanel, 0.0f), ones(packed.panels * kPanel, 1.0f);
+  Epilogue<T> e;
+  e.scale = ones.data();
+  e.shift = zeros.data();
+  e.out = static_cast<T*>(result.dz.mutable_data_ptr());
+  if (add.defined()) e.residual = static_cast<const T*>(add.const_data_ptr());
+  if (behind) {
+    e.gathers = Gathers::gradient;
+    e.behind = *behind;
+  }
+  Pass<T> pass(shape, {batch.images, forward.output(batch.size)}, dy, packed, e, behind ? 2 : 0);
+  pass.run();
+  if (!behind) return result;
+  result.sum.assign(out, 0.0);
+  result.sum_y.assign(out, 0.0);
+  pass.each_gathered([&](int64_t, const float* sums) {
+    for (int64_t c = 0; c < out; ++c) {
+      const float* s = sums + c / kPanel * 2 * kPanel + c % kPanel;
+      result.sum[c] += s[0];
+      result.sum_y[c] += s[kPanel];
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+template <class T>
+at::Tensor convolve_backward(
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& add) {
+  return backward<T>(dy, batch, weight, stage, add, nullptr).dz;
+}
+
+template <class T>
+NormGradient convolve_backward_norm(
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
+    const Differentiated<T>& behind) {
+  return backward<T>(dy, batch, weight, stage, {}, &behind);
+}
+
+#define INSTANTIATE(T)                                                                                          \
+  template Convolved convolve<T>(                                                                               \
+      const Operand<T>&, const Batch&, const at::Tensor&, const std::optional<at::Tensor>&, const Stage&, bool); \
+  template at::Tensor convolve_backward<T>(                                                                     \
+      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const at::Tensor&);                     \
+  template NormGradient convolve_backward_norm<T>(                                                              \
+      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const Differentiated<T>&);
+INSTANTIATE(bf16)
+INSTANTIATE(float)
+#undef INSTANTIATE
+
+}  // namespace resnet_fused::cpu::engine

@@ -1,0 +1,54 @@
+// Convolutions of a training step, forward and the gradient of their input: products of the engine whose operands are
+// made while they are read, and which gather what the norm around them needs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../../block/spec.h"
+#include "layout.h"
+#include "operand.h"
+
+namespace resnet_fused::cpu::engine {
+
+// Whether the engine convolves in training.
+bool convolves(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+// Whether it computes the gradient of the input.
+bool convolves_backward(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+
+// A batch of inputs of a convolution.
+struct Batch {
+  int64_t images;
+  Size size;
+};
+Batch batch_of(const at::Tensor& p);
+
+struct Convolved {
+  at::Tensor y;           // channels_last
+  at::Tensor statistics;  // [2, C]: mean and biased variance; undefined where not asked for
+};
+// y = conv(p) + bias. Undefined where the weights are not finite: padding is multiplied with them.
+template <class T>
+Convolved convolve(
+    const Operand<T>& p, const Batch& batch, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    const Stage& stage, bool statistics);
+
+// The gradient of p, the operand dy's being that of y; plus `add` where defined. Undefined as above.
+template <class T>
+at::Tensor convolve_backward(
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& add = {});
+
+// The same behind p = act(norm(u)), for ReLU or no activation: dz, the gradient of norm(u), and for each channel the
+// sums of dz and of dz (u - center).
+struct NormGradient {
+  at::Tensor dz;
+  std::vector<double> sum, sum_y;
+};
+template <class T>
+NormGradient convolve_backward_norm(
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
+    const Differentiated<T>& behind);
+
+}  // namespace resnet_fused::cpu::engine
