@@ -32,7 +32,7 @@ void fill_planes(
     const Operand<T>& from, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) {
   const int64_t width = l.input.width, first = image * l.input.pixels();
   const bool dense = l.window.stride[1] == 1 && l.images == 1;
-  std::vector<T> row(dense || from.is_given() ? 0 : width * l.channels);
+  std::vector<T> row;
   for (int64_t y = begin; y < end; ++y) {
     const int32_t* place = l.place.data() + n * l.input.pixels() + y * width;
     if (dense && place[0] >= 0) {
@@ -41,6 +41,7 @@ void fill_planes(
       put(from, first + y * width, count, l.pitch, to + place[0] * l.pitch);
       continue;
     }
+    if (!from.is_given()) row.resize(width * l.channels);
     Operand<T> made(from.pixels(first + y * width, width, row.data()), l.channels);
     made.not_finite = from.not_finite;
     for (int64_t c = 0; c < width; ++c)
