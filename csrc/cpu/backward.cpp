@@ -22,10 +22,55 @@ at::Tensor like_scale(const std::vector<double>& per_channel, const at::Tensor& 
   return like_parameter({sum}, scale);
 }
 
+// The gradient of a convolution's output: a tensor, or what `backward_apply` makes of dz and y wherever it is read.
+template <class S>
+class OutputGradient {
+ public:
+  using A = acc_t<S>;
+  using T = element_t<S>;
+
+  OutputGradient() = default;
+  OutputGradient(at::Tensor made) : dz_(std::move(made)) {}
+  OutputGradient(at::Tensor dz, Reads reads, at::Tensor y, const NormVectors<A>& norm, ApplyVectors<A> k)
+      : dz_(std::move(dz)), y_(std::move(y)), reads_(reads), norm_(norm), k_(std::move(k)), made_(false) {}
+
+  bool defined() const { return dz_.defined(); }
+  // Its memory, or dz's.
+  bool is(const at::Tensor& t) const { return dz_.is_same(t); }
+
+  // Made now, over dz where that is `owned`.
+  const at::Tensor& tensor(bool owned = false) {
+    if (!made_) {
+      auto result = owned ? dz_ : at::empty_like(dz_, kLayout);
+      backward_apply<S>(dz_, reads_, y_, norm_, k_, {}, result);
+      *this = OutputGradient(result);
+    }
+    return dz_;
+  }
+
+  engine::Operand<T> operand() const {
+    const int64_t channels = dz_.size(1);
+    const auto* dz = reinterpret_cast<const T*>(dz_.template const_data_ptr<S>());
+    if (made_) return {dz, channels};
+    const auto* y = y_.defined() ? reinterpret_cast<const T*>(y_.template const_data_ptr<S>()) : nullptr;
+    return {
+        {dz, reads_, y, k_.y_term, norm_.affine(), k_.k_dz.data(), k_.k_y.data(), k_.k.data(), nullptr, nullptr, nullptr},
+        channels};
+  }
+
+ private:
+  at::Tensor dz_, y_;
+  Reads reads_ = Reads::nothing;
+  NormVectors<A> norm_;
+  ApplyVectors<A> k_{0};
+  bool made_ = true;
+};
+
 template <class S>
 class Backward {
  public:
   using A = acc_t<S>;
+  using T = element_t<S>;
 
   Backward(const BlockTensors& tensors, const BlockSpec& spec, const Needs& needs)
       : block(tensors, spec), tensors(tensors), spec(spec), needs(needs), grads(spec.convs.size()) {}
@@ -56,7 +101,7 @@ class Backward {
   const Needs& needs;
   Gradients grads;
   at::Tensor dz;        // gradient of the join; times skip_scale also the skip path's
-  at::Tensor dy, dy_s;  // gradients of the outputs of the current convolution and of the projection's
+  OutputGradient<S> dy, dy_s;  // of the current convolution and of the projection
   at::Tensor dx;
   at::Tensor last_input;  // P_n, where recomputing y_n has made it already
 
@@ -180,17 +225,63 @@ class Backward {
     return k;
   }
 
-  at::Tensor join_conv_grad(
+  OutputGradient<S> join_conv_grad(
       const at::Tensor& gradient, int64_t conv, const NormVectors<A>& norm, const std::vector<double>& sum,
       const std::vector<double>& sum_y, const std::vector<A>& factor, bool scaled, bool masked,
       const NormVectors<A>& mask_norm) {
     const int64_t n = spec.output_norm(conv);
     if (n == kNone && !scaled && !masked) return gradient;
-    auto result = at::empty_like(gradient, kLayout);
-    const auto k = apply_vectors(n, norm, sum, sum_y, gradient.numel() / gradient.size(1), factor);
+    auto k = apply_vectors(n, norm, sum, sum_y, gradient.numel() / gradient.size(1), factor);
     const auto& y = n != kNone || masked ? block.y[conv] : at::Tensor();
-    backward_apply<S>(gradient, masked ? Reads::argument : Reads::nothing, y, masked ? mask_norm : norm, k, {}, result);
+    OutputGradient<S> result(
+        gradient, masked ? Reads::argument : Reads::nothing, y, masked ? mask_norm : norm, std::move(k));
+    if (!reads_operands(conv)) result.tensor();
     return result;
+  }
+
+  // Whether both gradients of a convolution make what they read of its output's.
+  bool reads_operands(int64_t conv) const {
+    return convolves_backward(conv) && false;
+  }
+  bool convolves_backward(int64_t conv) const {
+    return kEngine<S> && block.x.numel() > 0 &&
+           engine::convolves_backward(tensors.weights[conv], spec.convs[conv], block.x.scalar_type());
+  }
+
+  // The gradient of a convolution's input; written over `accumulated`, where that is defined, and added to it.
+  at::Tensor input_gradient(int64_t conv, OutputGradient<S>& gradient, const at::Tensor& accumulated = {}) {
+    const auto& like = block.input(conv);
+    if constexpr (kEngine<S>) {
+      if (convolves_backward(conv)) {
+        auto dp = engine::convolve_backward<T>(
+            gradient.operand(), engine::batch_of(like), tensors.weights[conv], spec.convs[conv], accumulated);
+        if (dp.defined()) return dp;
+      }
+    }
+    if (accumulated.defined() && accumulates_backward_data(tensors.weights[conv], spec.convs[conv])) {
+      accumulate_backward_data(gradient.tensor(), tensors.weights[conv], accumulated);
+      return accumulated;
+    }
+    auto dp = convolution_backward_data(gradient.tensor(), like, tensors.weights[conv], spec.convs[conv]);
+    if (!accumulated.defined()) return dp;
+    return accumulated.add_(dp);
+  }
+
+  // The gradient of a convolution's input behind the ReLU, if there is one, and norm that make it, with the norm's sums;
+  // undefined where no kernel computes all of them.
+  engine::NormGradient norm_gradient(int64_t conv, const OutputGradient<S>& gradient, const ActVectors<A>& act) {
+    if constexpr (kEngine<S>) {
+      const int64_t n = spec.convs[conv].input_stage;
+      if (!convolves_backward(conv) || keeps_dz(act) || needs.slopes[n]) return {};
+      const auto& u = block.input(conv);
+      const auto& norm = block.norms[n];
+      const engine::Differentiated<T> behind{
+          reinterpret_cast<const T*>(u.template const_data_ptr<S>()), norm.center.data(), norm.scale.data(),
+          norm.shift.data(), act.pointers().is_relu()};
+      return engine::convolve_backward_norm<T>(
+          gradient.operand(), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind);
+    }
+    return {};
   }
 
   // Convolution i and its input stage: from dy_i to dW_i and dy_{i-1} (or dx).
@@ -201,28 +292,34 @@ class Backward {
     const bool below = spec.convs[i].wants_dp || (joins_projection && spec.convs[s].wants_dp);
     // dz is a buffer of ours (not dout) that nothing after this convolution reads
     const bool owns_dz =
-        dz.defined() && spec.order == Order::post && spec.join != JoinReads::nothing && !dz.is_same(dy);
+        dz.defined() && spec.order == Order::post && spec.join != JoinReads::nothing && !dy.is(dz);
     if (i == 0 && n == kNone && below && owns_dz && !tensors.skip_scale &&
-        convolution_backward_data_into(dy, tensors.weights[0], spec.convs[0], dz)) {
+        (convolves_backward(0) || accumulates_backward_data(tensors.weights[0], spec.convs[0]))) {
       weight_grads(0, dy, block.x);
-      dx = std::move(dz);
+      dx = input_gradient(0, dy, std::exchange(dz, {}));
       return;
     }
     at::Tensor dp, p = i == spec.last() ? last_input : at::Tensor();
     last_input.reset();
-    if (below) {
-      if (dy.defined()) dp = convolution_backward_data(dy, block.input(i), tensors.weights[i], spec.convs[i]);
-      if (joins_projection) {
-        auto dp_s = convolution_backward_data(dy_s, block.input(0), tensors.weights[s], spec.convs[s]);
-        dp = dp.defined() ? dp.add_(dp_s) : dp_s;
-      }
-    }
-
     const bool processed = n != kNone && spec.convs[n].processes();
     const auto act = processed ? block.act(n) : ActVectors<A>();
     Sums sums;
     Reads reads = act.act.is(ActivationKind::identity) ? Reads::nothing : Reads::argument;
-    if (processed && below) {
+    bool differentiated = !below;  // whether dp is dz already
+    if (below && processed && !joins_projection) {
+      auto found = norm_gradient(i, dy, act);
+      if (found.dz.defined()) {
+        dp = found.dz;
+        sums = {std::move(found.sum), std::move(found.sum_y)};
+        reads = Reads::nothing;
+        differentiated = true;
+      }
+    }
+    if (!differentiated) {
+      if (dy.defined()) dp = input_gradient(i, dy);
+      if (joins_projection) dp = input_gradient(s, dy_s, dp);
+    }
+    if (processed && !differentiated) {
       // One pass gives P_i for the weight gradient and the sums of its norm.
       ReduceInput in{dp, reads, {}, block.input(i)};
       if (!p.defined()) in.p = p = at::empty_like(block.input(i), kLayout);
@@ -236,7 +333,7 @@ class Backward {
 
     if (dy.defined()) weight_grads(i, dy, p);
     if (joins_projection) weight_grads(s, dy_s, p);
-    dy.reset();
+    dy = {};
     p.reset();
     if (!below) return;
     if (processed) {
@@ -245,23 +342,28 @@ class Backward {
       if (needs.slopes[n]) grads.slopes[n] = like_scale(sums.slope, *tensors.slopes[n]);
       const auto& u = block.input(i);
       auto k = apply_vectors(n, block.norms[n], sums.dz, sums.dz_y, u.numel() / u.size(1), one);
-      const bool adds_skip = i == 0 && spec.skip == Skip::identity;
-      if (adds_skip) k.k_add = scale_vector<A>(tensors.skip_scale, u.size(1));
-      backward_apply<S>(dp, reads, u, block.norms[n], k, adds_skip ? dz : at::Tensor(), dp);
-      if (adds_skip) dz.reset();
-    }
-    if (i == 0) {
-      dx = dp;
-    } else {
+      if (i > 0) {
+        dy = OutputGradient<S>(dp, reads, u, block.norms[n], std::move(k));
+        if (!reads_operands(i - 1)) dy.tensor(true);
+      } else {
+        const bool adds_skip = spec.skip == Skip::identity;
+        if (adds_skip) k.k_add = scale_vector<A>(tensors.skip_scale, u.size(1));
+        backward_apply<S>(dp, reads, u, block.norms[n], k, adds_skip ? dz : at::Tensor(), dp);
+        if (adds_skip) dz.reset();
+      }
+    } else if (i > 0) {
       dy = dp;
-      block.y[i - 1].reset();
     }
+    if (i == 0)
+      dx = dp;
+    else
+      block.y[i - 1].reset();
   }
 
-  void weight_grads(int64_t conv, const at::Tensor& dy_conv, const at::Tensor& p) {
+  void weight_grads(int64_t conv, OutputGradient<S>& gradient, const at::Tensor& p) {
     if (!needs.weights[conv] && !needs.biases[conv]) return;
     auto g = convolution_backward_weight(
-        dy_conv, p, tensors.weights[conv], spec.convs[conv], needs.weights[conv], needs.biases[conv]);
+        gradient.tensor(), p, tensors.weights[conv], spec.convs[conv], needs.weights[conv], needs.biases[conv]);
     grads.weights[conv] = g.weight;
     grads.biases[conv] = g.bias;
   }

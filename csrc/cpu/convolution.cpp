@@ -209,11 +209,12 @@ at::Tensor convolution_backward_data(
   return dp.contiguous(kLayout);
 }
 
-bool convolution_backward_data_into(
-    const at::Tensor& dy, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated) {
-  if (!is_matrix_product(weight, stage)) return false;
+bool accumulates_backward_data(const at::Tensor& weight, const Stage& stage) {
+  return is_matrix_product(weight, stage);
+}
+
+void accumulate_backward_data(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& accumulated) {
   as_rows(accumulated).addmm_(as_rows(dy), as_matrix(weight));
-  return true;
 }
 
 WeightGradients convolution_backward_weight(

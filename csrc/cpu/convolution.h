@@ -20,10 +20,11 @@ at::Tensor convolution(
 at::Tensor convolution_backward_data(
     const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage);
 
-// accumulated += the gradient of p, without an intermediate. Where the convolution is no matrix product it does nothing
-// and returns false.
-bool convolution_backward_data_into(
-    const at::Tensor& dy, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated);
+// Whether the gradient of p can be added to a tensor without an intermediate: the convolution is a matrix product.
+bool accumulates_backward_data(const at::Tensor& weight, const Stage& stage);
+// accumulated += the gradient of p, in that case.
+void accumulate_backward_data(
+    const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& accumulated);
 
 struct WeightGradients {
   at::Tensor weight, bias;  // undefined where not asked for

@@ -289,7 +289,7 @@ namespace {
 
 template <class T>
 NormGradient backward(
-    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& add,
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated,
     const Differentiated<T>* behind) {
   const Packed packed = pack_taps<T>(weight, true);
   if (!packed.finite) return {};
@@ -297,13 +297,15 @@ NormGradient backward(
   const Window forward = window_of(weight, stage);
   const Shape shape = shape_of<T>(backward_window(forward), weight.size(0), out, packed);
   NormGradient result;
-  result.dz = reused_empty(batch.images, out, batch.size.height, batch.size.width, scalar_type(T{}));
+  result.dz = accumulated.defined()
+                  ? accumulated
+                  : reused_empty(batch.images, out, batch.size.height, batch.size.width, scalar_type(T{}));
   const std::vector<float> zeros(packed.panels * kPanel, 0.0f), ones(packed.panels * kPanel, 1.0f);
   Epilogue<T> e;
   e.scale = ones.data();
   e.shift = zeros.data();
   e.out = static_cast<T*>(result.dz.mutable_data_ptr());
-  if (add.defined()) e.residual = static_cast<const T*>(add.const_data_ptr());
+  if (accumulated.defined()) e.residual = e.out;
   if (behind) {
     e.gathers = Gathers::gradient;
     e.behind = *behind;
@@ -327,8 +329,9 @@ NormGradient backward(
 
 template <class T>
 at::Tensor convolve_backward(
-    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& add) {
-  return backward<T>(dy, batch, weight, stage, add, nullptr).dz;
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
+    const at::Tensor& accumulated) {
+  return backward<T>(dy, batch, weight, stage, accumulated, nullptr).dz;
 }
 
 template <class T>

@@ -35,10 +35,12 @@ Convolved convolve(
     const Operand<T>& p, const Batch& batch, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const Stage& stage, bool statistics);
 
-// The gradient of p, the operand dy's being that of y; plus `add` where defined. Undefined as above.
+// The gradient of p from dy, that of y; written over `accumulated`, where that is defined, and added to it. Undefined as
+// above.
 template <class T>
 at::Tensor convolve_backward(
-    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& add = {});
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
+    const at::Tensor& accumulated = {});
 
 // The same behind p = act(norm(u)), for ReLU or no activation: dz, the gradient of norm(u), and for each channel the
 // sums of dz and of dz (u - center).
