@@ -1,0 +1,248 @@
+// The kernels of gradient_products.h, included once per body of the tile operations, after tiles_*.h.
+
+namespace resnet_fused::cpu::KERNELS_ISA {
+
+using engine::BlockSums;
+using engine::GradientTask;
+using engine::kBlock;
+using engine::kPanel;
+using engine::kPositions;
+using engine::Run;
+
+#if VECTOR_BYTES == 64
+
+// Keeps the largest magnitude of what was packed.
+struct Finite {
+  __m512i largest;
+  Finite() : largest(_mm512_setzero_si512()) {}  // written out, since GCC 12 compiles one of its own for no target
+  inline void see(__m512i values) { largest = _mm512_max_epu16(largest, _mm512_add_epi16(values, values)); }
+  inline bool all() const {
+    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(static_cast<int16_t>(0xff00))) == 0;
+  }
+};
+
+// Pairs of words from two vectors, first of the lower and then of the upper half of the channels.
+struct Pairs {
+  __m512i low, high;
+  Pairs() {
+    alignas(64) uint16_t index[2][32];
+    for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < 32; ++i) index[half][i] = static_cast<uint16_t>(half * 16 + i / 2 + (i % 2) * 32);
+    low = _mm512_load_si512(index[0]);
+    high = _mm512_load_si512(index[1]);
+  }
+};
+
+static inline __mmask32 of_panel(int64_t channels, int64_t panel) {
+  const int64_t left = channels - panel * kPanel;
+  return left >= kPanel ? 0xffffffffu : (1u << left) - 1;
+}
+
+// A 16 x 16 matrix of words of 32 bits.
+static inline void transpose_words(__m512i* r) {
+  __m512i t[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c);
+    t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d);
+    t[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    r[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+
+static bool transpose(const bf16* const* pixels, int64_t channels, int64_t pitch, bf16* out) {
+  const Pairs pairs;
+  Finite finite;
+  for (int64_t panel = 0; panel * kPanel < channels; ++panel) {
+    const __mmask32 used = of_panel(channels, panel);
+    __m512i low[16], high[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const __m512i a = _mm512_maskz_loadu_epi16(used, pixels[2 * i] + panel * kPanel);
+      const __m512i b = _mm512_maskz_loadu_epi16(used, pixels[2 * i + 1] + panel * kPanel);
+      finite.see(a);
+      finite.see(b);
+      low[i] = _mm512_permutex2var_epi16(a, pairs.low, b);
+      high[i] = _mm512_permutex2var_epi16(a, pairs.high, b);
+    }
+    bf16* to = out + panel * kPanel * pitch;
+    transpose_words(low);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * pitch, low[i]);
+    transpose_words(high);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (16 + i) * pitch, high[i]);
+  }
+  return finite.all();
+}
+
+static bool interleave(const bf16* const* pixels, int64_t channels, int64_t panel_elements, bf16* out) {
+  const Pairs pairs;
+  Finite finite;
+  for (int64_t i = 0; i < kPositions / 2; ++i)
+    for (int64_t panel = 0; panel * kPanel < channels; ++panel) {
+      const __mmask32 used = of_panel(channels, panel);
+      const __m512i a = _mm512_maskz_loadu_epi16(used, pixels[2 * i] + panel * kPanel);
+      const __m512i b = _mm512_maskz_loadu_epi16(used, pixels[2 * i + 1] + panel * kPanel);
+      finite.see(a);
+      finite.see(b);
+      bf16* to = out + panel * panel_elements + i * 2 * kPanel;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, pairs.low, b));
+      _mm512_storeu_si512(to + kPanel, _mm512_permutex2var_epi16(a, pairs.high, b));
+    }
+  return finite.all();
+}
+
+static inline void store_some(float* to, __mmask16 which, __m512 values) { _mm512_mask_storeu_ps(to, which, values); }
+static inline void store_some(bf16* to, __mmask16 which, __m512 values) {
+  _mm256_mask_storeu_epi16(to, which, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+}
+
+template <class T>
+static void store(const BlockSums& sums, T* out) {
+  for (int64_t row = sums.row / 16 * 16; row < sums.row_end; row += 16)
+    for (int64_t column = sums.column / 16 * 16; column < sums.column_end; column += 16) {
+      const int64_t first = sums.transposed ? column * kPanel + row : row * kPanel + column;
+      __m512i values[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        __m512 sum = _mm512_loadu_ps(sums.blocks[0] + first + i * kPanel);
+        for (int64_t b = 1; b < sums.count; ++b)
+          sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums.blocks[b] + first + i * kPanel));
+        values[i] = _mm512_castps_si512(sum);
+      }
+      if (sums.transposed) transpose_words(values);
+      const int64_t skipped = sums.column > column ? sums.column - column : 0;
+      const int64_t left = sums.column_end - column;
+      const __mmask16 which = (left >= 16 ? 0xffffu : (1u << left) - 1) & (0xffffu << skipped);
+      T* to = out + (row - sums.row) * sums.pitch + column - sums.column;
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i)
+        if (row + i >= sums.row && row + i < sums.row_end)
+          store_some(to + i * sums.pitch, which, _mm512_castsi512_ps(values[i]));
+    }
+}
+
+#else
+
+static bool is_finite(bf16 value) { return (value.bits & 0x7f80) != 0x7f80; }
+
+static bool transpose(const bf16* const* pixels, int64_t channels, int64_t pitch, bf16* out) {
+  bool finite = true;
+  for (int64_t i = 0; i < kPositions; ++i)
+    for (int64_t c = 0; c % kPanel != 0 || c < channels; ++c) {
+      const bf16 value = c < channels ? pixels[i][c] : bf16{0};
+      finite &= is_finite(value);
+      out[c * pitch + i] = value;
+    }
+  return finite;
+}
+
+static bool interleave(const bf16* const* pixels, int64_t channels, int64_t panel_elements, bf16* out) {
+  bool finite = true;
+  for (int64_t i = 0; i < kPositions; ++i)
+    for (int64_t c = 0; c % kPanel != 0 || c < channels; ++c) {
+      const bf16 value = c < channels ? pixels[i][c] : bf16{0};
+      finite &= is_finite(value);
+      out[c / kPanel * panel_elements + i / 2 * 2 * kPanel + c % kPanel * 2 + i % 2] = value;
+    }
+  return finite;
+}
+
+template <class T>
+static void store(const BlockSums& sums, T* out) {
+  for (int64_t row = sums.row; row < sums.row_end; ++row)
+    for (int64_t column = sums.column; column < sums.column_end; ++column) {
+      const int64_t at = sums.transposed ? column * kPanel + row : row * kPanel + column;
+      float sum = sums.blocks[0][at];
+      for (int64_t b = 1; b < sums.count; ++b) sum += sums.blocks[b][at];
+      out[(row - sums.row) * sums.pitch + column - sums.column] = Store<T>::from(sum);
+    }
+}
+
+#endif
+
+template <int i>
+struct Tile {
+  static constexpr int index = i;
+};
+
+// As in tile_products_impl.h the sums of one tile leave between the first products of the next.
+static void multiply(const GradientTask& task) {
+  Tiles::configure();
+  alignas(64) float unused[kBlock];
+  alignas(64) unsigned char nothing[1024];
+  constexpr int64_t row = 4 * kPanel;
+  const int64_t pitch = task.pitch;
+  float* before = unused;
+  for (int64_t p = 0; p < task.pair_count; ++p) {
+    const bf16* a_panel = task.transposed + task.pairs[p].transposed * kPanel * pitch;
+    const bf16* b_panel = task.interleaved + task.pairs[p].interleaved * task.interleaved_panel;
+    for (int64_t t = 0; t < task.taps; ++t) {
+      const Run run = task.runs[t];
+      float* sums = task.sums + (p * task.taps + t) * kBlock;
+      if (run.steps <= 0) {
+        if (!task.adds) __builtin_memset(sums, 0, kBlock * sizeof(float));
+        continue;
+      }
+      const bf16* a = a_panel + run.transposed;
+      const bf16* b = b_panel + run.interleaved * kPanel;
+      for (int64_t s = 0; s < run.steps; ++s, a += kPositions, b += kPositions * kPanel) {
+        Tiles::template load_once<6>(b, row);
+        Tiles::template load<4>(a, 2 * pitch);
+        if (s == 0) {
+          const auto begin = [&](auto tile, int64_t at) {
+            constexpr int k = decltype(tile)::index;
+            Tiles::template store<k>(before + at, row);
+            if (task.adds)
+              Tiles::template load<k>(sums + at, row);
+            else
+              Tiles::template zero<k>();
+          };
+          begin(Tile<0>(), 0);
+          Tiles::template multiply<0, 4, 6>();
+          Tiles::template load_once<7>(b + kPanel, row);
+          begin(Tile<1>(), 16);
+          Tiles::template multiply<1, 4, 7>();
+          Tiles::template load<5>(a + 16 * pitch, 2 * pitch);
+          begin(Tile<2>(), 16 * kPanel);
+          Tiles::template multiply<2, 5, 6>();
+          begin(Tile<3>(), 16 * kPanel + 16);
+          Tiles::template multiply<3, 5, 7>();
+        } else {
+          Tiles::template multiply<0, 4, 6>();
+          Tiles::template load_once<7>(b + kPanel, row);
+          Tiles::template multiply<1, 4, 7>();
+          Tiles::template load<5>(a + 16 * pitch, 2 * pitch);
+          Tiles::template multiply<2, 5, 6>();
+          Tiles::template multiply<3, 5, 7>();
+        }
+        // after about 2,000 cycles without a store the next one takes about 900 cycles more
+        if (s % 16 == 15) Tiles::template store<4>(nothing, 64);
+      }
+      before = sums;
+    }
+  }
+  Tiles::template store<0>(before, row);
+  Tiles::template store<1>(before + 16, row);
+  Tiles::template store<2>(before + 16 * kPanel, row);
+  Tiles::template store<3>(before + 16 * kPanel + 16, row);
+  Tiles::release();
+}
+
+const engine::GradientKernels& gradient_kernels() {
+  static constexpr engine::GradientKernels table{&transpose, &interleave, &multiply, &store<bf16>, &store<float>};
+  return table;
+}
+
+}  // namespace resnet_fused::cpu::KERNELS_ISA

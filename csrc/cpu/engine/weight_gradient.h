@@ -1,0 +1,70 @@
+// The gradient of a convolution's weight: products by tiles over positions, summed in float and rounded once.
+//
+// Few weights: each thread packs and multiplies parts of its own and has sums of its own, which are added in the order
+// of the threads. Many weights: all threads pack all parts, then each makes a share of the sums, as many at a time as
+// stay in its second cache.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+#include "../../block/spec.h"
+#include "gradient_pack.h"
+
+namespace resnet_fused::cpu::engine {
+
+// Whether this machine's kernels compute it, and faster than oneDNN does.
+bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+
+// In weight's dtype and memory format. Undefined where a value that is not finite might meet a zero of the padding: the
+// product would be NaN, where the convolution has none.
+at::Tensor weight_gradient(
+    const Operand<bf16>& dy, const Operand<bf16>& p, int64_t images, Size input, Size output, const at::Tensor& weight,
+    const Stage& stage);
+
+class WeightGradient {
+ public:
+  WeightGradient(const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output);
+
+  // Whether each thread has sums of its own. Then `parts` may be added by `slots` threads at once, each its own, and
+  // `finish` follows; otherwise `compute` does all.
+  bool is_apart() const { return apart_; }
+  const std::vector<Part>& parts() const { return parts_; }
+  int64_t slots() const { return slots_; }
+  void add(int64_t slot, const Part& part, const Operand<bf16>& dy, const Operand<bf16>& p);
+  at::Tensor finish();
+
+  at::Tensor compute(const Operand<bf16>& dy, const Operand<bf16>& p);
+
+ private:
+  struct Groups {
+    int64_t count, out, in;  // channels of each
+  };
+
+  at::Tensor weight_;
+  Groups groups_;
+  GradientLayout layout_;
+  PackFormat format_;
+  std::vector<PanelPair> pairs_;
+  int64_t threads_, slots_;
+  bool apart_;
+  int64_t at_once_;  // pairs whose sums a slot has
+  std::vector<Part> parts_;
+  at::Tensor packs_, sums_, result_;
+  std::vector<char> finite_, begun_;  // of each slot
+
+  int64_t pair_floats() const { return layout_.taps() * kBlock; }
+  bf16* pack_at(int64_t index);
+  float* sums_of(int64_t slot);
+  bool is_sound() const;
+  void cut();
+  void find_pairs();
+  void multiply(const Part& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds);
+  void write(int64_t pair, const float* sums, int64_t partials);
+  template <class T, class Store>
+  void write_to(T* dw, const Store& store, int64_t pair, const float* sums, int64_t partials) const;
+  at::Tensor result() const;
+};
+
+}  // namespace resnet_fused::cpu::engine
