@@ -1,5 +1,6 @@
 // Training, backward: docs/architecture.md lists the passes.
 #include "block.h"
+#include "engine/weight_gradient.h"
 #include "residual_block.h"
 
 namespace resnet_fused::cpu {
@@ -37,6 +38,8 @@ class OutputGradient {
   bool defined() const { return dz_.defined(); }
   // Its memory, or dz's.
   bool is(const at::Tensor& t) const { return dz_.is_same(t); }
+
+  engine::Size size() const { return {dz_.size(2), dz_.size(3)}; }
 
   // Made now, over dz where that is `owned`.
   const at::Tensor& tensor(bool owned = false) {
@@ -241,7 +244,11 @@ class Backward {
 
   // Whether both gradients of a convolution make what they read of its output's.
   bool reads_operands(int64_t conv) const {
-    return convolves_backward(conv) && false;
+    return convolves_backward(conv) && (!needs.weights[conv] || has_weight_gradient(conv)) && !needs.biases[conv];
+  }
+  bool has_weight_gradient(int64_t conv) const {
+    return std::is_same_v<T, bf16> && block.x.numel() > 0 &&
+           engine::has_weight_gradient(tensors.weights[conv], spec.convs[conv], block.x.scalar_type());
   }
   bool convolves_backward(int64_t conv) const {
     return kEngine<S> && block.x.numel() > 0 &&
@@ -327,8 +334,6 @@ class Backward {
       in.sums_slope = needs.slopes[n];
       sums = backward_reduce<S>(in, block.norms[n], act);
       if (keeps_dz(act)) reads = Reads::nothing;
-    } else if (!p.defined()) {
-      p = block.conv_input(i);
     }
 
     if (dy.defined()) weight_grads(i, dy, p);
@@ -360,12 +365,31 @@ class Backward {
       block.y[i - 1].reset();
   }
 
-  void weight_grads(int64_t conv, OutputGradient<S>& gradient, const at::Tensor& p) {
+  // p: the convolution's input, where it has been made.
+  void weight_grads(int64_t conv, OutputGradient<S>& gradient, at::Tensor p) {
     if (!needs.weights[conv] && !needs.biases[conv]) return;
+    bool needs_weight = needs.weights[conv];
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (needs_weight && has_weight_gradient(conv)) {
+        const auto& from = block.input(conv);
+        const auto act = block.input_act(conv);
+        const auto batch = engine::batch_of(from);
+        grads.weights[conv] = engine::weight_gradient(
+            gradient.operand(), p.defined() ? pixels(p) : block.operand(conv, act), batch.images, batch.size,
+            gradient.size(), tensors.weights[conv], spec.convs[conv]);
+        needs_weight = !grads.weights[conv].defined();
+      }
+    }
+    if (!needs_weight && !needs.biases[conv]) return;
+    if (!p.defined()) p = block.conv_input(conv);
     auto g = convolution_backward_weight(
-        gradient.tensor(), p, tensors.weights[conv], spec.convs[conv], needs.weights[conv], needs.biases[conv]);
-    grads.weights[conv] = g.weight;
+        gradient.tensor(), p, tensors.weights[conv], spec.convs[conv], needs_weight, needs.biases[conv]);
+    if (needs_weight) grads.weights[conv] = g.weight;
     grads.biases[conv] = g.bias;
+  }
+
+  static engine::Operand<T> pixels(const at::Tensor& t) {
+    return {reinterpret_cast<const T*>(t.template const_data_ptr<S>()), t.size(1)};
   }
 
   // dx of a post-activation block with an identity skip: the branch's plus skip_scale * dz.
