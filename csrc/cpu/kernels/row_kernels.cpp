@@ -1,6 +1,8 @@
 // Which instruction set's row kernels run (isa.h).
 #include "row_kernels.h"
 
+#include <type_traits>
+
 #include "../isa.h"
 
 namespace resnet_fused::cpu {
@@ -16,12 +18,17 @@ DECLARE_TABLES(baseline)
 #if defined(RESNET_FUSED_X86)
 DECLARE_TABLES(avx2)
 DECLARE_TABLES(avx512)
+namespace avx512_bf16 {
+const RowKernels<bf16>& kernels(bf16);
+}
 #endif
 #undef DECLARE_TABLES
 
 template <class T>
 const RowKernels<T>& row_kernels() {
 #if defined(RESNET_FUSED_X86)
+  if constexpr (std::is_same_v<T, bf16>)
+    if (vector_isa() >= Isa::avx512_bf16) return avx512_bf16::kernels(T{});
   if (vector_isa() >= Isa::avx512) return avx512::kernels(T{});
   if (vector_isa() >= Isa::avx2) return avx2::kernels(T{});
 #endif
