@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kSteps = 14;
 // Packed operands and sums that are to stay in the second cache.
 constexpr int64_t kPackBytes = 1 << 20, kSumBytes = 1 << 18;
+// Packed parts of all threads; more are packed and multiplied in rounds.
+constexpr int64_t kRoundBytes = int64_t{64} << 20;
 // Sums that each thread may have for itself.
 constexpr int64_t kApartBytes = 1 << 20;
 // Images that lie side by side: fewer positions are padding than one behind the other.
@@ -57,8 +59,10 @@ WeightGradient::WeightGradient(const at::Tensor& weight, const Stage& stage, int
   slots_ = apart_ ? std::min(threads_, parts) : threads_;
   finite_.assign(slots_, 1);
   begun_.assign(slots_, 0);
-  packs_ = working_memory((apart_ ? slots_ : parts) * format_.elements() * static_cast<int64_t>(sizeof(bf16)));
-  sums_ = working_memory(slots_ * at_once_ * bytes);
+  const int64_t pack_bytes = format_.elements() * static_cast<int64_t>(sizeof(bf16));
+  round_ = std::clamp<int64_t>(kRoundBytes / pack_bytes, 1, parts);
+  packs_ = working_memory((apart_ ? slots_ : round_) * pack_bytes);
+  sums_ = working_memory((apart_ || round_ == parts ? slots_ * at_once_ : pairs) * bytes);
   result_ = at::empty_like(weight, kLayout);
 }
 
@@ -83,7 +87,7 @@ void WeightGradient::cut() {
     images = ceil_div(layout_.images(), ceil_div(layout_.images(), images));
     const auto [t, i] = std::array{format_.transposed_channels, format_.interleaved_channels};
     const int64_t position = 2 * (format_.transposes_gradient ? t + layout_.planes() * i : layout_.planes() * t + i);
-    rows = std::max<int64_t>(1, kPackBytes / (position * layout_.width() * images));
+    rows = apart_ ? std::max<int64_t>(1, kPackBytes / (position * layout_.width() * images)) : layout_.rows();
   }
   rows = std::min(rows, layout_.rows());
   const int64_t bands = ceil_div(layout_.rows(), rows);
@@ -148,26 +152,38 @@ at::Tensor WeightGradient::compute(const Operand<bf16>& dy, const Operand<bf16>&
     });
     return finish();
   }
-  const int64_t shares = ceil_div(4 * slots_, parts), jobs = parts * shares;
+  for (int64_t first = 0; first < parts; first += round_) {
+    const int64_t count = std::min(round_, parts - first);
+    if (!pack_together(first, count, dy, p)) return {};
+    multiply_together(first, count);
+  }
+  return result();
+}
+
+bool WeightGradient::pack_together(int64_t first, int64_t count, const Operand<bf16>& dy, const Operand<bf16>& p) {
+  const int64_t shares = ceil_div(4 * slots_, count), jobs = count * shares;
   for_each_slot(slots_, [&](int64_t slot) {
     for (int64_t job = slot * jobs / slots_; job < (slot + 1) * jobs / slots_; ++job) {
       const int64_t i = job / shares, share = job % shares;
-      finite_[slot] &= pack(layout_, parts_[i], Side::gradient, dy, format_, share, shares, pack_at(i));
-      finite_[slot] &= pack(layout_, parts_[i], Side::input, p, format_, share, shares, pack_at(i));
+      for (const auto& [side, operand] : {std::pair(Side::gradient, &dy), std::pair(Side::input, &p)})
+        finite_[slot] &= pack(layout_, parts_[first + i], side, *operand, format_, share, shares, pack_at(i));
     }
   });
-  if (!is_sound()) return {};
+  return is_sound();
+}
+
+void WeightGradient::multiply_together(int64_t first, int64_t count) {
   const int64_t pairs = static_cast<int64_t>(pairs_.size());
+  const bool begins = first == 0, ends = first + count == static_cast<int64_t>(parts_.size());
   for_each_slot(slots_, [&](int64_t slot) {
-    float* sums = sums_of(slot);
     const int64_t end = (slot + 1) * pairs / slots_;
     for (int64_t from = slot * pairs / slots_; from < end; from += at_once_) {
       const int64_t to = std::min(end, from + at_once_);
-      for (int64_t i = 0; i < parts; ++i) multiply(parts_[i], pack_at(i), from, to, sums, i > 0);
-      for (int64_t pair = from; pair < to; ++pair) write(pair, sums + (pair - from) * pair_floats(), 1);
+      float* sums = begins && ends ? sums_of(slot) : sums_of(0) + from * pair_floats();
+      for (int64_t i = 0; i < count; ++i) multiply(parts_[first + i], pack_at(i), from, to, sums, !begins || i > 0);
+      for (int64_t pair = from; ends && pair < to; ++pair) write(pair, sums + (pair - from) * pair_floats(), 1);
     }
   });
-  return result();
 }
 
 void WeightGradient::write(int64_t pair, const float* sums, int64_t partials) {

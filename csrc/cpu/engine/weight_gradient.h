@@ -51,6 +51,7 @@ class WeightGradient {
   bool apart_;
   int64_t at_once_;  // pairs whose sums a slot has
   std::vector<Part> parts_;
+  int64_t round_;  // parts that are packed together
   at::Tensor packs_, sums_, result_;
   std::vector<char> finite_, begun_;  // of each slot
 
@@ -64,6 +65,9 @@ class WeightGradient {
   void write(int64_t pair, const float* sums, int64_t partials);
   template <class T, class Store>
   void write_to(T* dw, const Store& store, int64_t pair, const float* sums, int64_t partials) const;
+  // Of parts [first, first + count): whether the result will be sound, and its sums.
+  bool pack_together(int64_t first, int64_t count, const Operand<bf16>& dy, const Operand<bf16>& p);
+  void multiply_together(int64_t first, int64_t count);
   at::Tensor result() const;
 };
 
