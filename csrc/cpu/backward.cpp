@@ -51,6 +51,19 @@ class OutputGradient {
     return dz_;
   }
 
+  // Made where the operand is read and kept, over dz where that is `owned`; `keep` says that all of it has been.
+  engine::Operand<T> kept_operand(bool owned) {
+    auto result = operand();
+    if (!made_) {
+      kept_ = owned ? dz_ : at::empty_like(dz_, kLayout);
+      result.keep(reinterpret_cast<T*>(kept_.template mutable_data_ptr<S>()));
+    }
+    return result;
+  }
+  void keep() {
+    if (!made_) *this = OutputGradient(std::exchange(kept_, {}));
+  }
+
   engine::Operand<T> operand() const {
     const int64_t channels = dz_.size(1);
     const auto* dz = reinterpret_cast<const T*>(dz_.template const_data_ptr<S>());
@@ -62,7 +75,7 @@ class OutputGradient {
   }
 
  private:
-  at::Tensor dz_, y_;
+  at::Tensor dz_, y_, kept_;
   Reads reads_ = Reads::nothing;
   NormVectors<A> norm_;
   ApplyVectors<A> k_{0};
@@ -106,6 +119,7 @@ class Backward {
   at::Tensor dz;        // gradient of the join; times skip_scale also the skip path's
   OutputGradient<S> dy, dy_s;  // of the current convolution and of the projection
   at::Tensor dx;
+  bool behind_join_ = false;  // whether dy is of a convolution before the last
   at::Tensor last_input;  // P_n, where recomputing y_n has made it already
 
   void restore(const std::vector<at::Tensor>& conv_outputs, const std::vector<at::Tensor>& batch_stats) {
@@ -242,6 +256,9 @@ class Backward {
     return result;
   }
 
+  // Whether nothing else reads what a gradient is made of: it is neither the join's nor the caller's.
+  bool owns(const OutputGradient<S>& gradient) const { return &gradient == &dy && behind_join_; }
+
   // Whether both gradients of a convolution make what they read of its output's.
   bool reads_operands(int64_t conv) const {
     return convolves_backward(conv) && (!needs.weights[conv] || has_weight_gradient(conv)) && !needs.biases[conv];
@@ -261,8 +278,12 @@ class Backward {
     if constexpr (kEngine<S>) {
       if (convolves_backward(conv)) {
         auto dp = engine::convolve_backward<T>(
-            gradient.operand(), engine::batch_of(like), tensors.weights[conv], spec.convs[conv], accumulated);
-        if (dp.defined()) return dp;
+            gradient.kept_operand(owns(gradient)), engine::batch_of(like), tensors.weights[conv], spec.convs[conv],
+            accumulated);
+        if (dp.defined()) {
+          gradient.keep();
+          return dp;
+        }
       }
     }
     if (accumulated.defined() && accumulates_backward_data(tensors.weights[conv], spec.convs[conv])) {
@@ -276,7 +297,7 @@ class Backward {
 
   // The gradient of a convolution's input behind the ReLU, if there is one, and norm that make it, with the norm's sums;
   // undefined where no kernel computes all of them.
-  engine::NormGradient norm_gradient(int64_t conv, const OutputGradient<S>& gradient, const ActVectors<A>& act) {
+  engine::NormGradient norm_gradient(int64_t conv, OutputGradient<S>& gradient, const ActVectors<A>& act) {
     if constexpr (kEngine<S>) {
       const int64_t n = spec.convs[conv].input_stage;
       if (!convolves_backward(conv) || keeps_dz(act) || needs.slopes[n]) return {};
@@ -285,8 +306,10 @@ class Backward {
       const engine::Differentiated<T> behind{
           reinterpret_cast<const T*>(u.template const_data_ptr<S>()), norm.center.data(), norm.scale.data(),
           norm.shift.data(), act.pointers().is_relu()};
-      return engine::convolve_backward_norm<T>(
-          gradient.operand(), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind);
+      auto found = engine::convolve_backward_norm<T>(
+          gradient.kept_operand(owns(gradient)), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind);
+      if (found.dz.defined()) gradient.keep();
+      return found;
     }
     return {};
   }
@@ -302,8 +325,8 @@ class Backward {
         dz.defined() && spec.order == Order::post && spec.join != JoinReads::nothing && !dy.is(dz);
     if (i == 0 && n == kNone && below && owns_dz && !tensors.skip_scale &&
         (convolves_backward(0) || accumulates_backward_data(tensors.weights[0], spec.convs[0]))) {
-      weight_grads(0, dy, block.x);
       dx = input_gradient(0, dy, std::exchange(dz, {}));
+      weight_grads(0, dy, block.x);
       return;
     }
     at::Tensor dp, p = i == spec.last() ? last_input : at::Tensor();
@@ -349,6 +372,7 @@ class Backward {
       auto k = apply_vectors(n, block.norms[n], sums.dz, sums.dz_y, u.numel() / u.size(1), one);
       if (i > 0) {
         dy = OutputGradient<S>(dp, reads, u, block.norms[n], std::move(k));
+        behind_join_ = true;
         if (!reads_operands(i - 1)) dy.tensor(true);
       } else {
         const bool adds_skip = spec.skip == Skip::identity;

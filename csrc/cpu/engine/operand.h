@@ -23,10 +23,16 @@ class Operand {
   int64_t channels() const { return channels_; }
   bool is_given() const { return given_ != nullptr; }
 
-  // Pixels [first, first + count) as rows of `channels`: where they are, or made in `scratch`.
+  // Keeps what is made, in `all`, for whoever reads it next; it may be what it is made of. Every pixel must then be made
+  // once.
+  void keep(T* all) { kept_ = all; }
+  const T* kept() const { return kept_; }
+
+  // Pixels [first, first + count) as rows of `channels`: where they are, or made in `scratch`, unless they are kept.
   const T* pixels(int64_t first, int64_t count, T* scratch) const {
     const int64_t at = first * channels_;
     if (given_) return given_ + at;
+    if (kept_) scratch = kept_ + at;
     if (normalize_.y) {
       NormalizeArgs<T> args = normalize_;
       args.y += at;
@@ -47,6 +53,7 @@ class Operand {
  private:
   int64_t channels_;
   const T* given_ = nullptr;
+  T* kept_ = nullptr;
   NormalizeArgs<T> normalize_{};
   BackwardApplyArgs<T> apply_{};
 };

@@ -79,8 +79,8 @@ class Pass {
         from_(from),
         packed_(packed),
         epilogue_(epilogue),
-        kept_(schedule_of<T>(shape, batch, !from.is_given())),
-        s_(*kept_),
+        schedule_(schedule_of<T>(shape, batch, !from.is_given() && !prepares())),
+        s_(*schedule_),
         steps_(0),
         width_(gathered * packed.panels * kPanel) {
     for (const Part& part : s_.parts) steps_ = std::max(steps_, static_cast<int64_t>(part.size()));
@@ -92,6 +92,8 @@ class Pass {
   }
 
   void run() {
+    // rows that two parts of an image read must not be made twice
+    if (from_.kept() && !prepares() && s_.parts.size() > 1) make_all();
     if (s_.splits_outputs)
       together();
     else
@@ -111,16 +113,27 @@ class Pass {
 
  private:
   const Shape& shape_;
-  const Operand<T>& from_;
+  Operand<T> from_;
   const Packed& packed_;
   const Epilogue<T>& epilogue_;
-  std::shared_ptr<const Schedule> kept_;
+  std::shared_ptr<const Schedule> schedule_;
   const Schedule& s_;
   int64_t steps_, width_;
   std::vector<float> sums_;
   std::vector<int32_t> rows_;
 
   const Layout& layout() const { return s_.layouts[0]; }
+  // Whether products read what is kept, just behind its making. A tile may read beyond it, but gives no results there.
+  bool prepares() const { return from_.kept() && shape_.window.is_pixel(); }
+
+  void make_all() {
+    const Layout& l = layout();
+    const int64_t rows = s_.items * l.images * l.input.height, width = l.input.width;
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) from_.pixels(row * width, width, nullptr);
+    });
+    from_ = Operand<T>(from_.kept(), from_.channels());
+  }
   // A buffer of columns holds a band.
   int64_t origin(const Step& step) const {
     const Layout& l = layout();
@@ -155,7 +168,7 @@ class Pass {
       const Part& part = s_.parts[0];
       for (size_t index = 0; index < part.size(); ++index) {
         const Step& step = part[index];
-        if (!s_.reads_x)
+        if (!s_.reads_x || prepares())
           each(threads, [&](int64_t t) {
             const auto share = [&](int64_t begin, int64_t end, int64_t n) { return begin + n * (end - begin) / threads; };
             Step own = step;
@@ -181,8 +194,13 @@ class Pass {
 
   // What the step reads of x, or a share of it.
   void fill(T* buffer, int64_t item, const Step& share, const Step& whole) const {
-    if (s_.reads_x) return;
     const Layout& l = layout();
+    if (prepares() && s_.reads_x)
+      for (int64_t n = 0; n < l.images; ++n)
+        from_.pixels(
+            (item * l.images + n) * l.input.pixels() + share.begin * l.input.width,
+            (share.end - share.begin) * l.input.width, nullptr);
+    if (s_.reads_x) return;
     for (int64_t n = 0; n < l.images; ++n) {
       const int64_t image = item * l.images + n;
       if (l.kind == Layout::Kind::planes)
@@ -201,15 +219,17 @@ class Pass {
     f.tap_count = packed_.taps;
     f.depth = packed_.depth;
     f.weights = reinterpret_cast<const T*>(packed_.memory.get());
-    f.input = s_.reads_x ? from_.pixels(item * l.images * l.input.pixels(), 0, nullptr)
-                         : buffer - origin(step) * l.pitch;
+    const int64_t first = item * l.images * l.input.pixels();
+    f.input = !s_.reads_x  ? buffer - origin(step) * l.pitch
+              : prepares() ? from_.kept() + first * l.channels
+                           : from_.pixels(first, 0, nullptr);
     task.rows = step.tiles.data();
     task.row_count = static_cast<int64_t>(step.tiles.size());
     task.panel_begin = panel_begin;
     task.panel_end = panel_end;
     task.panels_inner =
         shape_.products * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
-    task.prefetches = s_.reads_x;
+    task.prefetches = s_.reads_x && !prepares();
     auto& e = task.epilogue = epilogue_;
     const int64_t shift = item * l.images * l.output.pixels() * shape_.out;
     e.out += shift;
