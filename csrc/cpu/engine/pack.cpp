@@ -117,26 +117,25 @@ void pack_block(const T* w, int64_t outputs, int64_t channels, int64_t output_st
 }  // namespace
 
 template <class T>
-Packed pack_taps(const at::Tensor& weight, bool backward) {
+Packed pack_taps(const at::Tensor& weight, const std::vector<Tap>& taps, bool backward) {
   const int64_t out = weight.size(backward ? 1 : 0), in = weight.size(backward ? 0 : 1);
   const int64_t output_stride = weight.stride(backward ? 1 : 0), channel_stride = weight.stride(backward ? 0 : 1);
-  const int64_t width = weight.size(3), taps = weight.size(2) * width;
   Packed packed;
   packed.panels = ceil_div(out, kPanel);
-  packed.taps = taps;
+  packed.taps = static_cast<int64_t>(taps.size());
   packed.depth = round_up(in, kDepthStep<T>);
   packed.memory = reuse(packed.elements() * static_cast<int64_t>(sizeof(T)));
   T* all = reinterpret_cast<T*>(packed.memory.get());
   const T* w = static_cast<const T*>(weight.const_data_ptr());
   std::vector<uint8_t> finite(packed.panels, 1);
-  const int64_t size = taps * packed.depth * kPanel;
+  const int64_t size = packed.taps * packed.depth * kPanel;
   at::parallel_for(0, packed.panels, 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; ++p) {
       T* panel = all + p * size;
       const int64_t outputs = std::min(kPanel, out - p * kPanel);
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const int64_t of = backward ? taps - 1 - tap : tap;
-        const T* block = w + of / width * weight.stride(2) + of % width * weight.stride(3) + p * kPanel * output_stride;
+      for (int64_t tap = 0; tap < packed.taps; ++tap) {
+        const auto [r, s] = taps[tap];
+        const T* block = w + r * weight.stride(2) + s * weight.stride(3) + p * kPanel * output_stride;
         for (int64_t c = 0; c < in; c += kPanel)
           pack_block(
               block + c * channel_stride, outputs, std::min(kPanel, in - c), output_stride, channel_stride,
@@ -149,8 +148,8 @@ Packed pack_taps(const at::Tensor& weight, bool backward) {
   return packed;
 }
 
-template Packed pack_taps<float>(const at::Tensor&, bool);
-template Packed pack_taps<bf16>(const at::Tensor&, bool);
+template Packed pack_taps<float>(const at::Tensor&, const std::vector<Tap>&, bool);
+template Packed pack_taps<bf16>(const at::Tensor&, const std::vector<Tap>&, bool);
 template Packed pack<float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 template Packed pack<bf16>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 

@@ -23,9 +23,10 @@ struct Packed {
 template <class T>
 Packed pack(const at::Tensor& weight, const float* factor, Layout::Kind kind, int64_t groups);
 
-// The same of one group, as it is. backward: for the gradient of the input, whose outputs are the inputs and whose window
-// runs from its end to its beginning. weight is of type T.
+// The same of one group, as it is, of these taps of the window in this order. backward: for the gradient of the input,
+// whose outputs are the inputs. weight is of type T.
+using Tap = std::array<int64_t, 2>;
 template <class T>
-Packed pack_taps(const at::Tensor& weight, bool backward);
+Packed pack_taps(const at::Tensor& weight, const std::vector<Tap>& taps, bool backward);
 
 }  // namespace resnet_fused::cpu::engine

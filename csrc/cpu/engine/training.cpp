@@ -33,10 +33,37 @@ Window window_of(const at::Tensor& weight, const Stage& stage) {
   return {{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation};
 }
 
-// A convolution with the window running backwards gives the gradient of the input of one with stride 1.
-Window backward_window(Window w) {
-  for (int d = 0; d < 2; ++d) w.padding[d] = w.dilation[d] * (w.kernel[d] - 1) - w.padding[d];
-  return w;
+// In one dimension, the gradient of those inputs that one phase of the stride gives: a convolution of stride 1 over the
+// outputs' gradients by the taps of this phase, last one first. Its result u belongs to input first + stride u, if there is
+// one.
+struct Phase {
+  std::vector<int64_t> taps;
+  int64_t dilation, padding, first, stride;
+};
+
+std::vector<Phase> phases(const Window& w, int d, int64_t in, int64_t out) {
+  const int64_t stride = w.stride[d], padding = w.padding[d], dilation = w.dilation[d];
+  std::vector<Phase> all;
+  for (int64_t c = 0; c < stride; ++c) {
+    // input stride t + c - padding reads output t - m by the m-th tap of the phase, or t - m dilation without a stride
+    Phase phase{{}, dilation, 0, 0, stride};
+    for (int64_t k = w.kernel[d] - 1; k >= 0; --k)
+      if (k % stride == c) phase.taps.push_back(k);
+    const int64_t reach = dilation * (static_cast<int64_t>(phase.taps.size()) - 1);
+    const int64_t begin = std::max<int64_t>(0, ceil_div(padding - c, stride)), last = in - 1 + padding - c;
+    if (last < 0 || last / stride < begin) continue;
+    phase.padding = std::max({int64_t{0}, reach - begin, last / stride + 1 - out});
+    phase.first = stride * (reach - phase.padding) + c - padding;
+    all.push_back(std::move(phase));
+  }
+  return all;
+}
+
+std::vector<Tap> all_taps(const Window& w) {
+  std::vector<Tap> taps;
+  for (int64_t r = 0; r < w.kernel[0]; ++r)
+    for (int64_t s = 0; s < w.kernel[1]; ++s) taps.push_back({r, s});
+  return taps;
 }
 
 template <class T>
@@ -73,8 +100,9 @@ template <class T>
 class Pass {
  public:
   // The pointers of `epilogue` are those of the first image. gathered: floats for each step and output.
-  Pass(const Shape& shape, const Batch& batch, const Operand<T>& from, const Packed& packed, const Epilogue<T>& epilogue,
-       int64_t gathered)
+  Pass(
+      const Shape& shape, const Batch& batch, const Operand<T>& from, const Packed& packed, const Epilogue<T>& epilogue,
+      int64_t gathered)
       : shape_(shape),
         from_(from),
         packed_(packed),
@@ -82,6 +110,8 @@ class Pass {
         schedule_(schedule_of<T>(shape, batch, !from.is_given() && !prepares())),
         s_(*schedule_),
         steps_(0),
+        target_(s_.targets[0].data()),
+        pixels_(s_.layouts[0].output.pixels()),
         width_(gathered * packed.panels * kPanel) {
     for (const Part& part : s_.parts) steps_ = std::max(steps_, static_cast<int64_t>(part.size()));
     const int64_t count = s_.items * static_cast<int64_t>(s_.parts.size()) * steps_;
@@ -89,6 +119,24 @@ class Pass {
       sums_.assign(count * width_, 0.0f);
       rows_.assign(count * packed.panels, 0);
     }
+  }
+
+  // Results at (y, x) go to (first + stride (y, x)) of pictures of this size, or nowhere.
+  void scatter(Size size, std::array<int64_t, 2> first, std::array<int64_t, 2> stride) {
+    const Size own = layout().output;
+    pixels_ = size.pixels();
+    if (own.height == size.height && own.width == size.width && first == std::array<int64_t, 2>{} && stride[0] == 1 &&
+        stride[1] == 1)
+      return;
+    scattered_ = layout().pixel;
+    for (auto& at : scattered_) {
+      if (at < 0) continue;
+      const int64_t image = at / own.pixels(), pixel = at % own.pixels();
+      const int64_t y = first[0] + stride[0] * (pixel / own.width), x = first[1] + stride[1] * (pixel % own.width);
+      const bool within = y >= 0 && y < size.height && x >= 0 && x < size.width;
+      at = within ? static_cast<int32_t>(image * pixels_ + y * size.width + x) : -1;
+    }
+    target_ = scattered_.data();
   }
 
   void run() {
@@ -118,7 +166,11 @@ class Pass {
   const Epilogue<T>& epilogue_;
   std::shared_ptr<const Schedule> schedule_;
   const Schedule& s_;
-  int64_t steps_, width_;
+  int64_t steps_;
+  std::vector<int32_t> scattered_;
+  const int32_t* target_;  // of each position
+  int64_t pixels_;         // of a picture of results
+  int64_t width_;
   std::vector<float> sums_;
   std::vector<int32_t> rows_;
 
@@ -231,13 +283,13 @@ class Pass {
         shape_.products * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
     task.prefetches = s_.reads_x && !prepares();
     auto& e = task.epilogue = epilogue_;
-    const int64_t shift = item * l.images * l.output.pixels() * shape_.out;
+    const int64_t shift = item * l.images * pixels_ * shape_.out;
     e.out += shift;
     if (e.residual) e.residual += shift;
     if (e.behind.y) e.behind.y += shift;
     e.pitch = e.channels = shape_.out;
     if (e.residual) e.ahead = 2 * products<T>().tile_rows * e.pitch;
-    e.target = s_.targets[0].data();
+    e.target = target_;
     if (width_ > 0) {
       e.sums = sums_.data() + at * width_;
       e.rows = rows_.data() + at * packed_.panels;
@@ -263,9 +315,9 @@ bool convolves(const at::Tensor& weight, const Stage& stage, at::ScalarType dtyp
 }
 
 bool convolves_backward(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
-  const Window w = backward_window(window_of(weight, stage));
-  return convolves(weight, stage, dtype) && w.stride[0] == 1 && w.stride[1] == 1 && w.padding[0] >= 0 &&
-         w.padding[1] >= 0;
+  for (int d = 0; d < 2; ++d)
+    if (stage.stride[d] > 1 && stage.dilation[d] > 1 && weight.size(2 + d) > 1) return false;
+  return convolves(weight, stage, dtype);
 }
 
 Batch batch_of(const at::Tensor& p) { return {p.size(0), {p.size(2), p.size(3)}}; }
@@ -274,10 +326,11 @@ template <class T>
 Convolved convolve(
     const Operand<T>& p, const Batch& batch, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const Stage& stage, bool statistics) {
-  const Packed packed = pack_taps<T>(weight, false);
+  const Window window = window_of(weight, stage);
+  const Packed packed = pack_taps<T>(weight, all_taps(window), false);
   if (!packed.finite) return {};
   const int64_t out = weight.size(0);
-  const Shape shape = shape_of<T>(window_of(weight, stage), weight.size(1), out, packed);
+  const Shape shape = shape_of<T>(window, weight.size(1), out, packed);
   const Size size = shape.window.output(batch.size);
   Convolved result;
   result.y = reused_empty(batch.images, out, size.height, size.width, scalar_type(T{}));
@@ -311,16 +364,37 @@ template <class T>
 NormGradient backward(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated,
     const Differentiated<T>* behind) {
-  const Packed packed = pack_taps<T>(weight, true);
-  if (!packed.finite) return {};
-  const int64_t out = weight.size(1);
-  const Window forward = window_of(weight, stage);
-  const Shape shape = shape_of<T>(backward_window(forward), weight.size(0), out, packed);
+  const int64_t in = weight.size(0), out = weight.size(1), padded = round_up(out, kPanel);
+  const Window window = window_of(weight, stage);
+  const Size size = window.output(batch.size);
+  const auto lines = phases(window, 0, batch.size.height, size.height),
+             columns = phases(window, 1, batch.size.width, size.width);
+  struct Part {
+    const Phase &line, &column;
+    Packed packed;
+  };
+  std::vector<Part> parts;
+  bool reaches_all = lines.size() == static_cast<size_t>(std::min(window.stride[0], batch.size.height)) &&
+                     columns.size() == static_cast<size_t>(std::min(window.stride[1], batch.size.width));
+  for (const Phase& line : lines)
+    for (const Phase& column : columns) {
+      std::vector<Tap> taps;
+      for (const int64_t r : line.taps)
+        for (const int64_t s : column.taps) taps.push_back({r, s});
+      if (taps.empty()) {
+        reaches_all = false;
+        continue;
+      }
+      parts.push_back({line, column, pack_taps<T>(weight, taps, true)});
+      if (!parts.back().packed.finite) return {};
+    }
+  if (!reaches_all && behind) return {};
   NormGradient result;
   result.dz = accumulated.defined()
                   ? accumulated
                   : reused_empty(batch.images, out, batch.size.height, batch.size.width, scalar_type(T{}));
-  const std::vector<float> zeros(packed.panels * kPanel, 0.0f), ones(packed.panels * kPanel, 1.0f);
+  if (!reaches_all && !accumulated.defined()) result.dz.zero_();
+  const std::vector<float> zeros(padded, 0.0f), ones(padded, 1.0f);
   Epilogue<T> e;
   e.scale = ones.data();
   e.shift = zeros.data();
@@ -329,19 +403,30 @@ NormGradient backward(
   if (behind) {
     e.gathers = Gathers::gradient;
     e.behind = *behind;
+    result.sum.assign(out, 0.0);
+    result.sum_y.assign(out, 0.0);
   }
-  Pass<T> pass(shape, {batch.images, forward.output(batch.size)}, dy, packed, e, behind ? 2 : 0);
-  pass.run();
-  if (!behind) return result;
-  result.sum.assign(out, 0.0);
-  result.sum_y.assign(out, 0.0);
-  pass.each_gathered([&](int64_t, const float* sums) {
-    for (int64_t c = 0; c < out; ++c) {
-      const float* s = sums + c / kPanel * 2 * kPanel + c % kPanel;
-      result.sum[c] += s[0];
-      result.sum_y[c] += s[kPanel];
-    }
-  });
+  Operand<T> from = dy;
+  for (const auto& [line, column, packed] : parts) {
+    const Window own{
+        {static_cast<int64_t>(line.taps.size()), static_cast<int64_t>(column.taps.size())},
+        {1, 1},
+        {line.padding, column.padding},
+        {line.dilation, column.dilation}};
+    const Shape shape = shape_of<T>(own, in, out, packed);
+    Pass<T> pass(shape, {batch.images, size}, from, packed, e, behind ? 2 : 0);
+    pass.scatter(batch.size, {line.first, column.first}, {line.stride, column.stride});
+    pass.run();
+    if (from.kept()) from = Operand<T>(from.kept(), in);
+    if (behind)
+      pass.each_gathered([&](int64_t, const float* sums) {
+        for (int64_t c = 0; c < out; ++c) {
+          const float* s = sums + c / kPanel * 2 * kPanel + c % kPanel;
+          result.sum[c] += s[0];
+          result.sum_y[c] += s[kPanel];
+        }
+      });
+  }
   return result;
 }
 
