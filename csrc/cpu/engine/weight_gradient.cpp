@@ -30,6 +30,12 @@ at::Tensor working_memory(int64_t bytes) {
   return reused_empty(1, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(bytes))), 1, 1, at::kByte);
 }
 
+// Few channels: whether a row's taps fit in a panel.
+bool folds(const at::Tensor& weight, const Stage& stage) {
+  const int64_t taps = weight.size(3);
+  return stage.groups == 1 && stage.dilation[1] == 1 && taps > 1 && taps * weight.size(1) <= kPanel;
+}
+
 // As work(slot).
 template <class Work>
 void for_each_slot(int64_t slots, const Work& work) {
@@ -43,8 +49,11 @@ void for_each_slot(int64_t slots, const Work& work) {
 WeightGradient::WeightGradient(const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output)
     : weight_(weight),
       groups_{stage.groups, weight.size(0) / stage.groups, weight.size(1)},
-      layout_({{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation}, input, output, images),
+      layout_(
+          {{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation}, input, output, images,
+          folds(weight, stage)),
       threads_(at::in_parallel_region() ? 1 : at::get_num_threads()) {
+  groups_.in *= layout_.fold().taps;
   const int64_t out = round_up(groups_.count * groups_.out, kPanel), in = round_up(groups_.count * groups_.in, kPanel);
   // transposing costs more than interleaving
   const bool transposes_gradient = out <= in * layout_.planes();
@@ -224,16 +233,18 @@ void WeightGradient::write_to(T* dw, const Store& store, int64_t pair, const flo
 
 at::Tensor WeightGradient::result() const { return result_.contiguous(weight_.suggest_memory_format()); }
 
-// Measured on one core of a Sapphire Rapids with AMX, oneDNN's time over ours: ResNet-50's convolutions 1.1 to 5.0, its
-// stem aside; ResNeXt-50's groups of 4 to 32 channels 1.03 to 19.7; 32 to 64 channels, 3x3, 1.17. Fewer channels fill
-// tiles with zeros: 16 to 96 channels, 1x1, 0.79; 32 to 32, 1x1, 0.78; 16 to 16, 3x3, 0.64.
+// Measured on one core of a Sapphire Rapids with AMX, oneDNN's time over ours: ResNet-50's convolutions 1.1 to 5.0;
+// ResNeXt-50's groups of 4 to 32 channels 1.03 to 19.7; 32 to 64 channels, 3x3, 1.15; 4 to 64, 3x3, folded, 1.10. Fewer
+// channels fill tiles with zeros: 16 to 96 channels, 1x1, 0.79; 32 to 32, 1x1, 0.78; 16 to 16, 3x3, 0.64.
 bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
   if (dtype != at::kBFloat16 || stage.pads_values()) return false;
   if (weight.scalar_type() != at::kFloat && weight.scalar_type() != at::kBFloat16) return false;
   if (isa() != Isa::amx && isa() != Isa::amx_portable) return false;
+  if (is_forced()) return true;
   const int64_t out = weight.size(0), in = weight.size(1) * stage.groups;
+  if (folds(weight, stage)) return out >= 64 && in * weight.size(3) >= 12;
   const bool fills_groups = stage.groups == 1 || (out / stage.groups >= 4 && weight.size(1) >= 4);
-  return is_forced() || (std::min(out, in) >= 32 && std::max(out, in) >= 64 && fills_groups);
+  return std::min(out, in) >= 32 && std::max(out, in) >= 64 && fills_groups;
 }
 
 at::Tensor weight_gradient(
