@@ -57,11 +57,16 @@ bench: $(READY)
 # The engine's convolutions without torch, by every instruction set at hand: memory, arithmetic, threads.
 SANITIZED := tests/cpu/engine/sanitize.cpp csrc/cpu/engine/layout.cpp csrc/cpu/engine/schedule.cpp \
   $(wildcard csrc/cpu/engine/products_*.cpp)
+SANITIZED_GRADIENTS := tests/cpu/engine/sanitize_gradients.cpp csrc/cpu/engine/layout.cpp \
+  csrc/cpu/engine/gradient_layout.cpp csrc/cpu/engine/gradient_pack.cpp $(wildcard csrc/cpu/engine/gradient_products_*.cpp) \
+  csrc/cpu/kernels/row_kernels_baseline.cpp
 SANITIZE := $(CXX) -std=c++20 -O1 -g -w -pthread -fno-trapping-math -fno-sanitize-recover=all
 sanitize:
 	mkdir -p build/sanitize
 	$(SANITIZE) -fsanitize=address,undefined $(SANITIZED) -o build/sanitize/memory
 	build/sanitize/memory 200
+	$(SANITIZE) -fsanitize=address,undefined $(SANITIZED_GRADIENTS) -o build/sanitize/gradients
+	build/sanitize/gradients 100
 	$(SANITIZE) -fsanitize=thread $(SANITIZED) -o build/sanitize/threads
 	build/sanitize/threads 100
 

@@ -57,6 +57,8 @@ CASES: dict[str, Convolution] = {
     "bands of images side by side": Convolution((64, 64), (40, 41), stride=(1, 2), batch=19),
     "outputs shared": Convolution((192, 192), (5, 4), batch=11),
     "outputs shared, stride 2": Convolution((384, 768), (6, 3), (1, 1), (2, 2), (0, 0), batch=20),
+    "few channels": Convolution((3, 64), (12, 13), (7, 7), (2, 2), (3, 3)),
+    "few channels, wide padding": Convolution((7, 64), (5, 4), (2, 4), (1, 3), (0, 5), (2, 1)),
     "groups": Convolution((64, 64), (8, 9), groups=16),
     "groups across panels": Convolution((120, 72), (7, 5), stride=(2, 1), groups=6),
     "groups of unlike widths": Convolution((200, 40), (5, 6), (1, 1), padding=(0, 0), groups=5),
@@ -64,7 +66,7 @@ CASES: dict[str, Convolution] = {
 # Those that run where the instruction set is named only.
 FORCED: dict[str, Convolution] = {
     "one channel": Convolution((1, 1), (5, 5)),
-    "few channels": Convolution((3, 17), (12, 13), (7, 7), (2, 2), (3, 3)),
+    "few channels, dilated": Convolution((3, 17), (12, 13), (3, 3), dilation=(1, 2)),
     "depthwise": Convolution((40, 40), (9, 6), groups=40),
 }
 

@@ -12,8 +12,14 @@ int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, 
 
 }  // namespace
 
-GradientLayout::GradientLayout(const Window& window, Size input, Size output, int64_t images)
-    : window_(window), input_(input), output_(output), given_images_(images) {
+GradientLayout::GradientLayout(const Window& given, Size input, Size output, int64_t images, bool folds)
+    : window_(given), input_(input), output_(output), memory_width_(input.width), given_images_(images) {
+  if (folds) {
+    fold_ = {given.kernel[1], given.stride[1], given.padding[1]};
+    window_ = {{given.kernel[0], 1}, {given.stride[0], 1}, {given.padding[0], 0}, {given.dilation[0], 1}};
+    input_.width = output.width;
+  }
+  const Window& window = window_;
   stacked_ = window.kernel[0] == 1 && window.kernel[1] == 1 && window.padding[0] == 0 && window.padding[1] == 0;
   images_ = stacked_ ? 1 : images;
   rows_ = stacked_ ? images * output.height : output.height;
@@ -93,7 +99,7 @@ int64_t GradientLayout::row(Side side, const Positions::Plane& plane, int64_t im
   if (!stacked_ && image >= given_images_) return -1;
   if (side == Side::gradient) return (image * output_.height + row) * output_.width;
   const int64_t inside = row % rows_of_image_ * window_.stride[0] + plane.phase[0];
-  return ((image + row / rows_of_image_) * input_.height + inside) * input_.width;
+  return ((image + row / rows_of_image_) * input_.height + inside) * memory_width_;
 }
 
 }  // namespace resnet_fused::cpu::engine

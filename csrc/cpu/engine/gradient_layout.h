@@ -3,7 +3,8 @@
 // A part of the outputs is a raster: rows of pixels and of the zeros that the window reaches beside them, the same for
 // both operands. Rows that the window reaches above and below are left out of a tap's products. Strides are undone by
 // planes, one for each phase of the input's coordinates that a tap reads. Several images may lie side by side, pixel by
-// pixel. A window of one pixel knows no neighbours: all rows of all images are those of one.
+// pixel. A window of one pixel knows no neighbours: all rows of all images are those of one. Few channels fill tiles as
+// windows of one row do: the values of a row's taps are the channels, and what is left is a window of one column.
 #pragma once
 
 #include <vector>
@@ -37,18 +38,25 @@ struct Positions {
   int64_t row() const { return width * images; }
 };
 
+// A row of the input whose pixels, `step` apart, are windows of `taps` pixels.
+struct Fold {
+  int64_t taps = 1, step = 1, padding = 0;
+};
+
 class GradientLayout {
  public:
-  GradientLayout(const Window& window, Size input, Size output, int64_t images);
+  // folds: whether a row's taps become channels; for windows that are not dilated.
+  GradientLayout(const Window& window, Size input, Size output, int64_t images, bool folds);
 
   int64_t images() const { return images_; }  // 1 for a window of one pixel
   int64_t rows() const { return rows_; }      // of outputs of an image
   int64_t width() const { return width_; }    // positions of a row
   int64_t taps() const { return static_cast<int64_t>(taps_.size()); }
+  const Fold& fold() const { return fold_; }
   // Whether a zero of one operand is ever multiplied with a value of the other.
   bool mixes_zeros() const { return !stacked_; }
 
-  Size size(Side side) const { return side == Side::gradient ? output_ : input_; }
+  int64_t memory_width(Side side) const { return side == Side::gradient ? output_.width : memory_width_; }
   Positions positions(const Part& part, Side side) const;
   int64_t planes() const { return static_cast<int64_t>(phases_.size()); }
   // Where each tap begins in these positions; transposes_gradient: which operand is which.
@@ -61,8 +69,10 @@ class GradientLayout {
   struct Tap {
     int64_t plane, y, x;  // shift
   };
-  Window window_;
-  Size input_, output_;
+  Window window_;        // folded
+  Size input_, output_;  // folded: windows in a row
+  int64_t memory_width_;
+  Fold fold_;
   int64_t images_, rows_, rows_of_image_, given_images_;
   bool stacked_;
   int64_t width_, reach_, top_, bottom_;  // the most that a tap shifts: left or right, upwards, downwards

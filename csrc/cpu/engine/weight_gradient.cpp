@@ -16,6 +16,8 @@ namespace {
 
 // Steps of a product: both operands' panels stay in the first cache for all taps. Measured: 8 to 16 are equal.
 constexpr int64_t kSteps = 14;
+// Of one tap, whose operands are read once, for sums that are written once: 14 took 1 to 10 % longer.
+constexpr int64_t kLongSteps = 28;
 // Packed operands and sums that are to stay in the second cache.
 constexpr int64_t kPackBytes = 1 << 20, kSumBytes = 1 << 18;
 // Packed parts of all threads; more are packed and multiplied in rounds.
@@ -28,6 +30,12 @@ constexpr int64_t kImages = 8;
 // Memory that earlier calls have left; by powers of two, so that different convolutions share it.
 at::Tensor working_memory(int64_t bytes) {
   return reused_empty(1, static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(bytes))), 1, 1, at::kByte);
+}
+
+// Few channels: whether a row's taps fit in a panel.
+bool folds(const at::Tensor& weight, const Stage& stage) {
+  const int64_t taps = weight.size(3);
+  return stage.groups == 1 && stage.dilation[1] == 1 && taps > 1 && taps * weight.size(1) <= kPanel;
 }
 
 // As work(slot).
@@ -43,8 +51,11 @@ void for_each_slot(int64_t slots, const Work& work) {
 WeightGradient::WeightGradient(const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output)
     : weight_(weight),
       groups_{stage.groups, weight.size(0) / stage.groups, weight.size(1)},
-      layout_({{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation}, input, output, images),
+      layout_(
+          {{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation}, input, output, images,
+          folds(weight, stage)),
       threads_(at::in_parallel_region() ? 1 : at::get_num_threads()) {
+  groups_.in *= layout_.fold().taps;
   const int64_t out = round_up(groups_.count * groups_.out, kPanel), in = round_up(groups_.count * groups_.in, kPanel);
   // transposing costs more than interleaving
   const bool transposes_gradient = out <= in * layout_.planes();
@@ -79,9 +90,11 @@ void WeightGradient::find_pairs() {
         pairs_.push_back({static_cast<int32_t>(t / kPanel), static_cast<int32_t>(i / kPanel)});
 }
 
+int64_t WeightGradient::longest() const { return apart_ || layout_.taps() > 1 ? kSteps : kLongSteps; }
+
 // Cuts all outputs into parts.
 void WeightGradient::cut() {
-  int64_t images = 1, rows = std::max<int64_t>(1, kSteps * kPositions / layout_.width());
+  int64_t images = 1, rows = std::max<int64_t>(1, longest() * kPositions / layout_.width());
   if (layout_.mixes_zeros()) {
     images = std::min({kImages, layout_.images(), apart_ ? ceil_div(layout_.images(), threads_) : kImages});
     images = ceil_div(layout_.images(), ceil_div(layout_.images(), images));
@@ -114,7 +127,7 @@ void WeightGradient::multiply(const Part& part, const bf16* packed, int64_t from
   const std::vector<Run> runs = layout_.runs(part, format_.transposes_gradient);
   int64_t steps = 1;
   for (const Run& run : runs) steps = std::max(steps, run.steps);
-  const int64_t chunks = ceil_div(steps, kSteps);
+  const int64_t chunks = ceil_div(steps, longest());
   std::vector<Run> some(runs.size());
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (size_t t = 0; t < runs.size(); ++t) {
@@ -224,16 +237,18 @@ void WeightGradient::write_to(T* dw, const Store& store, int64_t pair, const flo
 
 at::Tensor WeightGradient::result() const { return result_.contiguous(weight_.suggest_memory_format()); }
 
-// Measured on one core of a Sapphire Rapids with AMX, oneDNN's time over ours: ResNet-50's convolutions 1.1 to 5.0, its
-// stem aside; ResNeXt-50's groups of 4 to 32 channels 1.03 to 19.7; 32 to 64 channels, 3x3, 1.17. Fewer channels fill
-// tiles with zeros: 16 to 96 channels, 1x1, 0.79; 32 to 32, 1x1, 0.78; 16 to 16, 3x3, 0.64.
+// Measured on one core of a Sapphire Rapids with AMX, oneDNN's time over ours: ResNet-50's convolutions 1.1 to 5.0;
+// ResNeXt-50's groups of 4 to 32 channels 1.03 to 19.7; 32 to 64 channels, 3x3, 1.15; 4 to 64, 3x3, folded, 1.10. Fewer
+// channels fill tiles with zeros: 16 to 96 channels, 1x1, 0.79; 32 to 32, 1x1, 0.78; 16 to 16, 3x3, 0.64.
 bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
   if (dtype != at::kBFloat16 || stage.pads_values()) return false;
   if (weight.scalar_type() != at::kFloat && weight.scalar_type() != at::kBFloat16) return false;
   if (isa() != Isa::amx && isa() != Isa::amx_portable) return false;
+  if (is_forced()) return true;
   const int64_t out = weight.size(0), in = weight.size(1) * stage.groups;
+  if (folds(weight, stage)) return out >= 64 && in * weight.size(3) >= 12;
   const bool fills_groups = stage.groups == 1 || (out / stage.groups >= 4 && weight.size(1) >= 4);
-  return is_forced() || (std::min(out, in) >= 32 && std::max(out, in) >= 64 && fills_groups);
+  return std::min(out, in) >= 32 && std::max(out, in) >= 64 && fills_groups;
 }
 
 at::Tensor weight_gradient(

@@ -59,6 +59,7 @@ class WeightGradient {
   bf16* pack_at(int64_t index);
   float* sums_of(int64_t slot);
   bool is_sound() const;
+  int64_t longest() const;  // steps of a product
   void cut();
   void find_pairs();
   void multiply(const Part& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds);
