@@ -32,23 +32,20 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Pool
     T* target = reinterpret_cast<T*>(out.mutable_data_ptr<scalar_t>());
     uint8_t* position = positions.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, n * out_h, 1, [&](int64_t begin, int64_t end) {
-      using A = acc_t<scalar_t>;
-      std::vector<A> best(channels), place(channels);
+      std::vector<const T*> rows(win.kernel * win.kernel);
+      std::vector<uint8_t> places(rows.size());
       for (int64_t row = begin; row < end; ++row) {
         const int64_t top = (row % out_h) * win.stride - win.padding;
         const T* image = source + (row / out_h) * height * width * channels;
         for (int64_t ow = 0; ow < out_w; ++ow) {
           const int64_t left = ow * win.stride - win.padding, offset = (row * out_w + ow) * channels;
-          bool first = true;  // the first position starts the maximum, so that a window of -inf has one
+          int64_t count = 0;
           for (int64_t h = std::max<int64_t>(top, 0); h < std::min(top + win.kernel, height); ++h)
-            for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + win.kernel, width); ++w) {
-              const auto at_window = static_cast<A>((h - top) * win.kernel + (w - left));
-              kernels.running_max(
-                  image + (h * width + w) * channels, at_window, first, channels, best.data(), place.data());
-              first = false;
+            for (int64_t w = std::max<int64_t>(left, 0); w < std::min(left + win.kernel, width); ++w, ++count) {
+              rows[count] = image + (h * width + w) * channels;
+              places[count] = static_cast<uint8_t>((h - top) * win.kernel + (w - left));
             }
-          kernels.store(best.data(), channels, target + offset);
-          kernels.store_bytes(place.data(), channels, position + offset);
+          kernels.max_and_place(rows.data(), places.data(), count, channels, target + offset, position + offset);
         }
       }
     });

@@ -53,6 +53,7 @@ struct Whole {
   static inline void store(bf16* p, __m512i bits) { _mm512_storeu_si512(p, bits); }
   static inline __m512 load(const float* p, int half) { return _mm512_loadu_ps(p + 16 * half); }
   static inline void store(float* p, int half, __m512 v) { _mm512_storeu_ps(p + 16 * half, v); }
+  static inline void store(uint8_t* p, __m256i v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 };
 struct Part {
   __mmask32 mask;
@@ -62,6 +63,7 @@ struct Part {
   inline __mmask16 of(int half) const { return static_cast<__mmask16>(mask >> 16 * half); }
   inline __m512 load(const float* p, int half) const { return _mm512_maskz_loadu_ps(of(half), p + 16 * half); }
   inline void store(float* p, int half, __m512 v) const { _mm512_mask_storeu_ps(p + 16 * half, of(half), v); }
+  inline void store(uint8_t* p, __m256i v) const { _mm256_mask_storeu_epi8(p, mask, v); }
 };
 
 // clang-format off
@@ -98,20 +100,25 @@ static inline void store_values(const Lanes& lanes, bf16* p, Pair v) {
 static inline void fetch(const bf16* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 static inline void fetch_to_write(bf16* p) { __builtin_prefetch(p, 1, 3); }
 
+// body(lanes, channel) for each group of channels
+template <class Body>
+static inline void each_group_of_channels(int64_t channels, const Body& body) {
+  int64_t channel = 0;
+  for (; channel + kGroup <= channels; channel += kGroup) body(Whole(), channel);
+  if (channel < channels) body(Part(channels - channel), channel);
+}
+
 // Pass(args, lanes, channel): what stays the same over a group's rows, then row(at, ahead) for each of them.
 template <class Pass, class Args>
 static void each_group(const Args& args, int64_t rows, int64_t channels) {
   for (int64_t row = 0; row < rows; row += kRows) {
     const int64_t count = rows - row < kRows ? rows - row : kRows;
-    const auto group = [&](const auto& lanes, int64_t channel) __attribute__((always_inline)) {
+    each_group_of_channels(channels, [&](const auto& lanes, int64_t channel) __attribute__((always_inline)) {
       Pass pass(args, lanes, channel, row == 0);
       int64_t at = row * channels + channel;
       for (int64_t r = 0; r < count; ++r, at += channels) pass.row(args, lanes, at, at + kRows * channels);
       pass.finish(args, lanes, channel);
-    };
-    int64_t channel = 0;
-    for (; channel + kGroup <= channels; channel += kGroup) group(Whole(), channel);
-    if (channel < channels) group(Part(channels - channel), channel);
+    });
   }
 }
 
@@ -336,6 +343,28 @@ static void backward_apply(const BackwardApplyArgs<bf16>& args, int64_t rows, in
   } else {
     args.y_term ? with.template operator()<Reads::nothing, true>() : with.template operator()<Reads::nothing, false>();
   }
+}
+
+// --- max pooling -----------------------------------------------------------------------------------------------------
+
+// Compared as integers of the same order, in which both zeros are one and NaN is more than all.
+static void max_and_place(
+    const bf16* const* rows, const uint8_t* places, int64_t count, int64_t channels, bf16* out, uint8_t* which) {
+  each_group_of_channels(channels, [&](const auto& lanes, int64_t c) __attribute__((always_inline)) {
+    __m512i largest = _mm512_setzero_si512(), bits = largest, place = largest;
+    for (int64_t i = 0; i < count; ++i) {
+      const __m512i v = lanes.load(rows[i] + c), size = _mm512_and_si512(v, _mm512_set1_epi16(0x7fff));
+      const __m512i key = _mm512_mask_sub_epi16(size, _mm512_movepi16_mask(v), _mm512_setzero_si512(), size);
+      const __mmask32 nan = _mm512_cmpgt_epi16_mask(size, _mm512_set1_epi16(0x7f80));
+      const __mmask32 first = i == 0 ? ~0u : 0u;
+      const __mmask32 take = first | nan | _mm512_cmpgt_epi16_mask(key, largest);
+      largest = _mm512_mask_mov_epi16(largest, take, _mm512_mask_mov_epi16(key, nan, _mm512_set1_epi16(0x7fff)));
+      bits = _mm512_mask_mov_epi16(bits, take, v);
+      place = _mm512_mask_mov_epi16(place, take, _mm512_set1_epi16(places[i]));
+    }
+    lanes.store(out + c, bits);
+    lanes.store(which + c, _mm512_cvtepi16_epi8(place));
+  });
 }
 
 }  // namespace resnet_fused::cpu::KERNELS_ISA

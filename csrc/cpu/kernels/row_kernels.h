@@ -97,16 +97,16 @@ struct RowKernels {
   void (*where_bits)(const T* dout, const uint8_t* bits, int64_t rows, int64_t channels, T* dz);
   // whether no element is infinite or NaN
   bool (*all_finite)(const T* x, int64_t count);
-  // best and position := x and `at` wherever x is greater than best, or NaN, or everywhere if `first`
-  void (*running_max)(const T* x, A at, bool first, int64_t channels, A* best, A* position);
   // sum += dout wherever position == at
   void (*add_where)(const T* dout, const uint8_t* position, uint8_t at, int64_t channels, A* sum);
   // out := the largest of `count` rows, NaN where one is
   void (*max_of)(const T* const* rows, int64_t count, int64_t channels, T* out);
+  // The same, and which[c] := the place of the row that has it: the first such row, or the last that is NaN
+  void (*max_and_place)(
+      const T* const* rows, const uint8_t* places, int64_t count, int64_t channels, T* out, uint8_t* which);
   // out[i] := row[i * step ...], `used` values and zeros up to `pitch`; reads whole pitches
   void (*windows)(const T* row, int64_t step, int64_t used, int64_t pitch, int64_t count, T* out);
   void (*store)(const A* values, int64_t channels, T* out);
-  void (*store_bytes)(const A* values, int64_t channels, uint8_t* out);
 };
 
 // The table for the instruction set of isa.h.

@@ -19,6 +19,7 @@ const RowKernels<bf16>& kernels(bf16) {
     kernels.normalize = normalize;
     kernels.backward_reduce = backward_reduce;
     kernels.backward_apply = backward_apply;
+    kernels.max_and_place = max_and_place;
     return kernels;
   }();
   return table;

@@ -423,18 +423,6 @@ static bool all_finite(const T* x, int64_t count) {
 
 // --- max pooling -----------------------------------------------------------------------------------------------------
 
-// Positions travel in the arithmetic type so that every lane of the loop has one width.
-template <class T>
-static void running_max(
-    const T* x, arith_t<T> at, bool first, int64_t channels, arith_t<T>* best, arith_t<T>* position) {
-  CHANNEL_LOOP {
-    const auto v = load(x[c]);
-    const bool take = first | (v > best[c]) | (v != v);
-    best[c] = take ? v : best[c];
-    position[c] = take ? at : position[c];
-  }
-}
-
 template <class T>
 static void max_of(const T* const* rows, int64_t count, int64_t channels, T* __restrict out) {
   arith_t<T> best[kTile];
@@ -453,6 +441,31 @@ static void max_of(const T* const* rows, int64_t count, int64_t channels, T* __r
       CHANNEL_LOOP { out[c] = Store<T>::from(best[c]); }
     };
     tile(rest);
+  }
+}
+
+// Places travel in the arithmetic type so that every lane of the loop has one width.
+template <class T>
+static void max_and_place(
+    const T* const* rows, const uint8_t* places, int64_t count, int64_t all, T* __restrict out,
+    uint8_t* __restrict which) {
+  using A = arith_t<T>;
+  A best[kTile], place[kTile];
+  for (int64_t from = 0; from < all; from += kTile) {
+    const int64_t channels = all - from < kTile ? all - from : kTile;
+    for (int64_t i = 0; i < count; ++i) {
+      const T* row = rows[i] + from;
+      const A at = places[i];
+      const bool first = i == 0;  // starts the maximum, so that a window of -inf has one
+      CHANNEL_LOOP {
+        const A v = load(row[c]);
+        const bool take = first | (v > best[c]) | (v != v);
+        best[c] = take ? v : best[c];
+        place[c] = take ? at : place[c];
+      }
+    }
+    CHANNEL_LOOP { out[from + c] = Store<T>::from(best[c]); }
+    CHANNEL_LOOP { which[from + c] = static_cast<uint8_t>(static_cast<int32_t>(place[c])); }
   }
 }
 
@@ -485,14 +498,9 @@ static void store(const arith_t<T>* __restrict sum, int64_t channels, T* __restr
 }
 
 template <class T>
-static void store_bytes(const arith_t<T>* values, int64_t channels, uint8_t* out) {
-  CHANNEL_LOOP { out[c] = static_cast<uint8_t>(static_cast<int32_t>(values[c])); }
-}
-
-template <class T>
-static constexpr RowKernels<T> table = {
-    statistics<T>,  normalize<T>, backward_reduce<T>, backward_apply<T>, passing_bits<T>, where_bits<T>, all_finite<T>,
-    running_max<T>, add_where<T>, max_of<T>,          windows<T>,        store<T>,        store_bytes<T>};
+static constexpr RowKernels<T> table = {statistics<T>,   normalize<T>,     backward_reduce<T>, backward_apply<T>,
+                                        passing_bits<T>, where_bits<T>,    all_finite<T>,      add_where<T>,
+                                        max_of<T>,       max_and_place<T>, windows<T>,         store<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }
