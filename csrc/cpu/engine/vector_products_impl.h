@@ -138,7 +138,7 @@ class Chunks {
 
   bool more() const { return factor_ < 2; }
   void take() {
-    count_ = 0;
+    count_ = steps_ = 0;
     for (int64_t left = kChunk<T>; left > 0 && more(); skip_ends()) {
       const Factor<T>& f = task_.factors[factor_];
       const int64_t rest = f.depth - channel_, channels = rest < left ? rest : left;
@@ -147,8 +147,10 @@ class Chunks {
           f.weights + ((panel_ * f.tap_count + tap_) * f.depth + channel_) * kPanel, channels};
       left -= channels;
       channel_ += channels;
+      steps_ += channels / kStep<T>;
     }
   }
+  int64_t steps() const { return steps_; }
   const Run<T>* begin() const { return runs_; }
   const Run<T>* end() const { return runs_ + count_; }
 
@@ -166,7 +168,7 @@ class Chunks {
   int64_t panel_, tap_ = 0, channel_ = 0;
   int factor_ = 0;
   Run<T> runs_[kChunk<T> / engine::kDepthStep<T>];
-  int64_t count_ = 0;
+  int64_t count_ = 0, steps_ = 0;
 };
 
 // How many tiles pass each chunk of weights.
@@ -190,16 +192,26 @@ static void multiply(const Task<T>& task) {
     const engine::Rows* end = task.rows + task.row_count;
     for (const engine::Rows* block = task.rows; block < end; block += at_once) {
       const int64_t rest = end - block, count = rest < at_once ? rest : at_once;
-      const int64_t passes = count * (kPanel / kColumns), stride = (kBytesOfStep + passes - 1) / passes;
+      constexpr int64_t passes = kPanel / kColumns;  // of a tile
       for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+        // The first panel meanwhile fetches the next block's input, or the next band's, where few channels of it lie in
+        // memory; the others the weights that come next.
+        const Factor<T>& f = task.factors[0];
+        const bool fetches_input =
+            task.prefetches && f.depth <= kChunk<T> && panel == task.panel_begin && task.row_count > at_once;
+        const char* next =
+            reinterpret_cast<const char*>(f.input + (block[count - 1].first + block[count - 1].end) * f.pitch);
+        int64_t stride = kVectorRows * kStep<T> * static_cast<int64_t>(sizeof(T)) / passes;
         bool adds = false;
         for (Chunks<T> chunks(task, panel); chunks.more(); adds = true) {
           chunks.take();
-          const char* next =
-              reinterpret_cast<const char*>(chunks.begin()->weights) + kChunk<T> / kStep<T> * kBytesOfStep;
+          if (!fetches_input) {
+            next = reinterpret_cast<const char*>(chunks.begin()->weights) + chunks.steps() * kBytesOfStep;
+            stride = (kBytesOfStep + count * passes - 1) / (count * passes);
+          }
           for (int64_t i = 0; i < count; ++i) {
             const int height = block[i].end - block[i].begin, first = block[i].first + block[i].begin;
-            for (int column = 0; column < kPanel; column += kColumns, next += stride * kChunk<T> / kStep<T>)
+            for (int column = 0; column < kPanel; column += kColumns, next += stride * chunks.steps())
               kMultiplyTile<T>[height](chunks.begin(), chunks.end(), first, column, adds, sums[i], next, stride);
             if (!chunks.more()) finish_rows<decltype(finish)>(sums[i], e, panel * kPanel, e.target + first, 0, height);
           }
