@@ -1,5 +1,8 @@
-// Products by vector instructions: a tile of positions times a panel, or a part of one, stays in registers for the
-// whole depth. Included once per instruction set.
+// Products by vector instructions: a tile of positions times a panel, or a part of one, stays in registers while a
+// chunk of the depth is multiplied. Included once per instruction set.
+//
+// All tiles of a block pass before the next chunk, so that the chunk's weights come from the first cache, and the next
+// chunk's arrive in the second meanwhile.
 
 #include "epilogue_impl.h"
 
@@ -15,113 +18,205 @@ constexpr int kColumns = kVectors * Vector::lanes;        // of a tile
 // Unrolled early: the accumulators would otherwise be kept in memory.
 #define EACH_ROW _Pragma("GCC unroll 16") for (int r = 0; r < rows; ++r)
 
-// The packed layout of bfloat16 (pack.h): pairs of channels, for 32 channels and 16 outputs at a time.
-static inline const bf16* packed(const bf16* panel, int64_t depth, int column) {
-  return panel + depth * kPanel + column / 16 * 512 + column % 16 * 2;
-}
+// One step multiplies a channel of float, or a pair of bfloat16, by a row of the panel as it is packed (pack.h).
+template <class T>
+constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;
 
-// Float products of this many channels are summed in registers, then the sums are added: one long sum rounds more.
-constexpr int64_t kSummedAtOnce = 256;
+// The channels of a chunk. Their products are summed in registers, then the sums are added: one long sum rounds more.
+template <class T>
+constexpr int64_t kChunk = 256 * kStep<T>;
+constexpr int64_t kBytesOfStep = 128;  // of weights
 
-// sums[row][column + 0 ..] := the products of `rows` positions with some columns of a panel
-template <int rows>
-static void multiply_tile(const Task<float>& task, int64_t first, int64_t panel, int column, float* sums) {
-  Vector::Type sum[rows][kVectors];
-  const auto begin = [&] { EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero(); };
-  bool adds = false;
-  const auto put = [&] {
-    EACH_ROW for (int v = 0; v < kVectors; ++v) {
-      float* at = sums + r * kPanel + column + v * Vector::lanes;
-      Vector::store(at, adds ? Vector::add(Vector::load(at), sum[r][v]) : sum[r][v]);
-    }
-    adds = true;
-  };
-  begin();
-  int64_t left = kSummedAtOnce;
-  for (const Factor<float>& f : task.factors) {
-    const float* w = f.weights + panel * f.tap_count * f.depth * kPanel + column;
-    const float* base = f.input + first * f.pitch + (f.first_channel ? f.first_channel[panel] : 0);
-    for (int64_t tap = 0; tap < f.tap_count; ++tap) {
-      const float* a = base + f.taps[tap];
-      for (int64_t from = 0; from < f.depth;) {
-        const int64_t to = f.depth - from < left ? f.depth : from + left;
-        left -= to - from;
-        for (int64_t k = from; k < to; ++k, w += kPanel) {
-          Vector::Type b[kVectors];
-          for (int v = 0; v < kVectors; ++v) b[v] = Vector::load(w + v * Vector::lanes);
-          EACH_ROW {
-            const auto value = Vector::broadcast(a + r * f.pitch + k);
-            for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::multiply_add(value, b[v], sum[r][v]);
-          }
-        }
-        from = to;
-        if (left == 0) {
-          put();
-          begin();
-          left = kSummedAtOnce;
-        }
-      }
-    }
+constexpr int64_t kBlockTiles = 16;         // at most, so that their sums stay in the first cache
+constexpr int64_t kBlockBytes = 768 << 10;  // of their input, which stays in the second
+
+// Neighbouring channels, multiplied by neighbouring rows of a panel.
+template <class T>
+struct Run {
+  const T* input;  // of position 0
+  int64_t pitch;
+  const T* weights;
+  int64_t channels;
+};
+
+// The rows of a tile that a step reads. With two pointers and three distances their addresses need few registers: an
+// address that lies in the stack or a vector costs a product.
+template <class T>
+class RowsOfInput {
+ public:
+  RowsOfInput(const T* first, int64_t pitch)
+      : low_(reinterpret_cast<const char*>(first)), pitch_(pitch * static_cast<int64_t>(sizeof(T))) {
+    three_ = 3 * pitch_;
+    five_ = 5 * pitch_;
+    high_ = low_ + 7 * pitch_;
+    asm("" : "+r"(three_), "+r"(five_));  // computed once
   }
-  put();
+  inline const T* at(int row) const {
+    const int r = row % 7;
+    const int64_t distance = r == 3 ? three_ : r == 5 ? five_ : r == 6 ? 2 * three_ : r * pitch_;
+    return reinterpret_cast<const T*>((row < 7 ? low_ : high_) + distance);
+  }
+  inline void advance() {
+    low_ += kStep<T> * sizeof(T);
+    high_ += kStep<T> * sizeof(T);
+    asm("" : "+r"(low_), "+r"(high_));  // or each row gets a pointer of its own
+  }
+
+ private:
+  const char *low_, *high_;  // rows 0 and 7
+  int64_t pitch_, three_, five_;
+};
+
+static inline Vector::Type weights_of(const float* row, int column) { return Vector::load(row + column); }
+static inline Vector::Type weights_of(const bf16* row, int column) {
+  return Vector::load_pairs(row + column / 16 * 512 + column % 16 * 2);
+}
+static inline Vector::Type multiply_add(const float* x, Vector::Type weights, Vector::Type sum) {
+  return Vector::multiply_add(Vector::broadcast(x), weights, sum);
+}
+static inline Vector::Type multiply_add(const bf16* x, Vector::Type weights, Vector::Type sum) {
+  return Vector::multiply_pairs(sum, Vector::broadcast_pair(x), weights);
 }
 
-template <int rows>
-static void multiply_tile(const Task<bf16>& task, int64_t first, int64_t panel, int column, float* sums) {
+// sums[row][column + 0 ..] := the products of `rows` positions with some columns of a panel, or += where it `adds`.
+// next: weights to fetch meanwhile, `stride` bytes at each step.
+template <class T, int rows>
+static void multiply_tile(
+    const Run<T>* run, const Run<T>* end, int64_t first, int column, bool adds, float* sums, const char* next,
+    int64_t stride) {
   Vector::Type sum[rows][kVectors];
   EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero();
-  for (const Factor<bf16>& f : task.factors) {
-    const bf16* w = f.weights + panel * f.tap_count * f.depth * kPanel;
-    const bf16* base = f.input + first * f.pitch + (f.first_channel ? f.first_channel[panel] : 0);
-    for (int64_t tap = 0; tap < f.tap_count; ++tap, w += f.depth * kPanel) {
-      const bf16* a = base + f.taps[tap];
-      for (int64_t k = 0; k < f.depth; k += 2) {
+  for (; run != end; ++run) {
+    RowsOfInput<T> x(run->input + first * run->pitch, run->pitch);
+    const T* w = run->weights;
+    // bfloat16: the halves of a panel lie apart, in groups of 32 channels
+    const int64_t group = sizeof(T) == 2 ? 32 : run->channels, gap = sizeof(T) == 2 ? 512 : 0;
+    for (int64_t left = run->channels; left > 0; left -= group, w += gap)
+      for (const T* beyond = w + group * 32 / kStep<T>; w != beyond; w += 32, next += stride, x.advance()) {
+        __builtin_prefetch(next, 0, 2);
         Vector::Type b[kVectors];
-        const int64_t step = k & ~int64_t{31}, pair = (k & 31) / 2;
-        for (int v = 0; v < kVectors; ++v)
-          b[v] = Vector::load_pairs(packed(w, step, column + v * Vector::lanes) + pair * 32);
-        EACH_ROW {
-          const auto value = Vector::broadcast_pair(a + r * f.pitch + k);
-          for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::multiply_pairs(sum[r][v], value, b[v]);
-        }
+        for (int v = 0; v < kVectors; ++v) b[v] = weights_of(w, column + v * Vector::lanes);
+        EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(x.at(r), b[v], sum[r][v]);
       }
-    }
   }
-  EACH_ROW for (int v = 0; v < kVectors; ++v) Vector::store(sums + r * kPanel + column + v * Vector::lanes, sum[r][v]);
+  EACH_ROW for (int v = 0; v < kVectors; ++v) {
+    float* at = sums + r * kPanel + column + v * Vector::lanes;
+    Vector::store(at, adds ? Vector::add(Vector::load(at), sum[r][v]) : sum[r][v]);
+  }
 }
 
 template <class T>
-using MultiplyTile = void (*)(const Task<T>&, int64_t, int64_t, int, float*);
+using MultiplyTile = void (*)(const Run<T>*, const Run<T>*, int64_t, int, bool, float*, const char*, int64_t);
 
 // Calls the function for the given number of rows.
 template <class T>
 constexpr MultiplyTile<T> kMultiplyTile[] = {
-    nullptr,           multiply_tile<1>,  multiply_tile<2>, multiply_tile<3>,  multiply_tile<4>,
-    multiply_tile<5>,  multiply_tile<6>,
+    nullptr,
+    multiply_tile<T, 1>,
+    multiply_tile<T, 2>,
+    multiply_tile<T, 3>,
+    multiply_tile<T, 4>,
+    multiply_tile<T, 5>,
+    multiply_tile<T, 6>,
 #if VECTOR_BYTES == 64
-    multiply_tile<7>,  multiply_tile<8>,  multiply_tile<9>, multiply_tile<10>, multiply_tile<11>,
-    multiply_tile<12>, multiply_tile<13>, multiply_tile<14>
+    multiply_tile<T, 7>,
+    multiply_tile<T, 8>,
+    multiply_tile<T, 9>,
+    multiply_tile<T, 10>,
+    multiply_tile<T, 11>,
+    multiply_tile<T, 12>,
+    multiply_tile<T, 13>,
+    multiply_tile<T, 14>
 #endif
 };
+
+// The depth of a panel's products, chunk by chunk.
+template <class T>
+class Chunks {
+ public:
+  Chunks(const Task<T>& task, int64_t panel) : task_(task), panel_(panel) { skip_ends(); }
+
+  bool more() const { return factor_ < 2; }
+  void take() {
+    count_ = steps_ = 0;
+    for (int64_t left = kChunk<T>; left > 0 && more(); skip_ends()) {
+      const Factor<T>& f = task_.factors[factor_];
+      const int64_t rest = f.depth - channel_, channels = rest < left ? rest : left;
+      runs_[count_++] = {
+          f.input + (f.first_channel ? f.first_channel[panel_] : 0) + f.taps[tap_] + channel_, f.pitch,
+          f.weights + ((panel_ * f.tap_count + tap_) * f.depth + channel_) * kPanel, channels};
+      left -= channels;
+      channel_ += channels;
+      steps_ += channels / kStep<T>;
+    }
+  }
+  int64_t steps() const { return steps_; }
+  const Run<T>* begin() const { return runs_; }
+  const Run<T>* end() const { return runs_ + count_; }
+
+ private:
+  // Turns the end of a tap or factor into the beginning of the next.
+  void skip_ends() {
+    if (more() && channel_ == task_.factors[factor_].depth) {
+      ++tap_;
+      channel_ = 0;
+    }
+    for (; more() && tap_ == task_.factors[factor_].tap_count; ++factor_) tap_ = 0;
+  }
+
+  const Task<T>& task_;
+  int64_t panel_, tap_ = 0, channel_ = 0;
+  int factor_ = 0;
+  Run<T> runs_[kChunk<T> / engine::kDepthStep<T>];
+  int64_t count_ = 0, steps_ = 0;
+};
+
+// How many tiles pass each chunk of weights.
+template <class T>
+static int64_t tiles_at_once(const Task<T>& task) {
+  int64_t depth = 0;
+  for (const Factor<T>& f : task.factors) depth += f.tap_count * f.depth;
+  if (depth < kChunk<T> && task.panels_inner) return 1;  // weights wait in the second cache, the tile in the first
+  const int64_t bytes = kVectorRows * task.factors[0].pitch * static_cast<int64_t>(sizeof(T));
+  const int64_t most = kBlockBytes / bytes, held = most < 1 ? 1 : most > kBlockTiles ? kBlockTiles : most;
+  const int64_t blocks = (task.row_count + held - 1) / held;
+  return (task.row_count + blocks - 1) / blocks;
+}
 
 template <class T>
 static void multiply(const Task<T>& task) {
   const Epilogue<T>& e = task.epilogue;
   with_finish(e, [&](auto finish) {
-    const auto tile = [&](const engine::Rows& rows, int64_t panel) {
-      alignas(64) float sums[kVectorRows * kPanel];
-      const int64_t count = rows.end - rows.begin, first = rows.first + rows.begin;
-      for (int column = 0; column < kPanel; column += kColumns)
-        kMultiplyTile<T>[count](task, first, panel, column, sums);
-      finish_rows<decltype(finish)>(sums, e, panel * kPanel, e.target + first, 0, static_cast<int>(count));
-    };
+    alignas(64) float sums[kBlockTiles][kVectorRows * kPanel];
+    const int64_t at_once = tiles_at_once(task);
     const engine::Rows* end = task.rows + task.row_count;
-    if (task.panels_inner) {
-      for (const auto* rows = task.rows; rows != end; ++rows)
-        for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) tile(*rows, panel);
-    } else {
-      for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel)
-        for (const auto* rows = task.rows; rows != end; ++rows) tile(*rows, panel);
+    for (const engine::Rows* block = task.rows; block < end; block += at_once) {
+      const int64_t rest = end - block, count = rest < at_once ? rest : at_once;
+      constexpr int64_t passes = kPanel / kColumns;  // of a tile
+      for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+        // The first panel meanwhile fetches the next block's input, or the next band's, where few channels of it lie in
+        // memory; the others the weights that come next.
+        const Factor<T>& f = task.factors[0];
+        const bool fetches_input =
+            task.prefetches && f.depth <= kChunk<T> && panel == task.panel_begin && task.row_count > at_once;
+        const char* next =
+            reinterpret_cast<const char*>(f.input + (block[count - 1].first + block[count - 1].end) * f.pitch);
+        int64_t stride = kVectorRows * kStep<T> * static_cast<int64_t>(sizeof(T)) / passes;
+        bool adds = false;
+        for (Chunks<T> chunks(task, panel); chunks.more(); adds = true) {
+          chunks.take();
+          if (!fetches_input) {
+            next = reinterpret_cast<const char*>(chunks.begin()->weights) + chunks.steps() * kBytesOfStep;
+            stride = (kBytesOfStep + count * passes - 1) / (count * passes);
+          }
+          for (int64_t i = 0; i < count; ++i) {
+            const int height = block[i].end - block[i].begin, first = block[i].first + block[i].begin;
+            for (int column = 0; column < kPanel; column += kColumns, next += stride * chunks.steps())
+              kMultiplyTile<T>[height](chunks.begin(), chunks.end(), first, column, adds, sums[i], next, stride);
+            if (!chunks.more()) finish_rows<decltype(finish)>(sums[i], e, panel * kPanel, e.target + first, 0, height);
+          }
+        }
+      }
     }
   });
 }
