@@ -1,5 +1,5 @@
-// torch.classes.resnet_fused.PreparedBlock and the operator that runs one: evaluation on the CPU by the engine.
-// resnet_fused/backends/prepared.py makes them.
+// torch.classes.resnet_fused.PreparedBlock, several of them that follow one another, and the operators that run them:
+// evaluation on the CPU by the engine. resnet_fused/backends/prepared.py makes them.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/custom_class.h>
@@ -44,6 +44,26 @@ std::optional<at::Tensor> run(const at::Tensor& x, const Prepared& block) {
   return out;
 }
 
+struct PreparedBlocks : torch::CustomClassHolder {
+  explicit PreparedBlocks(std::vector<Prepared> given) : blocks(std::move(given)) {}
+  std::vector<Prepared> blocks;
+};
+
+// What the first blocks compute one after the other, and how many they are: fewer than all where PyTorch has to compute
+// the next one.
+std::tuple<at::Tensor, int64_t> run_all(const at::Tensor& given, const c10::intrusive_ptr<PreparedBlocks>& all) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  at::Tensor x = given;
+  int64_t count = 0;
+  for (const auto& block : all->blocks) {
+    auto out = block->run(x);
+    if (!out.defined()) break;
+    x = std::move(out);
+    ++count;
+  }
+  return {count == 0 ? given.clone() : x, count};  // an operator's result is no alias of its input
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
@@ -54,8 +74,14 @@ TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
         return self->describe(images, height, width);
       });
   m.def("residual_block_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlock block) -> Tensor?");
+  m.class_<PreparedBlocks>("PreparedBlocks").def(torch::init<std::vector<Prepared>>());
+  m.def(
+      "residual_blocks_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlocks blocks) -> (Tensor, int)");
 }
 
-TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("residual_block_prepared", &run); }
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { 
+  m.impl("residual_block_prepared", &run);
+  m.impl("residual_blocks_prepared", &run_all);
+}
 
 }  // namespace resnet_fused
