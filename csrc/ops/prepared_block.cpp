@@ -76,10 +76,11 @@ TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
   m.def("residual_block_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlock block) -> Tensor?");
   m.class_<PreparedBlocks>("PreparedBlocks").def(torch::init<std::vector<Prepared>>());
   m.def(
-      "residual_blocks_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlocks blocks) -> (Tensor, int)");
+      "residual_blocks_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlocks blocks) -> (Tensor, "
+      "int)");
 }
 
-TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { 
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
   m.impl("residual_block_prepared", &run);
   m.impl("residual_blocks_prepared", &run_all);
 }
