@@ -79,9 +79,12 @@ def last(source: BlockParams, spec: BlockSpec, dtype: torch.dtype, pool: Sequenc
     return folding.kept(source, spec, ("prepared", dtype, tuple(pool)))
 
 
-def together(blocks: list[Any]) -> Any:
-    """Handles of blocks that follow one another, for `operators.residual_blocks_prepared`."""
-    return torch.classes.resnet_fused.PreparedBlocks(blocks)
+def together(blocks: list[Any], head: Any = None) -> Any:
+    """Handles of blocks that follow one another, for `operators.residual_blocks_prepared`.
+
+    head: of a pointwise convolution of the result's mean over all pixels.
+    """
+    return torch.classes.resnet_fused.PreparedBlocks(blocks, head)
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ from resnet_fused.modules.block_modules import (
 )
 from resnet_fused.modules.fused_block import Description, FusedModule, original_class
 from resnet_fused.modules.plan import Described, Plan, describe_all, pool_reason
-from resnet_fused.modules.runs import Run, merged
-from resnet_fused.modules.together import Together
+from resnet_fused.modules.runs import FLATTEN, Run, merged
+from resnet_fused.modules.together import FLATTENED, Together
 from resnet_fused.ops.export import exports_plain
 
 
@@ -90,10 +90,10 @@ class FusedStem(FusedModule):
         """What calling these children in order computes."""
         parts = [_part(self, name) for name in names]
         described = self._fused_run_or_none(names, parts, x)
+        kept = None if torch.compiler.is_compiling() else self._fused_description.runs.get(names)
+        if kept is not None and kept.block is described and kept.together is not None:
+            return kept.together.run(x)
         if described is not None:
-            kept = None if torch.compiler.is_compiling() else self._fused_description.runs.get(names)
-            if kept is not None and kept.block is described and kept.together is not None:
-                return kept.together.run(x)
             return described.run(x, self._fused_settings.backend)
         for part in parts:
             x = part(x)
@@ -117,8 +117,8 @@ class FusedStem(FusedModule):
         block = self._fused_describe_or_log(describe)
         if block is not None and last is not None:
             block = block.remember(last.block)
-        steps = block.sequence if isinstance(block, Plan) else None
-        together = None if steps is None else Together(steps, self._fused_settings.backend)
+        steps = block.sequence if isinstance(block, Plan) else tuple(parts) if block is None else None
+        together = None if steps is None else Together.of(steps, self._fused_settings.backend)
         self._fused_description.runs[names] = KeptRun(parts, block, module_state.snapshot(_read(parts)), together)
         return block
 
@@ -233,7 +233,7 @@ def _holds_blocks(module: nn.Module) -> bool:
 
 
 def _part(module: nn.Module, name: str) -> nn.Module:
-    return reduce(getattr, name.split("."), module)
+    return FLATTENED if name == FLATTEN else reduce(getattr, name.split("."), module)
 
 
 def _parts(module: nn.Module, names: Run) -> list[nn.Module]:

@@ -1,9 +1,12 @@
 """Fused calls that follow one another, in evaluation on the CPU: one call of the engine, without Python between them.
 
 The steps of a stem's run (`stem`) are first taken one by one. From then on it is known which of the engine's blocks
-each of them is: the stem, and the blocks of plain nn.Sequentials behind it. Later calls hand all of these to the engine
-at once, as long as nobody could tell: the modules are as they were (children, hooks, a replaced forward), the tensors
-hold the same values, and no mode, trace or transform watches what is called. Otherwise the steps are taken one by one.
+each of them is: the stem, the blocks of plain nn.Sequentials behind it, and the head. Later calls hand all of these to
+the engine at once, as long as nobody could tell: modules are as they were (children, hooks, a replaced forward), the
+tensors hold the same values, and no mode, trace or transform watches what is called. Otherwise the steps are taken one
+by one.
+
+A head is global average pooling, torch.flatten and nn.Linear. Its weights are packed, and under autocast cast, once.
 
 ResNet-50, batch 1, bfloat16, two threads of an Intel Xeon (Sapphire Rapids): MEASURED.
 """
@@ -23,9 +26,13 @@ from resnet_fused.backends.folding import Steps
 from resnet_fused.modules import module_state
 from resnet_fused.modules.block_modules import has_hooks
 from resnet_fused.modules.fused_block import FusedBlock
-from resnet_fused.modules.plan import POOL, Described, Pooled, Step, take
+from resnet_fused.modules.plan import FUSED, POOL, Described, Pooled, Step, take
 from resnet_fused.ops import operators
+from resnet_fused.ops.export import exports_plain
+from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.spec import BlockSpec, StageSpec
 
+ENGINES = ("auto", "native")  # backends with the engine
 MOST_INPUTS = 64  # of different shapes or dtypes
 
 
@@ -42,16 +49,83 @@ class Call(NamedTuple):
         params, spec, gate = self.described
         given = torch.empty(0, dtype=dtype)
         plain = gate is None and functional.splits(given, params, spec) is None
-        if not plain or functional.refuses(given, params, spec) is not None or self.backend not in ("auto", "native"):
+        if not plain or functional.refuses(given, params, spec) is not None or self.backend not in ENGINES:
             return None
         return prepared.last(params, spec, dtype, self.pool)
 
 
+class _Flatten(nn.Module):
+    """torch.flatten(x, 1) as a step; no module of the model, so no hooks run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(x, 1)
+
+    __call__ = forward
+
+
+FLATTENED = _Flatten()
+LINEAR = BlockSpec((StageSpec(norm=False, batch_stats=False, act="identity"),))
+
+
+class Head:
+    """Global average pooling, flattened, and a linear layer: for the engine a pointwise convolution of one pixel."""
+
+    def __init__(self, pool: nn.AdaptiveAvgPool2d, linear: nn.Linear) -> None:
+        self.pool, self.linear = pool, linear
+        self._params: tuple[list[tuple[Tensor, int]], BlockParams] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        handle = self.prepared(x.dtype) if _unwatched(x) else None
+        if handle is not None:
+            out, count = operators.residual_blocks_prepared(x, prepared.together([], handle))
+            if count == 1:
+                return out.flatten(1)
+        return self.linear(torch.flatten(self.pool(x), 1))
+
+    def prepared(self, dtype: torch.dtype) -> Any:
+        """The engine's block for inputs of this dtype; None where PyTorch runs the head."""
+        weight, given = self.linear.weight, torch.empty(0, dtype=dtype)
+        plain = all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in self.tensors)
+        if not plain or weight.dim() != 2 or weight.numel() == 0 or self.pool.output_size not in (1, (1, 1)):
+            return None
+        if weight.dtype not in (dtype, torch.float32) or not (_is_bare(self.pool) and _is_bare(self.linear)):
+            return None
+        params = self._of_block()
+        if prepared.reason_against(given, params, LINEAR) is not None:
+            return None
+        made = prepared.prepared(params, given, LINEAR)
+        return made.handle if made.finite else None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [t for t in (self.linear.weight, self.linear.bias) if t is not None]
+
+    def _of_block(self) -> BlockParams:
+        """The layer's tensors as a convolution's: the same ones, with what is kept of them, until they are replaced."""
+        now = [(t, t.data_ptr()) for t in self.tensors]
+        if self._params is not None:
+            last, params = self._params
+            if len(last) == len(now) and all(a is b and p == q for (a, p), (b, q) in zip(last, now, strict=True)):
+                return params
+        weight, bias = self.linear.weight.detach(), self.linear.bias
+        stage = StageParams(weight[:, :, None, None], None if bias is None else bias.detach())
+        self._params = now, BlockParams((stage,))
+        return self._params[1]
+
+
+def with_head(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Steps of which a head is one."""
+    for i, (pool, flatten, linear) in enumerate(zip(steps, steps[1:], steps[2:], strict=False)):
+        if type(pool) is nn.AdaptiveAvgPool2d and flatten is FLATTENED and type(linear) is nn.Linear:
+            return (*steps[:i], Head(pool, linear), *steps[i + 3 :])
+    return steps
+
+
 class Known(NamedTuple):
-    """The calls that the engine takes together, and for which state of modules and tensors."""
+    """The steps that the engine takes together, and for which state of modules and tensors."""
 
     dtype: torch.dtype  # of the convolutions
-    calls: list[Call]
+    steps: list[Step]  # one for each of the engine's blocks
     rest: tuple[Step, ...]  # what follows
     blocks: Any  # a torch.classes.resnet_fused.PreparedBlocks
     descriptions: list[tuple[FusedBlock, Any]]
@@ -72,8 +146,9 @@ class Known(NamedTuple):
 
     def run(self, x: Tensor, backend: str) -> Tensor:
         out, count = operators.residual_blocks_prepared(x.to(self.dtype), self.blocks)
-        steps = (*(call.step for call in self.calls[count:]), *self.rest)
-        return take(steps, out if count else x, backend)
+        if count == len(self.steps) and isinstance(self.steps[-1], Head):
+            out = out.flatten(1)
+        return take((*self.steps[count:], *self.rest), out if count else x, backend)
 
 
 class Together:
@@ -86,8 +161,16 @@ class Together:
         self._known: Known | None = None
         self._refused: dict[Any, module_state.Snapshot] = {}  # inputs with which fewer than two are known
 
+    @staticmethod
+    def of(steps: tuple[Step, ...], backend: str) -> Together | None:
+        """None where the engine has nothing to do with them."""
+        if backend not in ENGINES:
+            return None
+        steps = with_head(steps)
+        return Together(steps, backend) if any(isinstance(step, (*FUSED, Head)) for step in steps) else None
+
     def run(self, x: Tensor) -> Tensor:
-        if not _unwatched(x):
+        if len(self._steps) == 1 or not _unwatched(x):
             return take(self._steps, x, self._backend)
         autocast = functional.autocast_dtype(x)
         given = (x.shape, x.dtype, autocast)
@@ -117,29 +200,38 @@ class Together:
 
 
 def _known(steps: tuple[Step, ...], backend: str, dtype: torch.dtype, given: Any) -> Known | None:
-    """Of as many steps as the engine takes one after the other; None for a single call."""
-    calls: list[Call] = []
-    made: list[Any] = []
+    """Of as many steps as the engine takes one after the other; None for a single one."""
+    together: list[Step] = []
+    handles: list[Any] = []
     modules: list[nn.Module] = []
-    taken = 0
+    tensors: list[Tensor] = []
+    taken, head = 0, None
     for step in steps:
-        found = _calls(step, backend)
-        blocks = [call.prepared(dtype) for call in found]
-        if not found or not all(block is not None and block.finite for block in blocks):
+        if isinstance(step, Head):
+            head = step.prepared(dtype)
+            if head is not None:
+                together.append(step)
+                modules += [step.pool, step.linear]
+                tensors += step.tensors
+                taken += 1
             break
-        calls += found
-        made += [block.handle for block in blocks if block is not None]
+        calls = _calls(step, backend)
+        blocks = [call.prepared(dtype) for call in calls]
+        if not calls or not all(block is not None and block.finite for block in blocks):
+            break
+        together += [call.step for call in calls]
+        handles += [block.handle for block in blocks if block is not None]
         modules += step.modules() if isinstance(step, nn.Module) else ()
+        tensors += [tensor for call in calls for tensor in call.described.params.tensors]
         taken += 1
-    if len(calls) < 2:
+    if len(together) < 2:
         return None
-    tensors = [tensor for call in calls for tensor in call.described.params.tensors]
     return Known(
         dtype,
-        calls,
+        together,
         steps[taken:],
-        prepared.together(made),
-        [(call.step, call.step._fused_description._last) for call in calls if isinstance(call.step, FusedBlock)],
+        prepared.together(handles, head),
+        [(step, step._fused_description._last) for step in together if isinstance(step, FusedBlock)],
         module_state.snapshot(modules),
         tensors,
         operators.fingerprint(tensors, "samples"),
@@ -185,4 +277,5 @@ def _unwatched(x: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not any(module_state.GLOBAL_HOOKS)
+        and not exports_plain()
     )

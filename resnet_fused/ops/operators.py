@@ -148,7 +148,8 @@ def residual_block_prepared(x: Tensor, block: Any) -> Tensor | None:
 
 def residual_blocks_prepared(x: Tensor, blocks: Any) -> tuple[Tensor, int]:
     """What the first of several blocks (a torch.classes.resnet_fused.PreparedBlocks) compute one after the other, and
-    how many they are: fewer than all where the next one would answer `residual_block_prepared` with None.
+    how many they are: fewer than all where the next one would answer `residual_block_prepared` with None. A head counts
+    as one.
     """
     require()
     return torch.ops.resnet_fused.residual_blocks_prepared.default(x, blocks)
