@@ -333,3 +333,134 @@ def test_own_networks_features() -> None:
         for _ in range(3):
             for got, expected in zip(fused(x), eager(x), strict=True):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+class Row(ResNet):
+    """As torchvision's: everything in a row."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+        x = self.maxpool(x)
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        x = self.fc(x)
+        return x
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine runs whatever it can, on any processor."""
+    monkeypatch.setattr(operators, "engine_faster_elsewhere", lambda *_: None)
+
+
+def row(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return Row(Bottleneck, (2, 1, 1, 1), width=8, num_classes=37).eval().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("size", [33, 100])
+def test_head(dtype: str, size: int, everywhere: None, joint: list[int]) -> None:
+    given = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    eager, x = row(given), pictures(size).to(given)
+    model = fuse(copy.deepcopy(eager))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        expected = evaluated(eager, x, 1)[0]
+        outs = evaluated(model, x)
+    exact = evaluated(copy.deepcopy(eager).double(), x.double(), 1)[0]
+    assert joint == [1, BLOCKS + 1, BLOCKS + 1]  # the head alone, then all
+    for out in outs:
+        assert torch.equal(out, outs[0])
+        assert (out.dtype, out.shape, out.stride()) == (expected.dtype, expected.shape, expected.stride())
+    error, eagers = ((out.double() - exact).norm() / exact.norm() for out in (outs[0], expected))
+    assert error <= 2 * eagers + 4 * torch.finfo(torch.float32).eps
+
+
+def write_linear(model: nn.Module) -> None:
+    model.fc.weight.data.mul_(2)  # type: ignore[union-attr]
+
+
+def replace_data(model: nn.Module) -> None:
+    model.fc.weight.data = model.fc.weight.data * 2  # type: ignore[union-attr]
+
+
+def write_bias(model: nn.Module) -> None:
+    model.fc.bias.data.add_(1)  # type: ignore[union-attr]
+
+
+def drop_bias(model: nn.Module) -> None:
+    model.fc.bias = None  # type: ignore[union-attr, assignment]
+
+
+def replace_linear(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    model.fc = nn.Linear(model.fc.in_features, 9)  # type: ignore[union-attr, arg-type]
+
+
+def hook_linear(model: nn.Module) -> None:
+    model.fc.register_forward_hook(lambda m, args, out: out * 2)  # type: ignore[union-attr, operator]
+
+
+def hook_pooling(model: nn.Module) -> None:
+    model.avgpool.register_forward_hook(lambda m, args, out: out * 2)  # type: ignore[union-attr, operator]
+
+
+def replace_pooling(model: nn.Module) -> None:
+    model.avgpool = nn.AdaptiveMaxPool2d(1)
+
+
+def weight_not_finite(model: nn.Module) -> None:
+    model.fc.weight[3, 5] = torch.inf  # type: ignore[union-attr, index, operator]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        write_linear,
+        replace_data,
+        write_bias,
+        drop_bias,
+        replace_linear,
+        hook_linear,
+        hook_pooling,
+        replace_pooling,
+        weight_not_finite,
+    ],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("network", [row, network], ids=["in the run", "by itself"])
+def test_changes_of_the_head(change: Callable[[nn.Module], None], network: Callable[[], nn.Module], everywhere: None):
+    eager, x = network(), pictures()
+    model = fuse(copy.deepcopy(eager))
+    before = evaluated(model, x)
+    with torch.no_grad():
+        for each in (eager, model):
+            change(each)
+    expected = evaluated(eager, x, 1)[0]
+    for got in evaluated(model, x):
+        assert not torch.equal(got, before[0])
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_heads_gradients(everywhere: None) -> None:
+    eager, x = row(), pictures()
+    model = fuse(copy.deepcopy(eager))
+    evaluated(model, x)
+    for each in (eager, model):
+        each(x).square().sum().backward()
+    torch.testing.assert_close(model.fc.weight.grad, eager.fc.weight.grad, rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
+
+
+def test_heads_of_plain_pytorch(everywhere: None, joint: list[int]) -> None:
+    eager, x = row(), pictures()
+    got = evaluated(fuse(copy.deepcopy(eager), backend="eager"), x)
+    assert torch.equal(got[-1], evaluated(eager, x, 1)[0]) and not joint
