@@ -1,10 +1,11 @@
-// torch.classes.resnet_fused.PreparedBlock and the operator that runs one: evaluation on the CPU by the engine.
-// resnet_fused/backends/prepared.py makes them.
+// torch.classes.resnet_fused.PreparedBlock, several of them that follow one another, and the operators that run them:
+// evaluation on the CPU by the engine. resnet_fused/backends/prepared.py makes them.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "../cpu/engine/mean_over_pixels.h"
 #include "../cpu/engine/prepared_block.h"
 #include "operators.h"
 
@@ -44,6 +45,32 @@ std::optional<at::Tensor> run(const at::Tensor& x, const Prepared& block) {
   return out;
 }
 
+struct PreparedBlocks : torch::CustomClassHolder {
+  PreparedBlocks(std::vector<Prepared> given, std::optional<Prepared> linear)
+      : blocks(std::move(given)), head(std::move(linear)) {}
+  std::vector<Prepared> blocks;
+  std::optional<Prepared> head;  // a pointwise convolution of their result's mean over all pixels
+};
+
+// What the first blocks compute one after the other, and how many they are: fewer than all where PyTorch has to compute
+// the next one. The head counts as one.
+std::tuple<at::Tensor, int64_t> run_all(const at::Tensor& given, const c10::intrusive_ptr<PreparedBlocks>& all) {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  at::Tensor x = given;
+  int64_t count = 0;
+  const auto run_next = [&](PreparedBlock& block, const at::Tensor& input) {
+    auto out = block.run(input);
+    if (!out.defined()) return false;
+    x = std::move(out);
+    ++count;
+    return true;
+  };
+  bool runs = true;
+  for (const auto& block : all->blocks) runs = runs && run_next(*block, x);
+  if (runs && all->head) run_next(**all->head, cpu::engine::mean_over_pixels(x));
+  return {count == 0 ? given.clone() : x, count};  // an operator's result is no alias of its input
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
@@ -54,8 +81,15 @@ TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
         return self->describe(images, height, width);
       });
   m.def("residual_block_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlock block) -> Tensor?");
+  m.class_<PreparedBlocks>("PreparedBlocks").def(torch::init<std::vector<Prepared>, std::optional<Prepared>>());
+  m.def(
+      "residual_blocks_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlocks blocks) -> (Tensor, "
+      "int)");
 }
 
-TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) { m.impl("residual_block_prepared", &run); }
+TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("residual_block_prepared", &run);
+  m.impl("residual_blocks_prepared", &run_all);
+}
 
 }  // namespace resnet_fused

@@ -110,6 +110,14 @@ def kept_or_made(source: BlockParams, x: Tensor, spec: BlockSpec, key: tuple[Any
     return made
 
 
+def kept(source: BlockParams, spec: BlockSpec, key: tuple[Any, ...]) -> Any:
+    """What `kept_or_made` made last, if it was for this spec and key and nothing has changed since; else None."""
+    found: _Kept | None = source.kept.folded
+    if found is None or source.gathered or found.key != key or found.spec != spec or found.steps != Steps.taken:
+        return None
+    return found.made if found.samples == operators.fingerprint(source.tensors, "samples") else None
+
+
 def _survives(kept: _Kept, source: BlockParams, x: Tensor) -> bool:
     """Whether the optimizer step taken since then was another model's."""
     steps = Steps.taken

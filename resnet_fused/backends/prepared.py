@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from resnet_fused.backends import folding
 from resnet_fused.backends.folding import Affine, affine, kept_or_made, unless_one
 from resnet_fused.ops import operators
 from resnet_fused.ops.encoding import encode
@@ -71,6 +72,19 @@ def prepared(source: BlockParams, x: Tensor, spec: BlockSpec, pool: Sequence[int
     """
     key = ("prepared", x.dtype, tuple(pool))
     return kept_or_made(source, x, spec, key, lambda: _prepare(source, x, spec, pool))
+
+
+def last(source: BlockParams, spec: BlockSpec, dtype: torch.dtype, pool: Sequence[int] = ()) -> Prepared | None:
+    """What `prepared` gave at the last evaluation, if it was of this kind and the tensors are what they were."""
+    return folding.kept(source, spec, ("prepared", dtype, tuple(pool)))
+
+
+def together(blocks: list[Any], head: Any = None) -> Any:
+    """Handles of blocks that follow one another, for `operators.residual_blocks_prepared`.
+
+    head: of a pointwise convolution of the result's mean over all pixels.
+    """
+    return torch.classes.resnet_fused.PreparedBlocks(blocks, head)
 
 
 @torch.no_grad()

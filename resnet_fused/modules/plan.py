@@ -80,15 +80,21 @@ class Plan(NamedTuple):
 
     def run(self, x: Tensor, backend: str, skip: Tensor | None = None) -> Tensor:
         """skip: what is added in place of the plan's own skip path."""
-        x = _run(self.before, x, backend)
-        out = _run(self.branch, x, backend)
+        x = take(self.before, x, backend)
+        out = take(self.branch, x, backend)
         if skip is None and self.skip is not None:
-            skip = _run(self.skip, x, backend)
+            skip = take(self.skip, x, backend)
         if self.end is not None:
             out = self.end.run(out, backend, skip)
         elif skip is not None:
             out = (out + skip).to(out.dtype) if self.in_place_add else out + skip
-        return _run(self.after, out, backend)
+        return take(self.after, out, backend)
+
+    @property
+    def sequence(self) -> tuple[Step, ...] | None:
+        """Its steps, if they are taken one after the other and nothing else is done."""
+        plain = self.end is None and self.skip is None
+        return (*self.before, *self.branch, *self.after) if plain else None
 
     def remember(self, last: Described | Plan | None) -> Plan:
         """As `Described.remember`, call by call."""
@@ -123,7 +129,7 @@ class Split(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor:
         outs: list[Tensor] = []
         for i, (path, part) in enumerate(zip(self.paths, x.chunk(len(self.paths), 1), strict=True)):
-            outs.append(_run(path, outs[-1] + part if 0 < i < self.cascade else part, backend))
+            outs.append(take(path, outs[-1] + part if 0 < i < self.cascade else part, backend))
         return torch.cat(outs, 1)
 
     def carry(self, before: Iterator[Described]) -> Split:
@@ -144,7 +150,7 @@ class Dense(NamedTuple):
     def run(self, x: Tensor, backend: str) -> Tensor:
         outs = [x]
         for path in self.paths:
-            outs.append(_run(path, torch.cat(outs, 1), backend))
+            outs.append(take(path, torch.cat(outs, 1), backend))
         return torch.cat(outs, 1)
 
     def carry(self, before: Iterator[Described]) -> Dense:
@@ -217,7 +223,8 @@ def pool_reason(pool: nn.Module) -> str | None:
     return f"{pool}, which has hooks, which would not run" if has_hooks(pool) else None
 
 
-def _run(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:
+def take(steps: tuple[Step, ...], x: Tensor, backend: str) -> Tensor:
+    """One after the other."""
     for step in steps:
         x = step.run(x, backend) if isinstance(step, (*FUSED, Operations)) else step(x)
     return x

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FunctionType
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -29,6 +30,7 @@ Run = tuple[str, ...]  # qualified names of what is called, in order
 CALL = "_fused_run"
 ITEMS = "_fused_items"
 # methods that call the items of their nn.ModuleDict in order and return those named in `return_layers`
+FLATTEN = "torch.flatten"  # in a run: torch.flatten(x, 1)
 GETTERS = (
     "torchvision.models._utils.IntermediateLayerGetter.forward",
     "timm.models._features.FeatureDictNet._collect",
@@ -72,7 +74,8 @@ def _merge(cls: type[nn.Module], method: FunctionType) -> tuple[FunctionType, li
         return None
     assert isinstance(tree.body[0], ast.FunctionDef)
     function = tree.body[0]
-    merger = _Merger(cls, function, getter=f"{method.__module__}.{method.__qualname__}" in GETTERS)
+    getter = f"{method.__module__}.{method.__qualname__}" in GETTERS
+    merger = _Merger(cls, function, getter, flattens=method.__globals__.get("torch") is torch)
     if not merger.may_read:
         return None
     function.body = merger.statements(function.body)
@@ -153,10 +156,11 @@ def _same(made: CodeType, given: CodeType) -> bool:
 class _Merger:
     """Merges the runs of one function."""
 
-    def __init__(self, cls: type[nn.Module], function: ast.FunctionDef, getter: bool) -> None:
+    def __init__(self, cls: type[nn.Module], function: ast.FunctionDef, getter: bool, flattens: bool) -> None:
+        """flattens: whether the name torch is the package's."""
         self.runs: list[Run] = []
         self.changed = False
-        self._cls, self._getter = cls, getter
+        self._cls, self._getter, self._flattens = cls, getter, flattens
         nodes = list(ast.walk(function))
         names = [node for node in nodes if isinstance(node, ast.Name)]
         self._loads = Counter(node.id for node in names if not isinstance(node.ctx, ast.Store))
@@ -204,13 +208,17 @@ class _Merger:
     def _applied(self, node: ast.expr) -> tuple[Run, ast.expr]:
         """self.c(self.b(self.a(x))) as ((a, b, c), x)."""
         names: list[str] = []
-        while isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords:
-            name = self._child(node.func)
+        while isinstance(node, ast.Call) and node.args and not node.keywords:
+            name = FLATTEN if self._is_flatten(node) else self._child(node.func) if len(node.args) == 1 else None
             if name is None or isinstance(node.args[0], ast.Starred):
                 break
             names.insert(0, name)
             node = node.args[0]
         return tuple(names), node
+
+    def _is_flatten(self, node: ast.Call) -> bool:
+        """torch.flatten(anything, 1), where torch is no local variable."""
+        return self._flattens and ast.unparse(node.func) == FLATTEN and [ast.unparse(a) for a in node.args[1:]] == ["1"]
 
     def _child(self, node: ast.expr) -> str | None:
         """The qualified name of what an instance holds; None for the class's own methods and anything else."""
@@ -226,10 +234,11 @@ class _Merger:
         """As nested calls of the children, which `_Calls` makes one of."""
         node = given
         for name in names:
-            child: ast.expr = ast.Name(self._self, ast.Load())
-            for part in name.split("."):
+            first, *path = name.split(".") if name == FLATTEN else (self._self, *name.split("."))
+            child: ast.expr = ast.Name(first, ast.Load())
+            for part in path:
                 child = ast.Attribute(child, part, ast.Load())
-            node = ast.Call(child, [node], [])
+            node = ast.Call(child, [node, ast.Constant(1)] if name == FLATTEN else [node], [])
         return ast.copy_location(node, like)
 
     def one_call(self, node: ast.Call) -> ast.expr | None:

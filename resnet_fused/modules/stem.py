@@ -37,7 +37,8 @@ from resnet_fused.modules.block_modules import (
 )
 from resnet_fused.modules.fused_block import Description, FusedModule, original_class
 from resnet_fused.modules.plan import Described, Plan, describe_all, pool_reason
-from resnet_fused.modules.runs import Run, merged
+from resnet_fused.modules.runs import FLATTEN, Run, merged
+from resnet_fused.modules.together import FLATTENED, Together
 from resnet_fused.ops.export import exports_plain
 
 
@@ -47,6 +48,7 @@ class KeptRun(NamedTuple):
     parts: list[nn.Module]
     block: Described | Plan | None
     snapshot: module_state.Snapshot
+    together: Together | None
 
     def holds(self, parts: list[nn.Module]) -> bool:
         same = len(parts) == len(self.parts) and all(a is b for a, b in zip(parts, self.parts, strict=True))
@@ -88,6 +90,9 @@ class FusedStem(FusedModule):
         """What calling these children in order computes."""
         parts = [_part(self, name) for name in names]
         described = self._fused_run_or_none(names, parts, x)
+        kept = None if torch.compiler.is_compiling() else self._fused_description.runs.get(names)
+        if kept is not None and kept.block is described and kept.together is not None:
+            return kept.together.run(x)
         if described is not None:
             return described.run(x, self._fused_settings.backend)
         for part in parts:
@@ -112,7 +117,9 @@ class FusedStem(FusedModule):
         block = self._fused_describe_or_log(describe)
         if block is not None and last is not None:
             block = block.remember(last.block)
-        self._fused_description.runs[names] = KeptRun(parts, block, module_state.snapshot(_read(parts)))
+        steps = block.sequence if isinstance(block, Plan) else tuple(parts) if block is None else None
+        together = None if steps is None else Together.of(steps, self._fused_settings.backend)
+        self._fused_description.runs[names] = KeptRun(parts, block, module_state.snapshot(_read(parts)), together)
         return block
 
     def _fused_items(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
@@ -226,7 +233,7 @@ def _holds_blocks(module: nn.Module) -> bool:
 
 
 def _part(module: nn.Module, name: str) -> nn.Module:
-    return reduce(getattr, name.split("."), module)
+    return FLATTENED if name == FLATTEN else reduce(getattr, name.split("."), module)
 
 
 def _parts(module: nn.Module, names: Run) -> list[nn.Module]:

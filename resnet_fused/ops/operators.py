@@ -146,6 +146,15 @@ def residual_block_prepared(x: Tensor, block: Any) -> Tensor | None:
     return torch.ops.resnet_fused.residual_block_prepared.default(x, block)
 
 
+def residual_blocks_prepared(x: Tensor, blocks: Any) -> tuple[Tensor, int]:
+    """What the first of several blocks (a torch.classes.resnet_fused.PreparedBlocks) compute one after the other, and
+    how many they are: fewer than all where the next one would answer `residual_block_prepared` with None. A head counts
+    as one.
+    """
+    require()
+    return torch.ops.resnet_fused.residual_blocks_prepared.default(x, blocks)
+
+
 def engine_reason_against(spec: BlockSpec, weights: Sequence[Tensor], dtype: torch.dtype) -> str | None:
     """Why the CPU's own engine has no kernels for such a block, or None (csrc/cpu/engine/prepared_block.h)."""
     if _C is None:
