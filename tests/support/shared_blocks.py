@@ -115,9 +115,10 @@ class Shared:
     ddp: bool = False
     autocast: bool = False
     size: int = 4
+    seed: int = 0
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         block = BLOCKS[self.block]()
         for module in block.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -139,7 +140,7 @@ class Shared:
         return wrapped
 
     def pictures(self, dtype: torch.dtype | None = None) -> Tensor:
-        generator = torch.Generator().manual_seed(2)
+        generator = torch.Generator().manual_seed(2 + 2 * self.seed)
         shape = (sum(self.batches), 6, self.size, self.size)
         x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
         return x.to(self.dtype).to(dtype or self.dtype).contiguous(memory_format=torch.channels_last)
@@ -149,10 +150,12 @@ class Shared:
         return slice(start, start + self.batches[rank])
 
 
-def gradient_above(out: Tensor, part: slice, pictures: int) -> Tensor:
+def gradient_above(out: Tensor, part: slice, call: Shared) -> Tensor:
     """Of this part's outputs, drawn for all pictures."""
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn((pictures, *out.shape[1:]), generator=generator, dtype=torch.float64)[part].to(out.dtype)
+    generator = torch.Generator().manual_seed(3 + 2 * call.seed)
+    return torch.randn((sum(call.batches), *out.shape[1:]), generator=generator, dtype=torch.float64)[part].to(
+        out.dtype
+    )
 
 
 def results(call: Shared, model: nn.Module, x: Tensor, part: slice) -> dict[str, Tensor]:
@@ -160,7 +163,7 @@ def results(call: Shared, model: nn.Module, x: Tensor, part: slice) -> dict[str,
     x = x[part].detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=call.autocast):
         out = model(x)
-    out.backward(gradient_above(out, part, sum(call.batches)))
+    out.backward(gradient_above(out, part, call))
     gradients = {"x": x, **dict(model.named_parameters())}
     found = {"out": out.detach()} | {f"grad of {n}": t.grad for n, t in gradients.items()} | dict(model.named_buffers())
     with torch.no_grad():
