@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
+#include <array>
 #include <map>
 #include <optional>
 #include <string>
@@ -14,6 +15,8 @@
 #include "../block/result_format.h"
 #include "../cpu/convolution.h"
 #include "../cpu/engine/prepared_block.h"
+#include "../cpu/engine/training.h"
+#include "../cpu/engine/weight_gradient.h"
 #include "../cpu/isa.h"
 #include "../cpu/running_stats.h"
 #include "../cuda/plan/limits.h"
@@ -109,6 +112,25 @@ PYBIND11_MODULE(_C, m) {
           return question(resnet_fused::BlockSpec::decode(ints, floats), weights, type);
         },
         "See csrc/cpu/engine/prepared_block.h.");
+  m.def(
+      "engine_reasons_against_training",
+      [](const std::vector<int64_t>& ints, const std::vector<double>& floats, const pybind11::sequence& weights,
+         const pybind11::handle& dtype) {
+        namespace engine = resnet_fused::cpu::engine;
+        TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "expected a dtype, got ", Py_TYPE(dtype.ptr())->tp_name);
+        const auto type = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+        const auto spec = resnet_fused::BlockSpec::decode(ints, floats);
+        const auto given = tensors(weights);
+        TORCH_CHECK_VALUE(given.size() == spec.convs.size(), "give the weight of every convolution");
+        std::vector<std::array<std::optional<std::string>, 3>> reasons;
+        for (size_t i = 0; i < given.size(); ++i)
+          reasons.push_back(
+              {engine::reason_against_convolving(given[i], spec.convs[i], type),
+               engine::reason_against_data_gradient(given[i], spec.convs[i], type),
+               engine::reason_against_weight_gradient(given[i], spec.convs[i], type)});
+        return reasons;
+      },
+      "Of each convolution: forward, data gradient, weight gradient; see csrc/cpu/engine/training.h.");
   m.def("unchanged", &resnet_fused::unchanged, "See csrc/python/module_state.h.");
   m.def(
       "fingerprint",

@@ -167,6 +167,16 @@ def engine_faster_elsewhere(spec: BlockSpec, weights: Sequence[Tensor], dtype: t
     return _C.engine_faster_elsewhere(*encode(spec), [list(w.shape) for w in weights], dtype)
 
 
+def engine_reasons_against_training(
+    spec: BlockSpec, weights: Sequence[Tensor], dtype: torch.dtype
+) -> list[list[str | None]]:
+    """Why the CPU's own engine does not compute these in a training step, or None where it does: of each convolution
+    forward, the data gradient and the weight gradient (csrc/cpu/engine/training.h, weight_gradient.h).
+    """
+    require()
+    return _C.engine_reasons_against_training(*encode(spec), list(weights), dtype)
+
+
 def max_pool2d(x: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """(maxima, their positions within the window as uint8)."""
     require()

@@ -21,7 +21,7 @@ from resnet_fused.modules.overlay import is_gathered
 from resnet_fused.modules.plan import Described, Plan, require_plain
 from resnet_fused.modules.stem import FusedStem, pool_note
 from resnet_fused.modules.structure import FusedByStructure, matched_words
-from resnet_fused.ops import gated_block
+from resnet_fused.ops import gated_block, operators
 from resnet_fused.params import BlockParams, is_wrapper
 from resnet_fused.spec import BlockSpec
 from resnet_fused.tools.tables import table
@@ -71,7 +71,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     x: an input of the model. On a GPU the choice depends on each block's input shape, and x tells it; without x a small
     input stands in. Given x the model runs once, in evaluation mode without gradients, and nothing in it changes.
 
-    Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others.
+    Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others. In
+    training on the CPU, given x or in bfloat16: who computes the convolutions and their gradients, and why.
     The rest: why they are not fused. `candidates` says which modules of unknown classes are listed.
     A ResNet's own row is its stem. The last line printed is the summary. Raises TypeError if model is not a module.
     """
@@ -165,9 +166,30 @@ def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[st
             notes.append(f"evaluation runs oneDNN's convolutions: {against}")
         elif given:
             notes.append(f"engine: {prepared.prepared(params, x, spec).describe(x)}")
+    if backend == "native" and x.device.type == "cpu" and not evaluates and (given or x.dtype == torch.bfloat16):
+        notes.append(_who_trains(x, params, spec))
     if gate is not None and backend != "eager" and not gated_block.has_join(x):
         notes.append("the gate and the addition behind it are PyTorch's own operations")
     return backend, notes
+
+
+def _who_trains(x: Tensor, params: BlockParams, spec: BlockSpec) -> str:
+    """Who computes the convolutions of a training step: the engine, or oneDNN (for few pixels a matrix product, for
+    depthwise gradients kernels of our own) and why.
+    """
+    reasons = operators.engine_reasons_against_training(spec, [p.weight for p in params.convs], x.dtype)
+    left: dict[str, list[str]] = {}
+    for i, of_parts in enumerate(reasons):
+        conv = "the projection" if i == len(spec.stages) else f"convolution {i + 1}"
+        for part, reason in zip(("forward", "data gradient", "weight gradient"), of_parts, strict=True):
+            if reason is not None:
+                left.setdefault(reason, []).append(f"{part} of {conv}")
+    if not left:
+        return "training runs the engine's convolutions"
+    if sum(map(len, left.values())) == 3 * len(reasons) and len(left) == 1:
+        return f"training runs oneDNN's convolutions: {next(iter(left))}"
+    others = ", ".join(f"{' and '.join(parts)} ({reason})" for reason, parts in left.items())
+    return f"training runs the engine's convolutions, and oneDNN's for {others}"
 
 
 def _dispatched(asked: str, against: dict[str, str | None]) -> tuple[str, list[str]]:

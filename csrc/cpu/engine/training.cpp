@@ -23,12 +23,6 @@ namespace {
 at::ScalarType scalar_type(float) { return at::kFloat; }
 at::ScalarType scalar_type(bf16) { return at::kBFloat16; }
 
-bool has_products(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
-  const bool tiles = isa() == Isa::amx || isa() == Isa::amx_portable;
-  return dtype == at::kBFloat16 && tiles && weight.scalar_type() == dtype && weight.layout() == at::kStrided &&
-         stage.groups == 1 && !stage.pads_values();
-}
-
 Window window_of(const at::Tensor& weight, const Stage& stage) {
   return {{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation};
 }
@@ -310,14 +304,26 @@ std::vector<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t le
 
 }  // namespace
 
-bool convolves(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
-  return has_products(weight, stage, dtype) && weight.size(0) % kPanel == 0 && weight.size(1) % kPanel == 0;
+std::optional<std::string> reason_against_convolving(
+    const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  if (dtype != at::kBFloat16) return std::string("the engine trains in bfloat16, x is ") + c10::toString(dtype);
+  if (isa() != Isa::amx && isa() != Isa::amx_portable) return "the engine trains by AMX, which this processor lacks";
+  if (weight.scalar_type() != dtype || weight.layout() != at::kStrided) return "the weight is no bfloat16 tensor";
+  if (stage.groups != 1) return "groups";
+  if (stage.pads_values()) return "the engine pads with zeros only";
+  if (weight.size(0) % kPanel != 0 || weight.size(1) % kPanel != 0)
+    return std::to_string(weight.size(1)) + " to " + std::to_string(weight.size(0)) + " channels, no multiples of 32";
+  return std::nullopt;
 }
 
-bool convolves_backward(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+std::optional<std::string> reason_against_data_gradient(
+    const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
   for (int d = 0; d < 2; ++d)
-    if (stage.stride[d] > 1 && stage.dilation[d] > 1 && weight.size(2 + d) > 1) return false;
-  return convolves(weight, stage, dtype);
+    if (stage.stride[d] > 1 && stage.dilation[d] > 1 && weight.size(2 + d) > 1) {
+      const auto reason = reason_against_convolving(weight, stage, dtype);
+      return reason ? reason : "a stride and a dilation";
+    }
+  return reason_against_convolving(weight, stage, dtype);
 }
 
 Batch batch_of(const at::Tensor& p) { return {p.size(0), {p.size(2), p.size(3)}}; }

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../../block/spec.h"
@@ -13,10 +14,19 @@
 
 namespace resnet_fused::cpu::engine {
 
-// Whether the engine convolves in training.
-bool convolves(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
-// Whether it computes the gradient of the input.
-bool convolves_backward(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+// Why the engine does not convolve inputs of this dtype in training, or nullopt where it does.
+std::optional<std::string> reason_against_convolving(
+    const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+// The same of the gradient of the input.
+std::optional<std::string> reason_against_data_gradient(
+    const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+
+inline bool convolves(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  return !reason_against_convolving(weight, stage, dtype);
+}
+inline bool convolves_backward(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  return !reason_against_data_gradient(weight, stage, dtype);
+}
 
 // A batch of inputs of a convolution.
 struct Batch {
@@ -35,8 +45,8 @@ Convolved convolve(
     const Operand<T>& p, const Batch& batch, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const Stage& stage, bool statistics);
 
-// The gradient of p from dy, that of y; written over `accumulated`, where that is defined, and added to it. Undefined as
-// above.
+// The gradient of p from dy, that of y; written over `accumulated`, where that is defined, and added to it. Undefined
+// as above.
 template <class T>
 at::Tensor convolve_backward(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,

@@ -240,15 +240,21 @@ at::Tensor WeightGradient::result() const { return result_.contiguous(weight_.su
 // Measured on one core of a Sapphire Rapids with AMX, oneDNN's time over ours: ResNet-50's convolutions 1.1 to 5.0;
 // ResNeXt-50's groups of 4 to 32 channels 1.03 to 19.7; 32 to 64 channels, 3x3, 1.15; 4 to 64, 3x3, folded, 1.10. Fewer
 // channels fill tiles with zeros: 16 to 96 channels, 1x1, 0.79; 32 to 32, 1x1, 0.78; 16 to 16, 3x3, 0.64.
-bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
-  if (dtype != at::kBFloat16 || stage.pads_values()) return false;
-  if (weight.scalar_type() != at::kFloat && weight.scalar_type() != at::kBFloat16) return false;
-  if (isa() != Isa::amx && isa() != Isa::amx_portable) return false;
-  if (is_forced()) return true;
+std::optional<std::string> reason_against_weight_gradient(
+    const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  if (dtype != at::kBFloat16) return std::string("the engine trains in bfloat16, x is ") + c10::toString(dtype);
+  if (isa() != Isa::amx && isa() != Isa::amx_portable) return "the engine trains by AMX, which this processor lacks";
+  if (weight.scalar_type() != at::kFloat && weight.scalar_type() != at::kBFloat16)
+    return std::string("the weight is ") + c10::toString(weight.scalar_type());
+  if (stage.pads_values()) return "the engine pads with zeros only";
+  if (is_forced()) return std::nullopt;
   const int64_t out = weight.size(0), in = weight.size(1) * stage.groups;
-  if (folds(weight, stage)) return out >= 64 && in * weight.size(3) >= 12;
   const bool fills_groups = stage.groups == 1 || (out / stage.groups >= 4 && weight.size(1) >= 4);
-  return std::min(out, in) >= 32 && std::max(out, in) >= 64 && fills_groups;
+  const bool fills_tiles = folds(weight, stage) ? out >= 64 && in * weight.size(3) >= 12
+                                                : std::min(out, in) >= 32 && std::max(out, in) >= 64 && fills_groups;
+  if (fills_tiles) return std::nullopt;
+  return std::to_string(in) + " to " + std::to_string(out) + " channels" +
+         (stage.groups == 1 ? "" : " in " + std::to_string(stage.groups) + " groups") + " do not fill its tiles";
 }
 
 at::Tensor weight_gradient(

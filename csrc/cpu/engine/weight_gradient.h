@@ -7,6 +7,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "../../block/spec.h"
@@ -14,8 +16,13 @@
 
 namespace resnet_fused::cpu::engine {
 
-// Whether this machine's kernels compute it, and faster than oneDNN does.
-bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+// Why this machine's kernels do not compute it for inputs of this dtype, or others do so faster; nullopt where they do.
+std::optional<std::string> reason_against_weight_gradient(
+    const at::Tensor& weight, const Stage& stage, at::ScalarType dtype);
+
+inline bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  return !reason_against_weight_gradient(weight, stage, dtype);
+}
 
 // In weight's dtype and memory format. Undefined where a value that is not finite might meet a zero of the padding: the
 // product would be NaN, where the convolution has none.

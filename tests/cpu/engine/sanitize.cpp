@@ -81,7 +81,10 @@ struct Convolution {
   Window window;
   Size input, output;
   int64_t images, in, out;
-  std::unique_ptr<T[]> x, weight;  // [N, H, W, C], [O, R, S, C]
+  Gathers gathers = Gathers::nothing;
+  bool relu = true;
+  std::unique_ptr<T[]> x, weight,
+      u;  // [N, H, W, C], [O, R, S, C]; where gradients are gathered, laid out as the output
 
   Convolution() {
     do {
@@ -98,12 +101,21 @@ struct Convolution {
     images = any(1, 6);
     in = any(0, 2) == 0 ? 32 * any(1, 2) : any(1, 40);
     out = any(1, 70);
+    if (any(0, 1)) {
+      out = 32 * any(1, 3);
+      gathers = any(0, 1) ? Gathers::statistics : Gathers::gradient;
+      relu = gathers == Gathers::gradient && any(0, 1);
+    }
     const int64_t values = images * input.pixels() * in, weights = out * window.kernel[0] * window.kernel[1] * in;
     x = exactly<T>(values);
     weight = exactly<T>(weights);
     for (int64_t i = 0; i < values; ++i) x[i] = small<T>(any(-2, 2));
     for (int64_t i = 0; i < weights; ++i) weight[i] = small<T>(any(-1, 1));
+    if (gathers == Gathers::gradient) u = exactly<T>(outputs());
+    for (int64_t i = 0; u && i < outputs(); ++i) u[i] = small<T>(any(-2, 2));
   }
+
+  int64_t outputs() const { return images * output.pixels() * out; }
 
   const T* pixel(int64_t n, int64_t y, int64_t c) const {
     if (y < 0 || c < 0 || y >= input.height || c >= input.width) return nullptr;
@@ -126,7 +138,9 @@ struct Convolution {
         const T* w = weight.get() + ((o * window.kernel[0] + r) * window.kernel[1] + s) * in;
         for (int64_t k = 0; at && k < in; ++k) sum += to_float(at[k]) * to_float(w[k]);
       }
-    return std::max(sum, 0.0f);
+    if (!relu) return sum;
+    if (gathers == Gathers::nothing) return std::max(sum, 0.0f);
+    return to_float(u[((n * output.height + y) * output.width + c) * out + o]) > 1 ? sum : 0;  // 2 (u + 1) - 4 > 0
   }
 };
 
@@ -153,6 +167,38 @@ std::unique_ptr<T[]> pack(const Convolution<T>& c, const Layout& l, int64_t taps
               c.weight[((o * height + r) * width + s) * c.in + k];
         }
   return packed;
+}
+
+// What is gathered of all steps, added up, is what the results are.
+template <class T>
+void check_gathered(
+    const char* isa, const Convolution<T>& c, const T* out, const std::vector<float>& sums,
+    const std::vector<int32_t>& rows, int64_t steps) {
+  const bool statistics = c.gathers == Gathers::statistics;
+  const int64_t width = statistics ? 3 : 2, panels = c.out / kPanel;
+  for (int64_t o = 0; o < c.out; ++o) {
+    double one = 0, other = 0, expected_one = 0, expected_other = 0;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t panel = step * panels + o / kPanel;
+      const float* s = sums.data() + panel * width * kPanel + o % kPanel;
+      const double count = rows[panel];
+      if (!statistics) {
+        one += s[0];
+        other += s[kPanel];
+      } else if (count > 0) {
+        one += s[0] * count + s[kPanel];
+        other += s[2 * kPanel] + 2.0 * s[0] * s[kPanel] + count * s[0] * s[0];
+      }
+    }
+    for (int64_t p = 0; p < c.images * c.output.pixels(); ++p) {
+      const double z = to_float(out[p * c.out + o]);
+      expected_one += z;
+      expected_other += statistics ? z * z : z * (to_float(c.u[p * c.out + o]) + 1);
+    }
+    if (one == expected_one && std::fabs(other - expected_other) <= 1e-6 * expected_other * statistics) continue;
+    std::printf("%s: gathered %g and %g, not %g and %g\n", isa, one, other, expected_one, expected_other);
+    std::exit(1);
+  }
 }
 
 // What a step reads of the images of an item, in a buffer of the layout's size.
@@ -218,8 +264,15 @@ void check(const char* isa, const Products<T>& products) {
   const auto weights = pack(c, l, taps, panels);
   auto out = exactly<T>(c.images * c.output.pixels() * c.out);
   const std::vector<float> scale(panels * kPanel, 1.0f), shift(panels * kPanel, 0.0f);
+  const std::vector<float> center(panels * kPanel, -1.0f), twice(panels * kPanel, 2.0f), less(panels * kPanel, -4.0f);
+  size_t most = 0;  // steps of a part
+  for (const Part& part : s.parts) most = std::max(most, part.size());
+  const int64_t steps = s.items * static_cast<int64_t>(s.parts.size() * most);
+  // statistics begin with their first row, whatever was there
+  std::vector<float> sums(steps * panels * 3 * kPanel, c.gathers == Gathers::statistics ? std::nanf("") : 0.0f);
+  std::vector<int32_t> rows(steps * panels, 0);
 
-  const auto run = [&](int64_t item, const Step& step, const T* input, int64_t begin, int64_t end) {
+  const auto run = [&](int64_t item, int64_t at, const Step& step, const T* input, int64_t begin, int64_t end) {
     Task<T> task{};
     auto& f = task.factors[0];
     f.input = input;
@@ -236,7 +289,13 @@ void check(const char* isa, const Products<T>& products) {
     auto& e = task.epilogue;
     e.scale = scale.data();
     e.shift = shift.data();
-    e.act.kind = ActivationKind::relu;
+    if (c.gathers == Gathers::nothing) e.act.kind = ActivationKind::relu;
+    e.gathers = c.gathers;
+    e.sums = sums.data() + at * panels * (c.gathers == Gathers::statistics ? 3 : 2) * kPanel;
+    e.rows = rows.data() + at * panels;
+    if (c.u)
+      e.behind = {
+          c.u.get() + item * s.images * c.output.pixels() * c.out, center.data(), twice.data(), less.data(), c.relu};
     e.target = s.targets[0].data();
     e.out = out.get() + item * s.images * c.output.pixels() * c.out;
     e.pitch = e.channels = c.out;
@@ -249,14 +308,17 @@ void check(const char* isa, const Products<T>& products) {
       const size_t beyond = std::min(s.parts.size(), first + threads);
       for (size_t p = first; p < beyond; ++p)
         running.emplace_back([&, p] {
-          for (const Step& step : s.parts[p]) {
+          for (size_t index = 0; index < s.parts[p].size(); ++index) {
+            const Step& step = s.parts[p][index];
+            const int64_t at = (item * s.parts.size() + p) * most + index;
             const auto buffer = s.reads_x ? nullptr : lay_out_input(c, l, item * s.images, step);
             const T* input = s.reads_x ? c.x.get() + item * s.images * c.input.pixels() * c.in : buffer.get();
             if (l.kind == Layout::Kind::folded) input -= step.begin * l.output.width * l.pitch;
             std::vector<std::thread> sharing;
             const int64_t shares = s.splits_outputs ? std::min(threads, panels) : 1;
             for (int64_t t = 0; t < shares; ++t)
-              sharing.emplace_back([&, t] { run(item, step, input, t * panels / shares, (t + 1) * panels / shares); });
+              sharing.emplace_back(
+                  [&, t] { run(item, at, step, input, t * panels / shares, (t + 1) * panels / shares); });
             for (auto& thread : sharing) thread.join();
           }
         });
@@ -268,10 +330,11 @@ void check(const char* isa, const Products<T>& products) {
       for (int64_t o = 0; o < c.out; ++o) {
         const float got = to_float(out[(n * c.output.pixels() + p) * c.out + o]);
         const float expected = c.expected(n, o, p / c.output.width, p % c.output.width);
-        if (std::fabs(got - expected) <= expected / 256 * (sizeof(T) == 2)) continue;  // false for NaN
+        if (std::fabs(got - expected) <= std::fabs(expected) / 256 * (sizeof(T) == 2)) continue;  // false for NaN
         std::printf("%s: got %g instead of %g, layout %d\n", isa, got, expected, static_cast<int>(l.kind));
         std::exit(1);
       }
+  if (c.gathers != Gathers::nothing) check_gathered(isa, c, out.get(), sums, rows, steps);
 }
 
 #if defined(RESNET_FUSED_X86)

@@ -127,6 +127,10 @@ def cases(draw: st.DrawFn) -> Case:
         bias=draw(st.booleans()),
     )
     assume(all(min(s) >= 1 for s in case.sizes))
+    chain_sizes = case.sizes[:count]
+    # where oneDNN, and so eager, reads uninitialised memory (`test_onednn`)
+    for stage, before, after in zip(stages, [case.size, *chain_sizes], chain_sizes, strict=False):
+        assume(stage.stride == (1, 1) or min(*before, *after) > 3)
     assume(all(case.batch * h * w >= 6 for h, w in (case.size, *case.sizes)))
     return case
 
