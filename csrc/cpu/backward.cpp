@@ -51,18 +51,18 @@ class OutputGradient {
     return dz_;
   }
 
-  // Made where the operand is read and kept, over dz where that is `owned`; `keep` says that all of it has been.
+  // Made where the operand is read and kept over dz, if that is `owned`: elsewhere writing it would cost more than making
+  // it again. `keep` says that all of it has been made.
   engine::Operand<T> kept_operand(bool owned) {
     auto result = operand();
-    if (!made_) {
-      kept_ = owned ? dz_ : at::empty_like(dz_, kLayout);
-      result.keep(reinterpret_cast<T*>(kept_.template mutable_data_ptr<S>()));
-    }
+    keeps_ = owned && !made_;
+    if (keeps_) result.keep(reinterpret_cast<T*>(dz_.template mutable_data_ptr<S>()));
     return result;
   }
   void keep() {
-    if (!made_) *this = OutputGradient(std::exchange(kept_, {}));
+    if (keeps_) *this = OutputGradient(dz_);
   }
+  bool is_made() const { return made_; }
 
   engine::Operand<T> operand() const {
     const int64_t channels = dz_.size(1);
@@ -75,7 +75,8 @@ class OutputGradient {
   }
 
  private:
-  at::Tensor dz_, y_, kept_;
+  at::Tensor dz_, y_;
+  bool keeps_ = false;
   Reads reads_ = Reads::nothing;
   NormVectors<A> norm_;
   ApplyVectors<A> k_{0};
@@ -306,9 +307,27 @@ class Backward {
       const engine::Differentiated<T> behind{
           reinterpret_cast<const T*>(u.template const_data_ptr<S>()), norm.center.data(), norm.scale.data(),
           norm.shift.data(), act.pointers().is_relu()};
+      std::optional<engine::WeightGradient> of_weight;
+      engine::Made<T> made;
+      if constexpr (std::is_same_v<T, bf16>) {
+        // both gradients while dy is in the cache
+        if (needs.weights[conv] && has_weight_gradient(conv) && !gradient.is_made()) {
+          const auto batch = engine::batch_of(u);
+          of_weight.emplace(tensors.weights[conv], spec.convs[conv], batch.images, batch.size, gradient.size());
+          if (of_weight->takes_rows())
+            made = [&](int64_t slot, int64_t first, int64_t count, const T* pixels) {
+              const int64_t channels = tensors.weights[conv].size(0), width = u.size(3);
+              of_weight->add_rows(
+                  slot, first / width, (first + count) / width,
+                  engine::Operand<T>(pixels - first * channels, channels), block.operand(conv, act));
+            };
+        }
+      }
       auto found = engine::convolve_backward_norm<T>(
-          gradient.kept_operand(owns(gradient)), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind);
+          gradient.kept_operand(owns(gradient)), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind,
+          made);
       if (found.dz.defined()) gradient.keep();
+      if (found.handed) grads.weights[conv] = of_weight->finish();
       return found;
     }
     return {};
@@ -391,8 +410,8 @@ class Backward {
 
   // p: the convolution's input, where it has been made.
   void weight_grads(int64_t conv, OutputGradient<S>& gradient, at::Tensor p) {
-    if (!needs.weights[conv] && !needs.biases[conv]) return;
-    bool needs_weight = needs.weights[conv];
+    bool needs_weight = needs.weights[conv] && !grads.weights[conv].defined();
+    if (!needs_weight && !needs.biases[conv]) return;
     if constexpr (std::is_same_v<T, bf16>) {
       if (needs_weight && has_weight_gradient(conv)) {
         const auto& from = block.input(conv);

@@ -139,6 +139,13 @@ class Pass {
     target_ = scattered_.data();
   }
 
+  // Whether `made` will be given all rows that are made.
+  bool hand_to(const Made<T>& made) {
+    if (s_.reads_x || s_.splits_outputs || from_.kept() || !shape_.window.is_pixel()) return false;
+    made_ = &made;
+    return true;
+  }
+
   void run() {
     // rows that two parts of an image read must not be made twice
     if (from_.kept() && !prepares() && s_.parts.size() > 1) make_all();
@@ -171,6 +178,7 @@ class Pass {
   const int32_t* target_;  // of each position
   int64_t pixels_;         // of a picture of results
   int64_t width_;
+  const Made<T>* made_ = nullptr;
   std::vector<float> sums_;
   std::vector<int32_t> rows_;
 
@@ -201,6 +209,7 @@ class Pass {
         const Part& part = s_.parts[i % parts];
         for (size_t step = 0; step < part.size(); ++step) {
           fill(buffer, i / parts, part[step], part[step]);
+          if (made_) hand(buffer, i / parts, part[step]);
           multiply(buffer, i / parts, i * steps_ + static_cast<int64_t>(step), part[step], 0, packed_.panels);
         }
       }
@@ -260,6 +269,14 @@ class Pass {
       else
         fill_columns(from_, l, l, n, image, share.begin, share.end, buffer, origin(whole));
     }
+  }
+
+  void hand(const T* buffer, int64_t item, const Step& step) const {
+    const Layout& l = layout();
+    const bool band = l.images == 1;
+    const int64_t width = l.input.width, first = item * l.images * l.input.pixels() + (band ? step.begin * width : 0);
+    const int64_t count = band ? (step.end - step.begin) * width : l.images * l.input.pixels();
+    (*made_)(at::get_thread_num(), first, count, buffer);
   }
 
   void multiply(T* buffer, int64_t item, int64_t at, const Step& step, int64_t panel_begin, int64_t panel_end) {
@@ -363,7 +380,7 @@ namespace {
 template <class T>
 NormGradient backward(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated,
-    const Differentiated<T>* behind) {
+    const Differentiated<T>* behind, const Made<T>& made) {
   const int64_t in = weight.size(0), out = weight.size(1), padded = round_up(out, kPanel);
   const Window window = window_of(weight, stage);
   const Size size = window.output(batch.size);
@@ -416,6 +433,7 @@ NormGradient backward(
     const Shape shape = shape_of<T>(own, in, out, packed);
     Pass<T> pass(shape, {batch.images, size}, from, packed, e, behind ? 2 : 0);
     pass.scatter(batch.size, {line.first, column.first}, {line.stride, column.stride});
+    if (made && parts.size() == 1) result.handed = pass.hand_to(made);
     pass.run();
     if (from.kept()) from = Operand<T>(from.kept(), in);
     if (behind)
@@ -436,14 +454,14 @@ template <class T>
 at::Tensor convolve_backward(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
     const at::Tensor& accumulated) {
-  return backward<T>(dy, batch, weight, stage, accumulated, nullptr).dz;
+  return backward<T>(dy, batch, weight, stage, accumulated, nullptr, {}).dz;
 }
 
 template <class T>
 NormGradient convolve_backward_norm(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
-    const Differentiated<T>& behind) {
-  return backward<T>(dy, batch, weight, stage, {}, &behind);
+    const Differentiated<T>& behind, const Made<T>& made) {
+  return backward<T>(dy, batch, weight, stage, {}, &behind, made);
 }
 
 #define INSTANTIATE(T)                                                                                          \
@@ -452,7 +470,8 @@ NormGradient convolve_backward_norm(
   template at::Tensor convolve_backward<T>(                                                                     \
       const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const at::Tensor&);                     \
   template NormGradient convolve_backward_norm<T>(                                                              \
-      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const Differentiated<T>&);
+      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const Differentiated<T>&,   \
+      const Made<T>&);
 INSTANTIATE(bf16)
 INSTANTIATE(float)
 #undef INSTANTIATE
