@@ -130,12 +130,9 @@ class Backward {
       block.set_norm(i, spec.uses_batch(i) ? batch_stats[stats++] : at::Tensor());
     }
     const auto missing = [&](int64_t i) { return spec.convs[i].read && !block.y[i].defined(); };
-    if (missing(spec.last())) {
-      last_input = block.conv_input(spec.last());
-      block.y[spec.last()] = block.conv(spec.last(), last_input);
-    }
+    if (missing(spec.last())) block.y[spec.last()] = block.convolved(spec.last(), nullptr, &last_input);
     const int64_t s = spec.projection();
-    if (spec.has_projection() && missing(s)) block.y[s] = block.conv(s, block.conv_input(s));
+    if (spec.has_projection() && missing(s)) block.y[s] = block.convolved(s, nullptr, nullptr);
   }
 
   // dz, the gradients of the scales and of both norms, dy_n and dy_s.

@@ -46,7 +46,8 @@ struct InRegisters {
 };
 
 // The results as they are, and the statistics of each channel, counted from its first result: nothing cancels where
-// the mean is large.
+// the mean is large. They are those of what is written: of sums that all round to one value the variance is zero, and so
+// is their distance from the mean.
 template <class T>
 struct WithStatistics {
   static inline void rows(
@@ -68,7 +69,9 @@ struct WithStatistics {
       if (target[row] < 0) continue;
       for (int v = 0; v < vectors; ++v)
         z[v] = Vector::add(Vector::load(sums + row * kPanel + v * Vector::lanes), shift[v]);
-      Vector::store_panel(out + target[row] * e.pitch, z);
+      T* to = out + target[row] * e.pitch;
+      Vector::store_panel(to, z);
+      for (int v = 0; v < vectors; ++v) z[v] = Vector::load(to + v * Vector::lanes);
       if (count++ == 0)
         for (int v = 0; v < vectors; ++v) {
           Vector::store(gathered + v * Vector::lanes, z[v]);
@@ -89,14 +92,15 @@ struct WithStatistics {
   }
 };
 
-// A gradient behind the norm and ReLU of y: dz and the sums behind the norm's own gradients.
+// A gradient behind the norm and ReLU of y: dz and the sums behind the norm's own gradients, of what is written.
 template <class T, bool relu>
 struct Differentiates {
   static inline void rows(
       const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
     constexpr int vectors = kPanel / Vector::lanes;
     float* gathered = e.sums + 2 * channel;
-    typename Vector::Type center[vectors], scale[vectors], shift[vectors], sum[vectors], sum_y[vectors], dz[vectors];
+    typename Vector::Type center[vectors], scale[vectors], shift[vectors], sum[vectors], sum_y[vectors], dz[vectors],
+        distance[vectors];
     for (int v = 0; v < vectors; ++v) {
       const int64_t c = v * Vector::lanes;
       center[v] = Vector::load(e.behind.center + channel + c);
@@ -115,10 +119,14 @@ struct Differentiates {
         const auto d = Vector::subtract(Vector::load(y + at + c), center[v]);
         dz[v] = Vector::load(sums + row * kPanel + c);
         if constexpr (relu) dz[v] = Vector::where_positive(Vector::multiply_add(d, scale[v], shift[v]), dz[v]);
-        sum[v] = Vector::add(sum[v], dz[v]);
-        sum_y[v] = Vector::multiply_add(dz[v], d, sum_y[v]);
+        distance[v] = d;
       }
       Vector::store_panel(out + at, dz);
+      for (int v = 0; v < vectors; ++v) {
+        dz[v] = Vector::load(out + at + v * Vector::lanes);
+        sum[v] = Vector::add(sum[v], dz[v]);
+        sum_y[v] = Vector::multiply_add(dz[v], distance[v], sum_y[v]);
+      }
     }
     for (int v = 0; v < vectors; ++v) {
       Vector::store(gathered + v * Vector::lanes, sum[v]);
