@@ -51,7 +51,7 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
     for (int64_t p = 0; p < packed.panels; ++p)
       packed.first_channel.push_back(static_cast<int32_t>(std::min(begin[p], whole - packed.depth)));
   }
-  packed.memory = allocate(packed.elements() * static_cast<int64_t>(sizeof(T)));
+  packed.memory = allocate_together(packed.elements() * static_cast<int64_t>(sizeof(T)));
   T* all = reinterpret_cast<T*>(packed.memory.get());
   std::fill_n(reinterpret_cast<unsigned char*>(all), packed.elements() * sizeof(T), 0);
   const float* w = weight.const_data_ptr<float>();
