@@ -1,12 +1,14 @@
 """A whole training, fused beside eager and torch.compile: accuracy over epochs and over seconds, in one picture.
 
-python benches/training.py                                       # everything; about half an hour on two cores
-python benches/training.py --parts learn --seeds 3 --ways eager  # a piece of it: what is measured joins what is there
+python benches/training.py                             # everything; about half an hour on two cores
+python benches/training.py --parts learn --seeds 3     # a piece of it: what is measured joins what is there
+python benches/training.py --parts time --rounds 29    # a whole training in turns: times, and accuracies as well
 
 A small ResNet (32, 64 and 128 channels) under bfloat16 autocast learns scikit-learn's digits, 32x32 in colour: a digit
 turns a crop of the sample photographs into its negative, and every epoch puts the digits on other crops. Every way to
-run starts from the same weights and sees the same batches. Accuracies come from processes of one thread. Epochs are
-timed apart, in turns, without evaluation; torch.compile's evaluation is eager's, so that it compiles one graph only.
+run starts from the same weights and sees the same batches. "learn" trains in processes of one thread. "time" trains in
+turns, epoch by epoch, on one thread, and takes processor time without evaluation; torch.compile's evaluation is
+eager's, so that it compiles one graph only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import argparse
 import functools
 import json
 import multiprocessing
+import resource
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -26,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import models
-from resnet_fused.tools.bench.rounds import interleaved, ratios, timed
+from resnet_fused.tools.bench.rounds import Spread, interleaved, ratios, timed
 from resnet_fused.tools.figures import new_figure, save
 from resnet_fused.tools.info import extension, machine
 from resnet_fused.tools.pictures import photographs
@@ -53,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=21, help=f"of an epoch, {BATCH} digits each")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rounds", type=int, default=15, help="timed epochs of each way")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="timed epochs of each way, after one that is not; of the first seed"
+    )
     parser.add_argument("--parts", nargs="+", choices=("time", "learn", "draw"), default=["time", "learn", "draw"])
     parser.add_argument("--processes", type=int, default=2, help="trainings at once; 0: in this process")
     parser.add_argument("--json", type=Path, default=Path("benches/results/training.json"))
@@ -63,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     setting = Setting(args.depth, args.width, args.epochs, args.steps)
     record = begin(args.json, setting)
     if "time" in args.parts:
-        record |= {"machine": machine(), "extension": extension(), **measure(setting, args.ways, args.rounds)}
+        record |= {"machine": machine(), "extension": extension()}
+        seed = args.seeds[0]
+        epochs, accuracy = measure(setting, args.ways, seed, args.rounds)
+        record["timed"].append(epochs)
+        for way in args.ways if args.rounds + 1 == args.epochs else ():
+            record["accuracy"].setdefault(way, {})[str(seed)] = accuracy[way]
         write(record, args.json)
     if "learn" in args.parts:
         for way, seed, accuracy in trainings(setting, args.ways, args.seeds, args.processes):
@@ -80,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def begin(file: Path, setting: Setting) -> dict[str, Any]:
     """What is measured already, or an empty record. Raises ValueError where it was measured in another setting."""
     if not file.exists():
-        return {"setting": setting._asdict(), "accuracy": {}}
+        return {"setting": setting._asdict(), "accuracy": {}, "timed": []}
     record: dict[str, Any] = json.loads(file.read_text())
     if record["setting"] != setting._asdict():
         raise ValueError(f"{file} holds {record['setting']}, asked for {setting._asdict()}; name another --json")
@@ -186,15 +197,38 @@ def trainings(setting: Setting, ways: Sequence[str], seeds: Sequence[int], proce
             yield done.result()
 
 
-def measure(setting: Setting, ways: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Seconds of each way's epochs, in turns, and of its very first step, in which torch.compile compiles."""
-    torch._inductor.config.force_disable_caches = True
-    endless = setting._replace(epochs=rounds + 3)
-    each = {way: Training(endless, way, 0) for way in ways}
-    batch = torch.arange(HELD_OUT, HELD_OUT + BATCH)
-    first = {way: timed(functools.partial(one.step, batch, batch))() for way, one in each.items()}
-    seconds = interleaved({way: timed(one.epoch) for way, one in each.items()}, rounds)
-    return {"first_step_seconds": first, "epoch_seconds": seconds}
+def measure(
+    setting: Setting, ways: Sequence[str], seed: int, rounds: int
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Seconds of each way's epochs, in turns, the first apart, in which torch.compile compiles; and accuracies.
+
+    Processor time of one thread, which other processes lengthen less than the time that passes.
+    """
+    setting = setting._replace(epochs=max(setting.epochs, rounds + 1))
+    accuracy: dict[str, list[float]] = {way: [] for way in ways}
+    first: dict[str, float] = {}
+
+    def turn(way: str, training: Training) -> float:
+        seconds = timed(training.epoch, clock)()
+        first.setdefault(way, seconds)
+        accuracy[way].append(training.accuracy())
+        return seconds
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch._inductor.config.patch(
+        force_disable_caches=True, compile_threads=1
+    ):  # one: in this process, to be counted
+        each = {way: functools.partial(turn, way, Training(setting, way, seed)) for way in ways}
+        seconds = interleaved(each, rounds)
+    torch.set_num_threads(threads)
+    return {"first_epoch_seconds": first, "epoch_seconds": seconds}, accuracy
+
+
+def clock() -> float:
+    """Processor seconds of this process and of the compilers that it has run."""
+    compilers = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + compilers.ru_utime + compilers.ru_stime
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------
@@ -205,6 +239,28 @@ def of_epochs(record: dict[str, Any], way: str) -> list[list[float]]:
     return [list(each) for each in zip(*record["accuracy"][way].values(), strict=True)]
 
 
+def beside_fused(record: dict[str, Any], way: str) -> Spread:
+    """Of epochs in the same round."""
+    both = [piece["epoch_seconds"] for piece in record["timed"] if {way, "fused"} <= piece["epoch_seconds"].keys()]
+    above, below = ([seconds for piece in both for seconds in piece[name]] for name in (way, "fused"))
+    return ratios(above, below)
+
+
+def epoch(record: dict[str, Any], way: str) -> float:
+    """Seconds: fused's median, times the ratio to it, which does not change with what else the machine does."""
+    fused = [seconds for piece in record["timed"] for seconds in piece["epoch_seconds"]["fused"]]
+    return statistics.median(fused) * beside_fused(record, way).middle
+
+
+def compilation(record: dict[str, Any]) -> float:
+    """Seconds that torch.compile's first epoch takes longer than the others."""
+    pieces = [piece for piece in record["timed"] if "compile" in piece["first_epoch_seconds"]]
+    return statistics.median(
+        piece["first_epoch_seconds"]["compile"] - statistics.median(piece["epoch_seconds"]["compile"])
+        for piece in pieces
+    )
+
+
 def report(record: dict[str, Any]) -> None:
     """Final accuracies, and how long each way takes to what the worst of them has in the end."""
     ends = {way: of_epochs(record, way)[-1] for way in record["accuracy"]}
@@ -213,44 +269,52 @@ def report(record: dict[str, Any]) -> None:
     for way, end in ends.items():
         middles = [statistics.median(each) for each in of_epochs(record, way)]
         epochs = next(i for i, middle in enumerate(middles, 1) if middle >= goal)
-        ratio = ratios(record["epoch_seconds"][way], record["epoch_seconds"]["fused"])
+        ratio = beside_fused(record, way)
         rows.append(
             [
                 way,
+                str(len(end)),
                 f"{statistics.mean(end):.2%}",
                 f"{statistics.stdev(end):.2%}" if len(end) > 1 else "",
                 f"{ratio.middle:.2f} ({ratio})",
                 str(epochs),
-                f"{epochs * statistics.median(record['epoch_seconds'][way]):.1f}",
-                f"{record['first_step_seconds'][way]:.1f}",
+                f"{epochs * epoch(record, way):.1f}",
+                f"{compilation(record):.1f}" if way == "compile" else "",
             ]
         )
-    header = ("", "accuracy", "deviation", "epoch / fused", f"epochs to {goal:.1%}", "seconds", "first step, s")
+    header = (
+        "",
+        "seeds",
+        "accuracy",
+        "deviation",
+        "epoch / fused",
+        f"epochs to {goal:.1%}",
+        "seconds",
+        "compilation, s",
+    )
     print(table("Accuracy in the end, over seeds, and time to accuracy", header, rows))
 
 
 def draw(record: dict[str, Any], out: Path) -> None:
-    """Medians over seeds, and the band from the worst to the best seed. Dotted: torch.compile's compilation counted."""
+    """Medians over seeds, and the band from the worst to the best seed. Dotted: with what torch.compile compiles."""
     figure = new_figure(10, 4)
     panels = figure.subplots(1, 2, sharey=True)
     for way in (way for way in WAYS if way in record["accuracy"]):
         accuracies = [[100 * value for value in each] for each in of_epochs(record, way)]
         middles = [statistics.median(each) for each in accuracies]
+        lows, highs = [min(each) for each in accuracies], [max(each) for each in accuracies]
         epochs = list(range(1, len(middles) + 1))
-        epoch = statistics.median(record["epoch_seconds"][way])
-        times = [epoch * i for i in epochs]
+        times = [epoch(record, way) * i for i in epochs]
         label = f"torch.{way}" if way == "compile" else way
         for axes, x in zip(panels, (epochs, times), strict=True):
             axes.plot(x, middles, color=WAYS[way], label=label)
-            lows, highs = [min(each) for each in accuracies], [max(each) for each in accuracies]
             axes.fill_between(x, lows, highs, color=WAYS[way], alpha=0.15, linewidth=0)
         if way == "compile":
-            first = record["first_step_seconds"][way]
-            panels[1].plot(
-                [first + t for t in times], middles, ":", color=WAYS[way], label=f"{label}, {first:.0f} s to compile"
-            )
-    panels[0].set(xlabel="epoch", ylabel="accuracy on digits held out, %", title="The same curve")
-    panels[1].set(xlabel="seconds of training (median epoch)", title="sooner")
+            first = compilation(record)
+            late = [first + seconds for seconds in times]
+            panels[1].plot(late, middles, ":", color=WAYS[way], label=f"{label}, with {first:.0f} s of compiling")
+    panels[0].set(xlabel="epoch", ylabel="accuracy on digits held out, %")
+    panels[1].set(xlabel="seconds of training (one thread, processor time)")
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -30,14 +31,25 @@ def test_pieces_make_a_picture(training: ModuleType, tmp_path: Path) -> None:
     ways = ["--ways", "fused", "eager"]
     for seed in ("0", "1"):
         training.main([*SMALL, *files, *ways, "--parts", "learn", "--seeds", seed])
+    before = json.loads((tmp_path / "training.json").read_text())["accuracy"]
     record = training.main([*SMALL, *files, *ways, "--parts", "time", "draw", "--rounds", "2"])
     assert {way: {seed: len(each) for seed, each in seeds.items()} for way, seeds in record["accuracy"].items()} == {
         way: {"0": 2, "1": 2} for way in ("fused", "eager")
     }
-    assert {way: len(each) for way, each in record["epoch_seconds"].items()} == {"fused": 2, "eager": 2}
+    (piece,) = record["timed"]
+    assert {way: len(each) for way, each in piece["epoch_seconds"].items()} == {"fused": 2, "eager": 2}
+    assert piece["first_epoch_seconds"].keys() == {"fused", "eager"}
+    assert record["accuracy"] == before
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="name another --json"):
         training.main([*SMALL, *files, "--depth", "14"])
+
+
+def test_a_training_in_turns_is_the_one_alone(training: ModuleType) -> None:
+    setting = training.Setting(depth=8, width=8, epochs=3, steps=2)
+    _, accuracy = training.measure(setting, ["fused", "eager"], seed=1, rounds=2)
+    for way in ("fused", "eager"):
+        assert accuracy[way] == training.learn(setting, way, 1)[2]
 
 
 def test_ways_see_the_same(training: ModuleType) -> None:
