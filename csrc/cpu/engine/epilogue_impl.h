@@ -64,8 +64,8 @@ struct InRegisters {
 };
 
 // The results as they are, and the statistics of each channel, counted from its first result: nothing cancels where
-// the mean is large. They are those of what is written: of sums that all round to one value the variance is zero, and so
-// is their distance from the mean.
+// the mean is large. They are those of what is written: of sums that all round to one value the variance is zero, and
+// so is their distance from the mean.
 template <class T>
 struct WithStatistics {
   static inline void rows(

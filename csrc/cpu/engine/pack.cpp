@@ -110,8 +110,7 @@ void pack_block(const T* w, int64_t outputs, int64_t channels, int64_t output_st
     }
   }
   for (int64_t o = 0; o < outputs; ++o)
-    for (int64_t c = 0; c < channels; ++c)
-      to[offset_in_panel<T>(c, o)] = w[o * output_stride + c * channel_stride];
+    for (int64_t c = 0; c < channels; ++c) to[offset_in_panel<T>(c, o)] = w[o * output_stride + c * channel_stride];
 }
 
 }  // namespace

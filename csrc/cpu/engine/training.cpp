@@ -34,8 +34,8 @@ Window window_of(const at::Tensor& weight, const Stage& stage) {
 }
 
 // In one dimension, the gradient of those inputs that one phase of the stride gives: a convolution of stride 1 over the
-// outputs' gradients by the taps of this phase, last one first. Its result u belongs to input first + stride u, if there is
-// one.
+// outputs' gradients by the taps of this phase, last one first. Its result u belongs to input first + stride u, if
+// there is one.
 struct Phase {
   std::vector<int64_t> taps;
   int64_t dilation, padding, first, stride;
@@ -68,7 +68,7 @@ std::vector<Tap> all_taps(const Window& w) {
 
 template <class T>
 Shape shape_of(const Window& window, int64_t in, int64_t out, const Packed& packed) {
-  const auto kind = window.is_pixel()                              ? Layout::Kind::pixels
+  const auto kind = window.is_pixel()                                ? Layout::Kind::pixels
                     : window.kernel[0] == 1 && window.kernel[1] == 1 ? Layout::Kind::columns
                                                                      : Layout::Kind::planes;
   return {window, 1, in, out, kind, packed.panels, packed.taps * packed.depth};
@@ -82,15 +82,14 @@ std::shared_ptr<const Schedule> schedule_of(const Shape& shape, const Batch& bat
   static std::map<std::vector<int64_t>, std::shared_ptr<const Schedule>> kept;
   const auto& w = shape.window;
   const int64_t threads = at::get_num_threads();
-  const std::vector<int64_t> key{w.kernel[0],   w.kernel[1],   w.stride[0],        w.stride[1],       w.padding[0],
-                                 w.padding[1],  w.dilation[0], w.dilation[1],      shape.in,          shape.out,
-                                 batch.images,  batch.size.height, batch.size.width, made,            threads};
+  const std::vector<int64_t> key{w.kernel[0],  w.kernel[1],       w.stride[0],      w.stride[1], w.padding[0],
+                                 w.padding[1], w.dilation[0],     w.dilation[1],    shape.in,    shape.out,
+                                 batch.images, batch.size.height, batch.size.width, made,        threads};
   const std::lock_guard lock(mutex);
   if (const auto found = kept.find(key); found != kept.end()) return found->second;
   if (kept.size() > 512) kept.clear();
-  const Machine machine{
-      threads,          second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles, sizeof(T),
-      kDepthStep<T>};
+  const Machine machine{threads,   second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles,
+                        sizeof(T), kDepthStep<T>};
   return kept[key] = std::make_shared<Schedule>(
              make_schedule({shape}, nullptr, nullptr, batch.images, batch.size, made, machine));
 }
@@ -231,7 +230,9 @@ class Pass {
         const Step& step = part[index];
         if (!s_.reads_x || prepares())
           each(threads, [&](int64_t t) {
-            const auto share = [&](int64_t begin, int64_t end, int64_t n) { return begin + n * (end - begin) / threads; };
+            const auto share = [&](int64_t begin, int64_t end, int64_t n) {
+              return begin + n * (end - begin) / threads;
+            };
             Step own = step;
             own.x_begin = share(step.x_begin, step.x_end, t);
             own.x_end = share(step.x_begin, step.x_end, t + 1);
@@ -296,8 +297,8 @@ class Pass {
     task.row_count = static_cast<int64_t>(step.tiles.size());
     task.panel_begin = panel_begin;
     task.panel_end = panel_end;
-    task.panels_inner =
-        shape_.products * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
+    task.panels_inner = shape_.products * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <=
+                        second_cache() * 3 / 4;
     task.prefetches = s_.reads_x && !prepares();
     auto& e = task.epilogue = epilogue_;
     const int64_t shift = item * l.images * pixels_ * shape_.out;
@@ -369,7 +370,8 @@ Convolved convolve(
       return std::pair(s[0] + offset, std::max(0.0, s[2 * kPanel] - sum * offset));
     });
   });
-  result.statistics = at::empty({2, out}, weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+  result.statistics =
+      at::empty({2, out}, weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
   float* mean = result.statistics.template mutable_data_ptr<float>();
   merged.write(mean, mean + out);
   return result;
@@ -379,8 +381,8 @@ namespace {
 
 template <class T>
 NormGradient backward(
-    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated,
-    const Differentiated<T>* behind, const Made<T>& made) {
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
+    const at::Tensor& accumulated, const Differentiated<T>* behind, const Made<T>& made) {
   const int64_t in = weight.size(0), out = weight.size(1), padded = round_up(out, kPanel);
   const Window window = window_of(weight, stage);
   const Size size = window.output(batch.size);
@@ -464,14 +466,13 @@ NormGradient convolve_backward_norm(
   return backward<T>(dy, batch, weight, stage, {}, &behind, made);
 }
 
-#define INSTANTIATE(T)                                                                                          \
-  template Convolved convolve<T>(                                                                               \
+#define INSTANTIATE(T)                                                                                           \
+  template Convolved convolve<T>(                                                                                \
       const Operand<T>&, const Batch&, const at::Tensor&, const std::optional<at::Tensor>&, const Stage&, bool); \
-  template at::Tensor convolve_backward<T>(                                                                     \
-      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const at::Tensor&);                     \
-  template NormGradient convolve_backward_norm<T>(                                                              \
-      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const Differentiated<T>&,   \
-      const Made<T>&);
+  template at::Tensor convolve_backward<T>(                                                                      \
+      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const at::Tensor&);                      \
+  template NormGradient convolve_backward_norm<T>(                                                               \
+      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const Differentiated<T>&, const Made<T>&);
 INSTANTIATE(bf16)
 INSTANTIATE(float)
 #undef INSTANTIATE

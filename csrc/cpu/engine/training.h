@@ -36,8 +36,8 @@ Convolved convolve(
     const Operand<T>& p, const Batch& batch, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const Stage& stage, bool statistics);
 
-// The gradient of p from dy, that of y; written over `accumulated`, where that is defined, and added to it. Undefined as
-// above.
+// The gradient of p from dy, that of y; written over `accumulated`, where that is defined, and added to it. Undefined
+// as above.
 template <class T>
 at::Tensor convolve_backward(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,

@@ -158,8 +158,7 @@ void WeightGradient::add_rows(
 at::Tensor WeightGradient::finish() {
   if (!is_sound()) return {};
   for (int64_t slot = 0; slot < slots_; ++slot)
-    if (!begun_[slot])
-      std::fill_n(sums_of(slot), at_once_ * pair_floats(), 0.0f);
+    if (!begun_[slot]) std::fill_n(sums_of(slot), at_once_ * pair_floats(), 0.0f);
   const int64_t pairs = static_cast<int64_t>(pairs_.size());
   at::parallel_for(0, pairs, ceil_div(pairs, threads_), [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) write(pair, sums_of(0) + pair * pair_floats(), slots_);
