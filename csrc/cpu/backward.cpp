@@ -51,18 +51,18 @@ class OutputGradient {
     return dz_;
   }
 
-  // Made where the operand is read and kept, over dz where that is `owned`; `keep` says that all of it has been.
+  // Made where the operand is read and kept over dz, if that is `owned`: elsewhere writing it would cost more than
+  // making it again. `keep` says that all of it has been made.
   engine::Operand<T> kept_operand(bool owned) {
     auto result = operand();
-    if (!made_) {
-      kept_ = owned ? dz_ : at::empty_like(dz_, kLayout);
-      result.keep(reinterpret_cast<T*>(kept_.template mutable_data_ptr<S>()));
-    }
+    keeps_ = owned && !made_;
+    if (keeps_) result.keep(reinterpret_cast<T*>(dz_.template mutable_data_ptr<S>()));
     return result;
   }
   void keep() {
-    if (!made_) *this = OutputGradient(std::exchange(kept_, {}));
+    if (keeps_) *this = OutputGradient(dz_);
   }
+  bool is_made() const { return made_; }
 
   engine::Operand<T> operand() const {
     const int64_t channels = dz_.size(1);
@@ -70,12 +70,14 @@ class OutputGradient {
     if (made_) return {dz, channels};
     const auto* y = y_.defined() ? reinterpret_cast<const T*>(y_.template const_data_ptr<S>()) : nullptr;
     return {
-        {dz, reads_, y, k_.y_term, norm_.affine(), k_.k_dz.data(), k_.k_y.data(), k_.k.data(), nullptr, nullptr, nullptr},
+        {dz, reads_, y, k_.y_term, norm_.affine(), k_.k_dz.data(), k_.k_y.data(), k_.k.data(), nullptr, nullptr,
+         nullptr},
         channels};
   }
 
  private:
-  at::Tensor dz_, y_, kept_;
+  at::Tensor dz_, y_;
+  bool keeps_ = false;
   Reads reads_ = Reads::nothing;
   NormVectors<A> norm_;
   ApplyVectors<A> k_{0};
@@ -116,11 +118,11 @@ class Backward {
   const BlockSpec& spec;
   const Needs& needs;
   Gradients grads;
-  at::Tensor dz;        // gradient of the join; times skip_scale also the skip path's
+  at::Tensor dz;               // gradient of the join; times skip_scale also the skip path's
   OutputGradient<S> dy, dy_s;  // of the current convolution and of the projection
   at::Tensor dx;
   bool behind_join_ = false;  // whether dy is of a convolution before the last
-  at::Tensor last_input;  // P_n, where recomputing y_n has made it already
+  at::Tensor last_input;      // P_n, where recomputing y_n has made it already
 
   void restore(const std::vector<at::Tensor>& conv_outputs, const std::vector<at::Tensor>& batch_stats) {
     size_t output = 0, stats = 0;
@@ -292,8 +294,8 @@ class Backward {
     return accumulated.add_(dp);
   }
 
-  // The gradient of a convolution's input behind the ReLU, if there is one, and norm that make it, with the norm's sums;
-  // undefined where no kernel computes all of them.
+  // The gradient of a convolution's input behind the ReLU, if there is one, and norm that make it, with the norm's
+  // sums; undefined where no kernel computes all of them.
   engine::NormGradient norm_gradient(int64_t conv, OutputGradient<S>& gradient, const ActVectors<A>& act) {
     if constexpr (kEngine<S>) {
       const int64_t n = spec.convs[conv].input_stage;
@@ -303,9 +305,27 @@ class Backward {
       const engine::Differentiated<T> behind{
           reinterpret_cast<const T*>(u.template const_data_ptr<S>()), norm.center.data(), norm.scale.data(),
           norm.shift.data(), act.pointers().is_relu()};
+      std::optional<engine::WeightGradient> of_weight;
+      engine::Made<T> made;
+      if constexpr (std::is_same_v<T, bf16>) {
+        // both gradients while dy is in the cache
+        if (needs.weights[conv] && has_weight_gradient(conv) && !gradient.is_made()) {
+          const auto batch = engine::batch_of(u);
+          of_weight.emplace(tensors.weights[conv], spec.convs[conv], batch.images, batch.size, gradient.size());
+          if (of_weight->takes_rows())
+            made = [&](int64_t slot, int64_t first, int64_t count, const T* pixels) {
+              const int64_t channels = tensors.weights[conv].size(0), width = u.size(3);
+              of_weight->add_rows(
+                  slot, first / width, (first + count) / width, engine::Operand<T>(pixels - first * channels, channels),
+                  block.operand(conv, act));
+            };
+        }
+      }
       auto found = engine::convolve_backward_norm<T>(
-          gradient.kept_operand(owns(gradient)), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind);
+          gradient.kept_operand(owns(gradient)), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind,
+          made);
       if (found.dz.defined()) gradient.keep();
+      if (found.handed) grads.weights[conv] = of_weight->finish();
       return found;
     }
     return {};
@@ -318,8 +338,7 @@ class Backward {
     const bool joins_projection = i == 0 && dy_s.defined();
     const bool below = spec.convs[i].wants_dp || (joins_projection && spec.convs[s].wants_dp);
     // dz is a buffer of ours (not dout) that nothing after this convolution reads
-    const bool owns_dz =
-        dz.defined() && spec.order == Order::post && spec.join != JoinReads::nothing && !dy.is(dz);
+    const bool owns_dz = dz.defined() && spec.order == Order::post && spec.join != JoinReads::nothing && !dy.is(dz);
     if (i == 0 && n == kNone && below && owns_dz && !tensors.skip_scale &&
         (convolves_backward(0) || accumulates_backward_data(tensors.weights[0], spec.convs[0]))) {
       dx = input_gradient(0, dy, std::exchange(dz, {}));
@@ -388,8 +407,8 @@ class Backward {
 
   // p: the convolution's input, where it has been made.
   void weight_grads(int64_t conv, OutputGradient<S>& gradient, at::Tensor p) {
-    if (!needs.weights[conv] && !needs.biases[conv]) return;
-    bool needs_weight = needs.weights[conv];
+    bool needs_weight = needs.weights[conv] && !grads.weights[conv].defined();
+    if (!needs_weight && !needs.biases[conv]) return;
     if constexpr (std::is_same_v<T, bf16>) {
       if (needs_weight && has_weight_gradient(conv)) {
         const auto& from = block.input(conv);

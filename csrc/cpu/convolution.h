@@ -23,8 +23,7 @@ at::Tensor convolution_backward_data(
 // Whether the gradient of p can be added to a tensor without an intermediate: the convolution is a matrix product.
 bool accumulates_backward_data(const at::Tensor& weight, const Stage& stage);
 // accumulated += the gradient of p, in that case.
-void accumulate_backward_data(
-    const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& accumulated);
+void accumulate_backward_data(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& accumulated);
 
 struct WeightGradients {
   at::Tensor weight, bias;  // undefined where not asked for

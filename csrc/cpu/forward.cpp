@@ -22,7 +22,8 @@ BlockForward forward(const BlockTensors& tensors, const BlockSpec& spec) {
     at::Tensor statistics;
     block.y[i] = block.convolved(i, counts ? &statistics : nullptr, spec.from_x(i) ? &first_input : nullptr);
     if (counts) stats[norm] = statistics.defined() ? statistics : batch_statistics<S>(block.y[i]);
-    if (spec.convs[i].output_stage != kNone) block.set_norm(spec.convs[i].output_stage, norm == kNone ? at::Tensor() : stats[norm]);
+    if (spec.convs[i].output_stage != kNone)
+      block.set_norm(spec.convs[i].output_stage, norm == kNone ? at::Tensor() : stats[norm]);
   }
   first_input.reset();
 

@@ -75,6 +75,15 @@ Isa vector_isa() {
   return chosen;
 }
 
+bool has_slow_pairs() {
+#if defined(RESNET_FUSED_X86)
+  static const bool slow = __builtin_cpu_is("intel");
+  return slow;
+#else
+  return false;
+#endif
+}
+
 bool is_forced() {
   static const bool forced = wished() != nullptr;
   return forced;

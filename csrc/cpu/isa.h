@@ -14,6 +14,10 @@ Isa isa();
 // The same for kernels without tiles.
 Isa vector_isa();
 
+// Whether float32 multiplies more channels in a cycle than AVX512-BF16: Intel's processors begin one product of pairs
+// every two cycles, and two of floats every cycle.
+bool has_slow_pairs();
+
 // Whether RESNET_FUSED_ISA made the choice.
 bool is_forced();
 

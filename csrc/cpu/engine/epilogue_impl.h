@@ -11,36 +11,54 @@ using engine::Epilogue;
 using engine::Gathers;
 using engine::kPanel;
 
-// Finishes rows [from, to) of a tile of sums, whose channels begin at `channel`, and writes them to the positions of
-// the output that `target` names.
-template <class T, bool relu, bool adds, bool watches>
+template <class T, bool adds, bool watches>
 struct InRegisters {
-  static inline void rows(
-      const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
-    constexpr int vectors = kPanel / Vector::lanes;
-    typename Vector::Type scale[vectors], shift[vectors], z[vectors];
-    for (int v = 0; v < vectors; ++v) {
-      scale[v] = Vector::load(e.scale + channel + v * Vector::lanes);
-      shift[v] = Vector::load(e.shift + channel + v * Vector::lanes);
-    }
-    T* out = e.out + channel;
-    const T* residual = e.residual + channel;
-    for (int row = from; row < to; ++row) {
-      if (target[row] < 0) continue;
-      const int64_t at = target[row] * e.pitch;
-      if constexpr (adds) __builtin_prefetch(out + at + e.ahead, 1);
+  static constexpr int vectors = kPanel / Vector::lanes;
+
+  // The results whose channels begin at `channel`.
+  class Panel {
+   public:
+    inline Panel(const Epilogue<T>& e, int64_t channel)
+        : e_(e), channel_(channel), least_(Vector::fill(e.act.is(ActivationKind::relu) ? 0.0f : -__builtin_inff())) {
       for (int v = 0; v < vectors; ++v) {
-        const int64_t c = v * Vector::lanes;
-        z[v] = Vector::multiply_add(Vector::load(sums + row * kPanel + c), scale[v], shift[v]);
-        if constexpr (adds) z[v] = Vector::add(z[v], Vector::load(residual + at + c));
-        if constexpr (relu) z[v] = Vector::relu(z[v]);
+        scale_[v] = Vector::load(e.scale + channel + v * Vector::lanes);
+        shift_[v] = Vector::load(e.shift + channel + v * Vector::lanes);
       }
-      Vector::store_panel(out + at, z);
+    }
+
+    // Finishes the sums of one position and writes them to position `target` of the output.
+    inline void row(const Vector::Type* sums, int32_t target) const {
+      if (target < 0) return;
+      const int64_t at = target * e_.pitch + channel_;
+      if constexpr (adds) __builtin_prefetch(e_.out + at + e_.ahead, 1);
+      typename Vector::Type z[vectors];
+      for (int v = 0; v < vectors; ++v) {
+        z[v] = Vector::multiply_add(sums[v], scale_[v], shift_[v]);
+        if constexpr (adds) z[v] = Vector::add(z[v], Vector::load(e_.residual + at + v * Vector::lanes));
+        z[v] = Vector::at_least(least_, z[v]);
+      }
+      Vector::store_panel(e_.out + at, z);
       if constexpr (watches) {
         bool finite = true;
         for (int v = 0; v < vectors; ++v) finite &= Vector::all_finite(z[v]);
-        if (!finite) *e.not_finite = true;
+        if (!finite) *e_.not_finite = true;
       }
+    }
+
+   private:
+    const Epilogue<T>& e_;
+    const int64_t channel_;
+    typename Vector::Type scale_[vectors], shift_[vectors], least_;
+  };
+
+  // Rows [from, to) of a tile of sums, whose positions of the output `target` names.
+  static inline void rows(
+      const float* sums, const Epilogue<T>& e, int64_t channel, const int32_t* target, int from, int to) {
+    const Panel finish(e, channel);
+    for (int r = from; r < to; ++r) {
+      typename Vector::Type z[vectors];
+      for (int v = 0; v < vectors; ++v) z[v] = Vector::load(sums + r * kPanel + v * Vector::lanes);
+      finish.row(z, target[r]);
     }
   }
 };
@@ -178,10 +196,9 @@ static inline void with_finish(const Epilogue<T>& e, const Body& body) {
   const bool relu = e.act.is(ActivationKind::relu);
   const bool plain = !e.branch_scale && !e.residual_scale && (relu || e.act.is(ActivationKind::identity));
   if (!plain || (e.residual && e.not_finite)) return body(InMemory<T>{});
-  if (e.not_finite)
-    return relu ? body(InRegisters<T, true, false, true>{}) : body(InRegisters<T, false, false, true>{});
-  if (e.residual) return relu ? body(InRegisters<T, true, true, false>{}) : body(InRegisters<T, false, true, false>{});
-  return relu ? body(InRegisters<T, true, false, false>{}) : body(InRegisters<T, false, false, false>{});
+  if (e.not_finite) return body(InRegisters<T, false, true>{});
+  if (e.residual) return body(InRegisters<T, true, false>{});
+  return body(InRegisters<T, false, false>{});
 }
 
 template <class Finish, class T>

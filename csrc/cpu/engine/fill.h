@@ -14,8 +14,7 @@ template <class T>
 void put(const Operand<T>& from, int64_t first, int64_t count, int64_t pitch, T* to) {
   const int64_t channels = from.channels();
   if (pitch == channels) {
-    if (const T* made = from.pixels(first, count, to); made != to)
-      std::memcpy(to, made, count * channels * sizeof(T));
+    if (const T* made = from.pixels(first, count, to); made != to) std::memcpy(to, made, count * channels * sizeof(T));
   } else {
     for (int64_t i = 0; i < count; ++i) {
       T* at = to + i * pitch;
@@ -28,8 +27,7 @@ void put(const Operand<T>& from, int64_t first, int64_t count, int64_t pitch, T*
 
 // Input rows [begin, end) of an image, the n-th of those side by side.
 template <class T>
-void fill_planes(
-    const Operand<T>& from, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) {
+void fill_planes(const Operand<T>& from, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) {
   const int64_t width = l.input.width, first = image * l.input.pixels();
   const bool dense = l.window.stride[1] == 1 && l.images == 1;
   std::vector<T> row;

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -12,10 +13,13 @@
 #include <sys/mman.h>
 #endif
 
+#include "../../block/integer_division.h"
+
 namespace resnet_fused::cpu::engine {
 namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20, kMargin = 4096;
+constexpr int64_t kChunk = 4 * kHugePage;
 
 // The offset within a page at which memory begins, a different one each time. Of two buffers that are walked side by
 // side, a load from one would wait for stores to the other if their addresses differed by whole pages.
@@ -38,6 +42,19 @@ unsigned char* allocate_raw(int64_t bytes) {
   std::memcpy(shifted - sizeof(memory), &memory, sizeof(memory));
   return shifted;
 }
+
+#if defined(__linux__)
+// Fresh pages: those of the heap that have been touched stay small.
+Memory map(int64_t bytes) {
+  const int64_t mapped = bytes + kHugePage;
+  void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, memory != MAP_FAILED, "the CPU engine needs ", bytes, " bytes more than there are");
+  auto* aligned = reinterpret_cast<unsigned char*>(round_up(reinterpret_cast<int64_t>(memory), kHugePage));
+  madvise(aligned, bytes, MADV_HUGEPAGE);  // a hint
+  return {aligned, [memory, mapped](unsigned char*) { munmap(memory, mapped); }};
+}
+#endif
 
 void free_raw(unsigned char* shifted) {
   void* memory;
@@ -92,6 +109,27 @@ struct Scratch {
 thread_local Scratch this_thread;
 
 }  // namespace
+
+Memory allocate_together(int64_t bytes) {
+#if defined(__linux__)
+  static std::mutex mutex;
+  static Memory chunk;
+  static int64_t used = 0, size = 0;
+  const int64_t needed = round_up(bytes, 64) + next_shift();
+  const std::lock_guard lock(mutex);
+  if (used + needed > size) {
+    const int64_t next = round_up(std::max(needed, kChunk), kHugePage);
+    chunk = map(next);
+    size = next;
+    used = 0;
+  }
+  Memory memory(chunk, chunk.get() + used);
+  used += needed;
+  return memory;
+#else
+  return allocate(bytes);
+#endif
+}
 
 Memory allocate(int64_t bytes) {
   return {allocate_raw(bytes), [](unsigned char* memory) { free_raw(memory); }};

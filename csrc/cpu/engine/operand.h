@@ -23,8 +23,8 @@ class Operand {
   int64_t channels() const { return channels_; }
   bool is_given() const { return given_ != nullptr; }
 
-  // Keeps what is made, in `all`, for whoever reads it next; it may be what it is made of. Every pixel must then be made
-  // once.
+  // Keeps what is made, in `all`, for whoever reads it next; it may be what it is made of. Every pixel must then be
+  // made once.
   void keep(T* all) { kept_ = all; }
   const T* kept() const { return kept_; }
 

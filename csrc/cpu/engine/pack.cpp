@@ -51,7 +51,7 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
     for (int64_t p = 0; p < packed.panels; ++p)
       packed.first_channel.push_back(static_cast<int32_t>(std::min(begin[p], whole - packed.depth)));
   }
-  packed.memory = allocate(packed.elements() * static_cast<int64_t>(sizeof(T)));
+  packed.memory = allocate_together(packed.elements() * static_cast<int64_t>(sizeof(T)));
   T* all = reinterpret_cast<T*>(packed.memory.get());
   std::fill_n(reinterpret_cast<unsigned char*>(all), packed.elements() * sizeof(T), 0);
   const float* w = weight.const_data_ptr<float>();
@@ -110,8 +110,7 @@ void pack_block(const T* w, int64_t outputs, int64_t channels, int64_t output_st
     }
   }
   for (int64_t o = 0; o < outputs; ++o)
-    for (int64_t c = 0; c < channels; ++c)
-      to[offset_in_panel<T>(c, o)] = w[o * output_stride + c * channel_stride];
+    for (int64_t c = 0; c < channels; ++c) to[offset_in_panel<T>(c, o)] = w[o * output_stride + c * channel_stride];
 }
 
 }  // namespace

@@ -37,12 +37,12 @@ struct Factor {
   const T* weights = nullptr;              // [panel][tap][depth][32]
 };
 
-// Of whole panels and sums that are only shifted, what the norm around them needs is gathered on the way: the statistics
-// of the results, or the sums of a gradient behind the norm's ReLU.
+// Of whole panels and sums that are only shifted, what the norm around them needs is gathered on the way: the
+// statistics of the results, or the sums of a gradient behind the norm's ReLU.
 enum class Gathers {
   nothing,
   statistics,  // rows of [3][32] for each panel: a value of the channel, the sum of (z - value), and of its square
-  gradient     // results are zero where the norm of y is not positive; rows of [2][32]: their sum, that times (y - center)
+  gradient  // results are zero where the norm of y is not positive; rows of [2][32]: their sum, that times (y - center)
 };
 
 // For Gathers::gradient: y laid out as `out`, and its norm's vectors [panels * 32].

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kUnlimited = int64_t{1} << 40;
 // Bytes per cycle from the third cache or memory, for one of several threads; cycles until all threads have met.
 constexpr double kBytesPerCycle = 8, kMeeting = 6000;
+// The part of the second cache in which a block's weights stay from image to image.
+constexpr double kHeldWeights = 0.6;
 
 std::pair<int64_t, int64_t> as_pair(std::array<int64_t, 2> range) { return {range[0], range[1]}; }
 
@@ -100,6 +102,8 @@ class Planner {
 
   // The number of output rows for which a band's reads and writes fill half the second cache.
   int64_t band_rows(const Schedule& s) const {
+    // Each band reads all weights. Vectors gain less from bands than weights cost that leave the cache between them.
+    if (!m_.whole_tiles && weights() > kHeldWeights * static_cast<double>(m_.second_cache)) return s.pooled.height;
     double row = 0;  // bytes of one output row in everything that lives as long as the band
     const Layout& end = s.layouts[last()];
     const double height = static_cast<double>(s.pooled.height);
@@ -185,9 +189,17 @@ class Planner {
     s.scratch += s.images * rows * s.layouts[last()].output.width * chain_[last()].out * m_.element;
   }
 
+  // Bytes of all weights.
+  double weights() const {
+    int64_t count = 0;
+    for (const Shape& shape : chain_) count += shape.products * shape.panels * kPanel;
+    if (projection_) count += projection_->products * projection_->panels * kPanel;
+    return static_cast<double>(count * m_.element);
+  }
+
   double cost(const Schedule& s) const {
     const int64_t threads = m_.threads;
-    double products = 0, weights = 0, streamed = 0;
+    double products = 0, streamed = 0;
     for (const Part& part : s.parts)
       for (const Step& step : part) {
         const Shape& shape = chain_[step.conv];
@@ -204,9 +216,7 @@ class Planner {
           for (const Rows& t : step.tiles) cycles += (t.end - t.begin + 1) * (depth + 8);
         products += cycles * panels;
       }
-    const double cache = static_cast<double>(m_.second_cache), element = static_cast<double>(m_.element);
-    for (const Shape& shape : chain_) weights += static_cast<double>(shape.products * shape.panels * kPanel) * element;
-    if (projection_) weights += static_cast<double>(projection_->products * projection_->panels * kPanel) * element;
+    const double cache = static_cast<double>(m_.second_cache), weights = this->weights();
     const auto count = static_cast<double>(s.items * static_cast<int64_t>(s.parts.size()));
     const double each = std::max(1.0, static_cast<double>(ceil_div(static_cast<int64_t>(count), threads)));
     double inside = 0;  // bytes between the convolutions of one item
@@ -222,7 +232,7 @@ class Planner {
       const double item = products + streamed / kBytesPerCycle + static_cast<double>(chain_.size()) * kMeeting;
       return item * static_cast<double>(s.items);
     }
-    streamed = weights * (weights > 0.6 * cache ? each : 1.0);
+    streamed = weights * (weights > kHeldWeights * cache ? each : 1.0);
     streamed += again * each;
     return products / static_cast<double>(s.parts.size()) * each + streamed / kBytesPerCycle + kMeeting;
   }

@@ -28,8 +28,8 @@ Window window_of(const at::Tensor& weight, const Stage& stage) {
 }
 
 // In one dimension, the gradient of those inputs that one phase of the stride gives: a convolution of stride 1 over the
-// outputs' gradients by the taps of this phase, last one first. Its result u belongs to input first + stride u, if there is
-// one.
+// outputs' gradients by the taps of this phase, last one first. Its result u belongs to input first + stride u, if
+// there is one.
 struct Phase {
   std::vector<int64_t> taps;
   int64_t dilation, padding, first, stride;
@@ -62,7 +62,7 @@ std::vector<Tap> all_taps(const Window& w) {
 
 template <class T>
 Shape shape_of(const Window& window, int64_t in, int64_t out, const Packed& packed) {
-  const auto kind = window.is_pixel()                              ? Layout::Kind::pixels
+  const auto kind = window.is_pixel()                                ? Layout::Kind::pixels
                     : window.kernel[0] == 1 && window.kernel[1] == 1 ? Layout::Kind::columns
                                                                      : Layout::Kind::planes;
   return {window, 1, in, out, kind, packed.panels, packed.taps * packed.depth};
@@ -76,15 +76,14 @@ std::shared_ptr<const Schedule> schedule_of(const Shape& shape, const Batch& bat
   static std::map<std::vector<int64_t>, std::shared_ptr<const Schedule>> kept;
   const auto& w = shape.window;
   const int64_t threads = at::get_num_threads();
-  const std::vector<int64_t> key{w.kernel[0],   w.kernel[1],   w.stride[0],        w.stride[1],       w.padding[0],
-                                 w.padding[1],  w.dilation[0], w.dilation[1],      shape.in,          shape.out,
-                                 batch.images,  batch.size.height, batch.size.width, made,            threads};
+  const std::vector<int64_t> key{w.kernel[0],  w.kernel[1],       w.stride[0],      w.stride[1], w.padding[0],
+                                 w.padding[1], w.dilation[0],     w.dilation[1],    shape.in,    shape.out,
+                                 batch.images, batch.size.height, batch.size.width, made,        threads};
   const std::lock_guard lock(mutex);
   if (const auto found = kept.find(key); found != kept.end()) return found->second;
   if (kept.size() > 512) kept.clear();
-  const Machine machine{
-      threads,          second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles, sizeof(T),
-      kDepthStep<T>};
+  const Machine machine{threads,   second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles,
+                        sizeof(T), kDepthStep<T>};
   return kept[key] = std::make_shared<Schedule>(
              make_schedule({shape}, nullptr, nullptr, batch.images, batch.size, made, machine));
 }
@@ -133,6 +132,13 @@ class Pass {
     target_ = scattered_.data();
   }
 
+  // Whether `made` will be given all rows that are made.
+  bool hand_to(const Made<T>& made) {
+    if (s_.reads_x || s_.splits_outputs || from_.kept() || !shape_.window.is_pixel()) return false;
+    made_ = &made;
+    return true;
+  }
+
   void run() {
     // rows that two parts of an image read must not be made twice
     if (from_.kept() && !prepares() && s_.parts.size() > 1) make_all();
@@ -165,6 +171,7 @@ class Pass {
   const int32_t* target_;  // of each position
   int64_t pixels_;         // of a picture of results
   int64_t width_;
+  const Made<T>* made_ = nullptr;
   std::vector<float> sums_;
   std::vector<int32_t> rows_;
 
@@ -195,6 +202,7 @@ class Pass {
         const Part& part = s_.parts[i % parts];
         for (size_t step = 0; step < part.size(); ++step) {
           fill(buffer, i / parts, part[step], part[step]);
+          if (made_) hand(buffer, i / parts, part[step]);
           multiply(buffer, i / parts, i * steps_ + static_cast<int64_t>(step), part[step], 0, packed_.panels);
         }
       }
@@ -216,7 +224,9 @@ class Pass {
         const Step& step = part[index];
         if (!s_.reads_x || prepares())
           each(threads, [&](int64_t t) {
-            const auto share = [&](int64_t begin, int64_t end, int64_t n) { return begin + n * (end - begin) / threads; };
+            const auto share = [&](int64_t begin, int64_t end, int64_t n) {
+              return begin + n * (end - begin) / threads;
+            };
             Step own = step;
             own.x_begin = share(step.x_begin, step.x_end, t);
             own.x_end = share(step.x_begin, step.x_end, t + 1);
@@ -256,6 +266,14 @@ class Pass {
     }
   }
 
+  void hand(const T* buffer, int64_t item, const Step& step) const {
+    const Layout& l = layout();
+    const bool band = l.images == 1;
+    const int64_t width = l.input.width, first = item * l.images * l.input.pixels() + (band ? step.begin * width : 0);
+    const int64_t count = band ? (step.end - step.begin) * width : l.images * l.input.pixels();
+    (*made_)(at::get_thread_num(), first, count, buffer);
+  }
+
   void multiply(T* buffer, int64_t item, int64_t at, const Step& step, int64_t panel_begin, int64_t panel_end) {
     const Layout& l = layout();
     Task<T> task{};
@@ -273,8 +291,8 @@ class Pass {
     task.row_count = static_cast<int64_t>(step.tiles.size());
     task.panel_begin = panel_begin;
     task.panel_end = panel_end;
-    task.panels_inner =
-        shape_.products * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
+    task.panels_inner = shape_.products * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <=
+                        second_cache() * 3 / 4;
     task.prefetches = s_.reads_x && !prepares();
     auto& e = task.epilogue = epilogue_;
     const int64_t shift = item * l.images * pixels_ * shape_.out;
@@ -358,7 +376,8 @@ Convolved convolve(
       return std::pair(s[0] + offset, std::max(0.0, s[2 * kPanel] - sum * offset));
     });
   });
-  result.statistics = at::empty({2, out}, weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
+  result.statistics =
+      at::empty({2, out}, weight.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous));
   float* mean = result.statistics.template mutable_data_ptr<float>();
   merged.write(mean, mean + out);
   return result;
@@ -368,8 +387,8 @@ namespace {
 
 template <class T>
 NormGradient backward(
-    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage, const at::Tensor& accumulated,
-    const Differentiated<T>* behind) {
+    const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
+    const at::Tensor& accumulated, const Differentiated<T>* behind, const Made<T>& made) {
   const int64_t in = weight.size(0), out = weight.size(1), padded = round_up(out, kPanel);
   const Window window = window_of(weight, stage);
   const Size size = window.output(batch.size);
@@ -422,6 +441,7 @@ NormGradient backward(
     const Shape shape = shape_of<T>(own, in, out, packed);
     Pass<T> pass(shape, {batch.images, size}, from, packed, e, behind ? 2 : 0);
     pass.scatter(batch.size, {line.first, column.first}, {line.stride, column.stride});
+    if (made && parts.size() == 1) result.handed = pass.hand_to(made);
     pass.run();
     if (from.kept()) from = Operand<T>(from.kept(), in);
     if (behind)
@@ -442,23 +462,23 @@ template <class T>
 at::Tensor convolve_backward(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
     const at::Tensor& accumulated) {
-  return backward<T>(dy, batch, weight, stage, accumulated, nullptr).dz;
+  return backward<T>(dy, batch, weight, stage, accumulated, nullptr, {}).dz;
 }
 
 template <class T>
 NormGradient convolve_backward_norm(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
-    const Differentiated<T>& behind) {
-  return backward<T>(dy, batch, weight, stage, {}, &behind);
+    const Differentiated<T>& behind, const Made<T>& made) {
+  return backward<T>(dy, batch, weight, stage, {}, &behind, made);
 }
 
-#define INSTANTIATE(T)                                                                                          \
-  template Convolved convolve<T>(                                                                               \
+#define INSTANTIATE(T)                                                                                           \
+  template Convolved convolve<T>(                                                                                \
       const Operand<T>&, const Batch&, const at::Tensor&, const std::optional<at::Tensor>&, const Stage&, bool); \
-  template at::Tensor convolve_backward<T>(                                                                     \
-      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const at::Tensor&);                     \
-  template NormGradient convolve_backward_norm<T>(                                                              \
-      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const Differentiated<T>&);
+  template at::Tensor convolve_backward<T>(                                                                      \
+      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const at::Tensor&);                      \
+  template NormGradient convolve_backward_norm<T>(                                                               \
+      const Operand<T>&, const Batch&, const at::Tensor&, const Stage&, const Differentiated<T>&, const Made<T>&);
 INSTANTIATE(bf16)
 INSTANTIATE(float)
 #undef INSTANTIATE

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -57,10 +58,15 @@ at::Tensor convolve_backward(
 struct NormGradient {
   at::Tensor dz;
   std::vector<double> sum, sum_y;
+  bool handed = false;  // whether all of dy was given to `made`
 };
+// Is given pixels [first, first + count) of dy, whole rows, by thread `slot`, while they are in its cache. Where dy is
+// made more than once or by several threads together it is not called.
+template <class T>
+using Made = std::function<void(int64_t slot, int64_t first, int64_t count, const T* pixels)>;
 template <class T>
 NormGradient convolve_backward_norm(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,
-    const Differentiated<T>& behind);
+    const Differentiated<T>& behind, const Made<T>& made = {});
 
 }  // namespace resnet_fused::cpu::engine

@@ -78,12 +78,30 @@ static inline Vector::Type multiply_add(const bf16* x, Vector::Type weights, Vec
   return Vector::multiply_pairs(sum, Vector::broadcast_pair(x), weights);
 }
 
-// sums[row][column + 0 ..] := the products of `rows` positions with some columns of a panel, or += where it `adds`.
+// A tile that is not finished here: its sums are added to, or another struct finishes them.
+struct Unfinished {};
+// Whether a tile, which is a whole panel wide then, is finished where its sums are.
+template <class Finish>
+constexpr bool kFinishesTile = false;
+template <class T, bool adds>
+constexpr bool kFinishesTile<InRegisters<T, adds, false>> = kColumns == kPanel;
+
+// Where the sums of a tile go.
+template <class T>
+struct Tile {
+  int column;   // of the panel
+  bool adds;    // to `sums` what they hold
+  float* sums;  // [rows][32]
+  const Epilogue<T>& epilogue;
+  int64_t channel;        // of the panel
+  const int32_t* target;  // of each row
+};
+
+// The products of `rows` positions with some columns of a panel become sums or, finished, results.
 // next: weights to fetch meanwhile, `stride` bytes at each step.
-template <class T, int rows>
+template <class T, class Finish, int rows>
 static void multiply_tile(
-    const Run<T>* run, const Run<T>* end, int64_t first, int column, bool adds, float* sums, const char* next,
-    int64_t stride) {
+    const Run<T>* run, const Run<T>* end, int64_t first, const Tile<T>& tile, const char* next, int64_t stride) {
   Vector::Type sum[rows][kVectors];
   EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero();
   for (; run != end; ++run) {
@@ -95,38 +113,45 @@ static void multiply_tile(
       for (const T* beyond = w + group * 32 / kStep<T>; w != beyond; w += 32, next += stride, x.advance()) {
         __builtin_prefetch(next, 0, 2);
         Vector::Type b[kVectors];
-        for (int v = 0; v < kVectors; ++v) b[v] = weights_of(w, column + v * Vector::lanes);
+        for (int v = 0; v < kVectors; ++v) b[v] = weights_of(w, tile.column + v * Vector::lanes);
         EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(x.at(r), b[v], sum[r][v]);
       }
   }
-  EACH_ROW for (int v = 0; v < kVectors; ++v) {
-    float* at = sums + r * kPanel + column + v * Vector::lanes;
-    Vector::store(at, adds ? Vector::add(Vector::load(at), sum[r][v]) : sum[r][v]);
+  float* sums = tile.sums + tile.column;
+  if (tile.adds) {
+    EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] =
+        Vector::add(Vector::load(sums + r * kPanel + v * Vector::lanes), sum[r][v]);
+  }
+  if constexpr (kFinishesTile<Finish>) {
+    const typename Finish::Panel panel(tile.epilogue, tile.channel);
+    EACH_ROW panel.row(sum[r], tile.target[r]);
+  } else {
+    EACH_ROW for (int v = 0; v < kVectors; ++v) Vector::store(sums + r * kPanel + v * Vector::lanes, sum[r][v]);
   }
 }
 
 template <class T>
-using MultiplyTile = void (*)(const Run<T>*, const Run<T>*, int64_t, int, bool, float*, const char*, int64_t);
+using MultiplyTile = void (*)(const Run<T>*, const Run<T>*, int64_t, const Tile<T>&, const char*, int64_t);
 
 // Calls the function for the given number of rows.
-template <class T>
+template <class T, class Finish>
 constexpr MultiplyTile<T> kMultiplyTile[] = {
     nullptr,
-    multiply_tile<T, 1>,
-    multiply_tile<T, 2>,
-    multiply_tile<T, 3>,
-    multiply_tile<T, 4>,
-    multiply_tile<T, 5>,
-    multiply_tile<T, 6>,
+    multiply_tile<T, Finish, 1>,
+    multiply_tile<T, Finish, 2>,
+    multiply_tile<T, Finish, 3>,
+    multiply_tile<T, Finish, 4>,
+    multiply_tile<T, Finish, 5>,
+    multiply_tile<T, Finish, 6>,
 #if VECTOR_BYTES == 64
-    multiply_tile<T, 7>,
-    multiply_tile<T, 8>,
-    multiply_tile<T, 9>,
-    multiply_tile<T, 10>,
-    multiply_tile<T, 11>,
-    multiply_tile<T, 12>,
-    multiply_tile<T, 13>,
-    multiply_tile<T, 14>
+    multiply_tile<T, Finish, 7>,
+    multiply_tile<T, Finish, 8>,
+    multiply_tile<T, Finish, 9>,
+    multiply_tile<T, Finish, 10>,
+    multiply_tile<T, Finish, 11>,
+    multiply_tile<T, Finish, 12>,
+    multiply_tile<T, Finish, 13>,
+    multiply_tile<T, Finish, 14>
 #endif
 };
 
@@ -187,6 +212,7 @@ template <class T>
 static void multiply(const Task<T>& task) {
   const Epilogue<T>& e = task.epilogue;
   with_finish(e, [&](auto finish) {
+    using Finish = decltype(finish);
     alignas(64) float sums[kBlockTiles][kVectorRows * kPanel];
     const int64_t at_once = tiles_at_once(task);
     const engine::Rows* end = task.rows + task.row_count;
@@ -194,6 +220,7 @@ static void multiply(const Task<T>& task) {
       const int64_t rest = end - block, count = rest < at_once ? rest : at_once;
       constexpr int64_t passes = kPanel / kColumns;  // of a tile
       for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+        const int64_t channel = panel * kPanel;
         // The first panel meanwhile fetches the next block's input, or the next band's, where few channels of it lie in
         // memory; the others the weights that come next.
         const Factor<T>& f = task.factors[0];
@@ -209,11 +236,19 @@ static void multiply(const Task<T>& task) {
             next = reinterpret_cast<const char*>(chunks.begin()->weights) + chunks.steps() * kBytesOfStep;
             stride = (kBytesOfStep + count * passes - 1) / (count * passes);
           }
+          const MultiplyTile<T>* multiply_tile = kMultiplyTile<T, Unfinished>;
+          bool finishes = !chunks.more();
+          if constexpr (kFinishesTile<Finish>)
+            if (finishes && channel + kPanel <= e.channels) {
+              multiply_tile = kMultiplyTile<T, Finish>;
+              finishes = false;
+            }
           for (int64_t i = 0; i < count; ++i) {
             const int height = block[i].end - block[i].begin, first = block[i].first + block[i].begin;
-            for (int column = 0; column < kPanel; column += kColumns, next += stride * chunks.steps())
-              kMultiplyTile<T>[height](chunks.begin(), chunks.end(), first, column, adds, sums[i], next, stride);
-            if (!chunks.more()) finish_rows<decltype(finish)>(sums[i], e, panel * kPanel, e.target + first, 0, height);
+            Tile<T> tile{0, adds, sums[i], e, channel, e.target + first};
+            for (; tile.column < kPanel; tile.column += kColumns, next += stride * chunks.steps())
+              multiply_tile[height](chunks.begin(), chunks.end(), first, tile, next, stride);
+            if (finishes) finish_rows<Finish>(sums[i], e, channel, tile.target, 0, height);
           }
         }
       }

@@ -17,7 +17,8 @@ struct Vector {
   using Type = __m512;
   static constexpr int lanes = 16;
   static inline Type zero() { return _mm512_setzero_ps(); }
-  static inline Type broadcast(const float* p) { return _mm512_set1_ps(*p); }
+  static inline Type fill(float value) { return _mm512_set1_ps(value); }
+  static inline Type broadcast(const float* p) { return fill(*p); }
   static inline Type broadcast_pair(const bf16* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, 4);
@@ -36,7 +37,7 @@ struct Vector {
   static inline Type where_positive(Type z, Type v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
   }
-  static inline Type relu(Type z) { return _mm512_max_ps(_mm512_setzero_ps(), z); }  // the second operand, if it is NaN
+  static inline Type at_least(Type least, Type z) { return _mm512_max_ps(least, z); }  // z if it is NaN
   static inline Type low(Type v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16)); }
   static inline Type high(Type v) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0xffff0000)));
@@ -84,7 +85,8 @@ struct Vector {
   using Type = Floats;
   static constexpr int lanes = VECTOR_BYTES / 4;
   static inline Type zero() { return Type{}; }
-  static inline Type broadcast(const float* p) { return *p - Type{}; }
+  static inline Type fill(float value) { return value - Type{}; }
+  static inline Type broadcast(const float* p) { return fill(*p); }
   static inline Type broadcast_pair(const bf16* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, 4);
@@ -109,7 +111,7 @@ struct Vector {
     return a * b + c;
 #endif
   }
-  static inline Type relu(Type z) { return z < Type{} ? Type{} : z; }
+  static inline Type at_least(Type least, Type z) { return z < least ? least : z; }
   static inline Type low(Type v) { return reinterpret_cast<Type>(reinterpret_cast<Ints>(v) << 16); }
   static inline Type high(Type v) {
     return reinterpret_cast<Type>(reinterpret_cast<Ints>(v) & static_cast<int32_t>(0xffff0000));

@@ -148,8 +148,17 @@ void WeightGradient::add(int64_t slot, const Part& part, const Operand<bf16>& dy
   begun_[slot] = 1;
 }
 
+void WeightGradient::add_rows(
+    int64_t slot, int64_t begin, int64_t end, const Operand<bf16>& dy, const Operand<bf16>& p) {
+  int64_t most = 1;  // rows that the packed operands have room for
+  for (const Part& part : parts_) most = std::max(most, part.end - part.begin);
+  for (int64_t row = begin; row < end; row += most) add(slot, {0, 1, row, std::min(end, row + most)}, dy, p);
+}
+
 at::Tensor WeightGradient::finish() {
   if (!is_sound()) return {};
+  for (int64_t slot = 0; slot < slots_; ++slot)
+    if (!begun_[slot]) std::fill_n(sums_of(slot), at_once_ * pair_floats(), 0.0f);
   const int64_t pairs = static_cast<int64_t>(pairs_.size());
   at::parallel_for(0, pairs, ceil_div(pairs, threads_), [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) write(pair, sums_of(0) + pair * pair_floats(), slots_);

@@ -40,6 +40,10 @@ class WeightGradient {
   const std::vector<Part>& parts() const { return parts_; }
   int64_t slots() const { return slots_; }
   void add(int64_t slot, const Part& part, const Operand<bf16>& dy, const Operand<bf16>& p);
+  // For a window of one pixel the parts may be cut otherwise: output rows [begin, end) of all images one behind the
+  // other, by any of the threads.
+  bool takes_rows() const { return apart_ && !layout_.mixes_zeros() && slots_ == threads_; }
+  void add_rows(int64_t slot, int64_t begin, int64_t end, const Operand<bf16>& dy, const Operand<bf16>& p);
   at::Tensor finish();
 
   at::Tensor compute(const Operand<bf16>& dy, const Operand<bf16>& p);
