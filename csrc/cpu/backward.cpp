@@ -325,7 +325,10 @@ class Backward {
           gradient.kept_operand(owns(gradient)), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind,
           made);
       if (found.dz.defined()) gradient.keep();
-      if (found.handed) grads.weights[conv] = of_weight->finish();
+      if constexpr (std::is_same_v<T, bf16>)
+        if (found.dz.defined() && of_weight)
+          grads.weights[conv] =
+              found.handed ? of_weight->finish() : of_weight->compute(gradient.operand(), block.operand(conv, act));
       return found;
     }
     return {};

@@ -6,7 +6,6 @@
 
 #include "../block/kernel_layout.h"
 #include "depthwise.h"
-#include "engine/weight_gradient.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -140,17 +139,6 @@ bool is_small_weight_product(const at::Tensor& p, const at::Tensor& weight, cons
 
 at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
-// Undefined where the engine leaves it to others.
-at::Tensor weight_gradient_by_tiles(
-    const at::Tensor& dy, const at::Tensor& p, const at::Tensor& weight, const Stage& stage) {
-  if (p.numel() == 0 || dy.numel() == 0 || !engine::has_weight_gradient(weight, stage, p.scalar_type())) return {};
-  const auto pixels = [](const at::Tensor& t) {
-    return engine::Operand<bf16>(reinterpret_cast<const bf16*>(t.const_data_ptr<at::BFloat16>()), t.size(1));
-  };
-  const auto size = [](const at::Tensor& t) { return engine::Size{t.size(2), t.size(3)}; };
-  return engine::weight_gradient(pixels(dy), pixels(p), dy.size(0), size(p), size(dy), weight, stage);
-}
-
 at::Tensor product(const at::Tensor& p, const at::Tensor& weight, const Bias& bias) {
   auto y = at::empty({p.size(0), weight.size(0), p.size(2), p.size(3)}, p.options().memory_format(kLayout));
   auto rows = as_rows(y);
@@ -233,14 +221,12 @@ WeightGradients convolution_backward_weight(
     const at::Tensor& dy, const at::Tensor& p_in, const at::Tensor& weight, const Stage& stage_in, bool needs_weight,
     bool needs_bias) {
   WeightGradients grads;
-  if (needs_weight) grads.weight = weight_gradient_by_tiles(dy, p_in, weight, stage_in);
-  if (!needs_weight || grads.weight.defined()) {
-  } else if (is_small_weight_product(p_in, weight, stage_in)) {
+  if (needs_weight && is_small_weight_product(p_in, weight, stage_in)) {
     auto dw = at::empty_like(weight, weight.suggest_memory_format());
     auto matrix = dw.as_strided({weight.size(0), weight.size(1)}, {weight.size(1), 1});
     at::mm_out(matrix, as_rows(dy).t(), as_rows(p_in));
     grads.weight = dw;
-  } else if (has_faster_backward_weight(weight, stage_in)) {
+  } else if (needs_weight && has_faster_backward_weight(weight, stage_in)) {
     grads.weight = depthwise_backward_weight(dy, p_in, weight, stage_in);
   }
   if (needs_weight && !grads.weight.defined()) {

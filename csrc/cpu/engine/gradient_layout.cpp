@@ -53,7 +53,7 @@ int64_t GradientLayout::plane_columns(int64_t plane) const {
   return std::max<int64_t>(0, ceil_div(input_.width - phases_[plane][1], window_.stride[1]));
 }
 
-Positions GradientLayout::positions(const Part& part, Side side) const {
+Positions GradientLayout::positions(const Slab& part, Side side) const {
   Positions p{{}, {1, 1}, 0, 0, width_, part.first, part.images, 0};
   if (side == Side::gradient) {
     p.planes.push_back({{0, 0}, output_.width, part.begin, part.end});
@@ -75,7 +75,7 @@ Positions GradientLayout::positions(const Part& part, Side side) const {
   return p;
 }
 
-std::vector<Run> GradientLayout::runs(const Part& part, bool transposes_gradient) const {
+std::vector<Run> GradientLayout::runs(const Slab& part, bool transposes_gradient) const {
   const Positions dy = positions(part, Side::gradient), p = positions(part, Side::input);
   std::vector<Run> runs;
   for (const Tap& tap : taps_) {

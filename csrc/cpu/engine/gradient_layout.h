@@ -18,7 +18,7 @@ namespace resnet_fused::cpu::engine {
 enum class Side { gradient, input };
 
 // Output rows [begin, end) of `images` images from `first` on.
-struct Part {
+struct Slab {
   int64_t first, images, begin, end;
 };
 
@@ -57,10 +57,10 @@ class GradientLayout {
   bool mixes_zeros() const { return !stacked_; }
 
   int64_t memory_width(Side side) const { return side == Side::gradient ? output_.width : memory_width_; }
-  Positions positions(const Part& part, Side side) const;
+  Positions positions(const Slab& part, Side side) const;
   int64_t planes() const { return static_cast<int64_t>(phases_.size()); }
   // Where each tap begins in these positions; transposes_gradient: which operand is which.
-  std::vector<Run> runs(const Part& part, bool transposes_gradient) const;
+  std::vector<Run> runs(const Slab& part, bool transposes_gradient) const;
 
   // The first pixel in memory of a plane's row; -1: beyond the last image.
   int64_t row(Side side, const Positions::Plane& plane, int64_t image, int64_t row) const;

@@ -8,7 +8,7 @@ namespace {
 // Gives the pixels at an operand's positions.
 class Reader {
  public:
-  Reader(const GradientLayout& layout, const Part& part, Side side, const Operand<bf16>& operand)
+  Reader(const GradientLayout& layout, const Slab& part, Side side, const Operand<bf16>& operand)
       : layout_(layout),
         operand_(operand),
         positions_(layout.positions(part, side)),
@@ -82,7 +82,7 @@ class Reader {
 
 }  // namespace
 
-void PackFormat::widen(const GradientLayout& layout, const Part& part) {
+void PackFormat::widen(const GradientLayout& layout, const Slab& part) {
   const int64_t dy = layout.positions(part, Side::gradient).count, p = layout.positions(part, Side::input).count;
   pitch = std::max(pitch, transposes_gradient ? dy : p);
   // an odd number of lines: the rows of a tile lie in different sets of the first cache
@@ -91,7 +91,7 @@ void PackFormat::widen(const GradientLayout& layout, const Part& part) {
 }
 
 bool pack(
-    const GradientLayout& layout, const Part& part, Side side, const Operand<bf16>& operand, const PackFormat& format,
+    const GradientLayout& layout, const Slab& part, Side side, const Operand<bf16>& operand, const PackFormat& format,
     int64_t share, int64_t shares, bf16* to) {
   const auto& kernels = gradient_kernels();
   const bool transposes = format.transposes_gradient == (side == Side::gradient);

@@ -14,7 +14,7 @@ struct PackFormat {
   int64_t positions = 0;                              // of the interleaved operand
 
   // Makes room for a part.
-  void widen(const GradientLayout& layout, const Part& part);
+  void widen(const GradientLayout& layout, const Slab& part);
   int64_t panel() const { return positions * kPanel; }
   int64_t interleaved() const { return transposed_channels * pitch; }
   int64_t elements() const { return interleaved() + interleaved_channels * positions; }
@@ -22,7 +22,7 @@ struct PackFormat {
 
 // Packs one of `shares` shares of an operand's positions. Whether all its values are finite.
 bool pack(
-    const GradientLayout& layout, const Part& part, Side side, const Operand<bf16>& operand, const PackFormat& format,
+    const GradientLayout& layout, const Slab& part, Side side, const Operand<bf16>& operand, const PackFormat& format,
     int64_t share, int64_t shares, bf16* to);
 
 }  // namespace resnet_fused::cpu::engine

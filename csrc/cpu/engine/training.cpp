@@ -394,11 +394,11 @@ NormGradient backward(
   const Size size = window.output(batch.size);
   const auto lines = phases(window, 0, batch.size.height, size.height),
              columns = phases(window, 1, batch.size.width, size.width);
-  struct Part {
+  struct OfPhase {
     const Phase &line, &column;
     Packed packed;
   };
-  std::vector<Part> parts;
+  std::vector<OfPhase> products;
   bool reaches_all = lines.size() == static_cast<size_t>(std::min(window.stride[0], batch.size.height)) &&
                      columns.size() == static_cast<size_t>(std::min(window.stride[1], batch.size.width));
   for (const Phase& line : lines)
@@ -410,8 +410,8 @@ NormGradient backward(
         reaches_all = false;
         continue;
       }
-      parts.push_back({line, column, pack_taps<T>(weight, taps, true)});
-      if (!parts.back().packed.finite) return {};
+      products.push_back({line, column, pack_taps<T>(weight, taps, true)});
+      if (!products.back().packed.finite) return {};
     }
   if (!reaches_all && behind) return {};
   NormGradient result;
@@ -432,7 +432,7 @@ NormGradient backward(
     result.sum_y.assign(out, 0.0);
   }
   Operand<T> from = dy;
-  for (const auto& [line, column, packed] : parts) {
+  for (const auto& [line, column, packed] : products) {
     const Window own{
         {static_cast<int64_t>(line.taps.size()), static_cast<int64_t>(column.taps.size())},
         {1, 1},
@@ -441,7 +441,7 @@ NormGradient backward(
     const Shape shape = shape_of<T>(own, in, out, packed);
     Pass<T> pass(shape, {batch.images, size}, from, packed, e, behind ? 2 : 0);
     pass.scatter(batch.size, {line.first, column.first}, {line.stride, column.stride});
-    if (made && parts.size() == 1) result.handed = pass.hand_to(made);
+    if (made && products.size() == 1) result.handed = pass.hand_to(made);
     pass.run();
     if (from.kept()) from = Operand<T>(from.kept(), in);
     if (behind)

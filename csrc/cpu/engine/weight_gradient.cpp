@@ -107,7 +107,7 @@ void WeightGradient::cut() {
   for (int64_t first = 0; first < layout_.images(); first += images)
     for (int64_t band = 0; band < bands; ++band)
       parts_.push_back({first, images, band * layout_.rows() / bands, (band + 1) * layout_.rows() / bands});
-  for (const Part& part : parts_) format_.widen(layout_, part);
+  for (const Slab& part : parts_) format_.widen(layout_, part);
 }
 
 bf16* WeightGradient::pack_at(int64_t index) {
@@ -123,7 +123,7 @@ bool WeightGradient::is_sound() const {
 }
 
 // The products of pairs [from, to).
-void WeightGradient::multiply(const Part& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds) {
+void WeightGradient::multiply(const Slab& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds) {
   const std::vector<Run> runs = layout_.runs(part, format_.transposes_gradient);
   int64_t steps = 1;
   for (const Run& run : runs) steps = std::max(steps, run.steps);
@@ -140,7 +140,7 @@ void WeightGradient::multiply(const Part& part, const bf16* packed, int64_t from
   }
 }
 
-void WeightGradient::add(int64_t slot, const Part& part, const Operand<bf16>& dy, const Operand<bf16>& p) {
+void WeightGradient::add(int64_t slot, const Slab& part, const Operand<bf16>& dy, const Operand<bf16>& p) {
   bf16* packed = pack_at(slot);
   finite_[slot] &= pack(layout_, part, Side::gradient, dy, format_, 0, 1, packed);
   finite_[slot] &= pack(layout_, part, Side::input, p, format_, 0, 1, packed);
@@ -151,7 +151,7 @@ void WeightGradient::add(int64_t slot, const Part& part, const Operand<bf16>& dy
 void WeightGradient::add_rows(
     int64_t slot, int64_t begin, int64_t end, const Operand<bf16>& dy, const Operand<bf16>& p) {
   int64_t most = 1;  // rows that the packed operands have room for
-  for (const Part& part : parts_) most = std::max(most, part.end - part.begin);
+  for (const Slab& part : parts_) most = std::max(most, part.end - part.begin);
   for (int64_t row = begin; row < end; row += most) add(slot, {0, 1, row, std::min(end, row + most)}, dy, p);
 }
 

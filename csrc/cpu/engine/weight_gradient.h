@@ -37,9 +37,9 @@ class WeightGradient {
   // Whether each thread has sums of its own. Then `parts` may be added by `slots` threads at once, each its own, and
   // `finish` follows; otherwise `compute` does all.
   bool is_apart() const { return apart_; }
-  const std::vector<Part>& parts() const { return parts_; }
+  const std::vector<Slab>& parts() const { return parts_; }
   int64_t slots() const { return slots_; }
-  void add(int64_t slot, const Part& part, const Operand<bf16>& dy, const Operand<bf16>& p);
+  void add(int64_t slot, const Slab& part, const Operand<bf16>& dy, const Operand<bf16>& p);
   // For a window of one pixel the parts may be cut otherwise: output rows [begin, end) of all images one behind the
   // other, by any of the threads.
   bool takes_rows() const { return apart_ && !layout_.mixes_zeros() && slots_ == threads_; }
@@ -61,7 +61,7 @@ class WeightGradient {
   int64_t threads_, slots_;
   bool apart_;
   int64_t at_once_;  // pairs whose sums a slot has
-  std::vector<Part> parts_;
+  std::vector<Slab> parts_;
   int64_t round_;  // parts that are packed together
   at::Tensor packs_, sums_, result_;
   std::vector<char> finite_, begun_;  // of each slot
@@ -73,7 +73,7 @@ class WeightGradient {
   int64_t longest() const;  // steps of a product
   void cut();
   void find_pairs();
-  void multiply(const Part& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds);
+  void multiply(const Slab& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds);
   void write(int64_t pair, const float* sums, int64_t partials);
   template <class T, class Store>
   void write_to(T* dw, const Store& store, int64_t pair, const float* sums, int64_t partials) const;

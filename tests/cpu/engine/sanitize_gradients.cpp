@@ -104,12 +104,12 @@ void check(const char* isa) {
   const bool transposes_gradient = any(0, 1);
   const int64_t transposed = transposes_gradient ? out : depth, interleaved = transposes_gradient ? depth : out;
   PackFormat format{transposes_gradient, panels(transposed) * kPanel, panels(interleaved) * kPanel};
-  std::vector<Part> parts;
+  std::vector<Slab> parts;
   const int64_t together = any(1, layout.images()), rows = any(1, layout.rows());
   for (int64_t first = 0; first < layout.images(); first += together)
     for (int64_t begin = 0; begin < layout.rows(); begin += rows)
       parts.push_back({first, together, begin, std::min(begin + rows, layout.rows())});
-  for (const Part& part : parts) format.widen(layout, part);
+  for (const Slab& part : parts) format.widen(layout, part);
 
   std::vector<PanelPair> pairs;
   for (int32_t t = 0; t < panels(transposed); ++t)
