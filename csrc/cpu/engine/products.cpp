@@ -7,6 +7,7 @@ namespace resnet_fused::cpu {
 
 namespace baseline {
 const engine::Products<float>& products(float);
+const engine::Products<float, f16>& products(float, f16);
 const engine::Products<bf16>& products(bf16);
 }  // namespace baseline
 namespace amx_portable {
@@ -15,10 +16,12 @@ const engine::Products<bf16>& products(bf16);
 #if defined(RESNET_FUSED_X86)
 namespace avx2 {
 const engine::Products<float>& products(float);
+const engine::Products<float, f16>& products(float, f16);
 const engine::Products<bf16>& products(bf16);
 }  // namespace avx2
 namespace avx512 {
 const engine::Products<float>& products(float);
+const engine::Products<float, f16>& products(float, f16);
 const engine::Products<bf16>& products(bf16);
 }  // namespace avx512
 namespace avx512_bf16 {
@@ -31,13 +34,28 @@ const engine::Products<bf16>& products(bf16);
 
 namespace engine {
 
+namespace {
+
+// element: none, or that of the results
+template <class... T>
+const auto& products_of_floats(T... element) {
+#if defined(RESNET_FUSED_X86)
+  if (vector_isa() >= Isa::avx512) return avx512::products(float{}, element...);
+  if (vector_isa() >= Isa::avx2) return avx2::products(float{}, element...);
+#endif
+  return baseline::products(float{}, element...);
+}
+
+}  // namespace
+
 template <>
 const Products<float>& products<float>() {
-#if defined(RESNET_FUSED_X86)
-  if (vector_isa() >= Isa::avx512) return avx512::products(float{});
-  if (vector_isa() >= Isa::avx2) return avx2::products(float{});
-#endif
-  return baseline::products(float{});
+  return products_of_floats();
+}
+
+template <>
+const Products<float, f16>& products<float, f16>() {
+  return products_of_floats(f16{});
 }
 
 template <>
