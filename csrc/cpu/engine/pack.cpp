@@ -147,6 +147,7 @@ template Packed pack_taps<float>(const at::Tensor&, const std::vector<Tap>&, boo
 template Packed pack_taps<bf16>(const at::Tensor&, const std::vector<Tap>&, bool);
 template Packed pack<float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 template Packed pack<bf16>(const at::Tensor&, const float*, Layout::Kind, int64_t);
+template Packed pack<bf16, float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 template Packed pack<f16, float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 
 }  // namespace resnet_fused::cpu::engine

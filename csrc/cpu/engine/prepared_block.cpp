@@ -538,6 +538,7 @@ c10::intrusive_ptr<PreparedBlock> PreparedBlock::prepare(
   TORCH_CHECK_VALUE(!reason, *reason);
   if (dtype == at::kFloat) return c10::make_intrusive<Prepared<float>>(std::move(ingredients), std::move(spec));
   if (dtype == at::kHalf) return c10::make_intrusive<Prepared<f16, float>>(std::move(ingredients), std::move(spec));
+  if (widens_bfloat16()) return c10::make_intrusive<Prepared<bf16, float>>(std::move(ingredients), std::move(spec));
   return c10::make_intrusive<Prepared<bf16>>(std::move(ingredients), std::move(spec));
 }
 

@@ -7,6 +7,7 @@ namespace resnet_fused::cpu {
 
 namespace baseline {
 const engine::Products<float>& products(float);
+const engine::Products<float, bf16>& products(float, bf16);
 const engine::Products<float, f16>& products(float, f16);
 const engine::Products<bf16>& products(bf16);
 }  // namespace baseline
@@ -16,6 +17,7 @@ const engine::Products<bf16>& products(bf16);
 #if defined(RESNET_FUSED_X86)
 namespace avx2 {
 const engine::Products<float>& products(float);
+const engine::Products<float, bf16>& products(float, bf16);
 const engine::Products<float, f16>& products(float, f16);
 const engine::Products<bf16>& products(bf16);
 }  // namespace avx2
@@ -57,6 +59,18 @@ template <>
 const Products<float, f16>& products<float, f16>() {
   return products_of_floats(f16{});
 }
+
+template <>
+const Products<float, bf16>& products<float, bf16>() {
+#if defined(RESNET_FUSED_X86)
+  if (vector_isa() >= Isa::avx2) return avx2::products(float{}, bf16{});
+#endif
+  return baseline::products(float{}, bf16{});
+}
+
+// ResNet-50 at 224 x 224, AVX2 on Zen 3, 2 threads, of float32's time at batch 1 and 8: 1.4 and 1.9 as pairs, whose
+// halves each product takes apart, and 1.01 widened. AVX-512 has not been measured.
+bool widens_bfloat16() { return isa() <= Isa::avx2; }
 
 template <>
 const Products<bf16>& products<bf16>() {

@@ -97,4 +97,7 @@ struct Products {
 template <class T, class Out = T>
 const Products<T, Out>& products();
 
+// Whether bfloat16 is widened where it is laid out and packed, once, and not in every product.
+bool widens_bfloat16();
+
 }  // namespace resnet_fused::cpu::engine
