@@ -22,7 +22,7 @@ from resnet_fused.params import BlockParams, Scale, StageParams
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.facts import NONE, facts
 
-SCALAR_TYPES = {torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
+SCALAR_TYPES = {torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}  # c10::ScalarType
 
 
 class Reason(NamedTuple):

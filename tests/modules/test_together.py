@@ -97,11 +97,12 @@ def test_together_from_the_second_call_on_of_each_size(last: bool, joint: list[i
     assert joint == [BLOCKS] * 4
 
 
-def test_autocast(joint: list[int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype: torch.dtype, joint: list[int]) -> None:
     model, x = fuse(network()), pictures()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         expected = one_by_one(model, x)
-        assert expected.dtype == torch.bfloat16
+        assert expected.dtype == dtype
         assert all(torch.equal(got, expected) for got in evaluated(model, x))
     assert_same(model, x)
 
@@ -367,10 +368,10 @@ def row(dtype: torch.dtype = torch.float32) -> nn.Module:
     return Row(Bottleneck, (2, 1, 1, 1), width=8, num_classes=37).eval().to(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "autocast"])
 @pytest.mark.parametrize("size", [33, 100])
 def test_head(dtype: str, size: int, everywhere: None, joint: list[int]) -> None:
-    given = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    given = torch.float32 if dtype == "autocast" else getattr(torch, dtype)
     eager, x = row(given), pictures(size).to(given)
     model = fuse(copy.deepcopy(eager))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):

@@ -268,12 +268,12 @@ def test_weights_that_only_folding_makes_infinite() -> None:
     """In float16 a weight times a large scale overflows where PyTorch's order of operations does not."""
     eager = block().half()
     with torch.no_grad():
-        eager.bn2.running_var.fill_(1e-8)
-        eager.bn2.eps = 1e-7
-        eager.bn2.running_mean.zero_()
-        eager.conv2.weight.mul_(1000.0)
-        eager.bn1.weight.fill_(1e-4)
-        eager.bn1.bias.zero_()
+        eager.bn3.running_var.fill_(1e-8)  # of the last convolution: the engine folds it, too
+        eager.bn3.eps = 1e-7
+        eager.bn3.running_mean.zero_()
+        eager.conv3.weight.mul_(1000.0)
+        eager.bn2.weight.fill_(1e-4)
+        eager.bn2.bias.zero_()
     fused = fuse(copy.deepcopy(eager))
     x = pictures().half()
     with torch.no_grad():

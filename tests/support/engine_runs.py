@@ -33,7 +33,7 @@ from resnet_fused.spec import BlockSpec
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx", "amx_portable")
 # How far a single element may be off, in multiples of the furthest of eager's: README's limits.
-LIMIT = {torch.float32: 5.0, torch.bfloat16: 2.0}
+LIMIT = {torch.float32: 5.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 Change = Callable[[Tensor], Tensor]
 LAYOUTS: tuple[tuple[torch.memory_format, Change], ...] = (
     (FORMATS[0], lambda x: x),

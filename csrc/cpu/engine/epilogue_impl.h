@@ -13,6 +13,7 @@ using engine::kPanel;
 
 template <class T, bool adds, bool watches>
 struct InRegisters {
+  using Element = T;
   static constexpr int vectors = kPanel / Vector::lanes;
 
   // The results whose channels begin at `channel`.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "layout.h"
@@ -9,25 +10,44 @@
 
 namespace resnet_fused::cpu::engine {
 
-// Neighbouring pixels of an operand, and zeros up to the pitch.
+// Pixels as they are, or widened where floats are multiplied.
 template <class T>
-void put(const Operand<T>& from, int64_t first, int64_t count, int64_t pitch, T* to) {
+void copy(const T* from, int64_t count, T* to) {
+  if (from != to) std::memcpy(to, from, count * sizeof(T));
+}
+template <class T>
+void copy(const T* from, int64_t count, float* to)
+  requires(!std::is_same_v<T, float>)
+{
+  row_kernels<T>().widen(from, count, to);
+}
+
+// Neighbouring pixels of an operand, and zeros up to the pitch. P: the element type of what is multiplied.
+template <class T, class P>
+void put(const Operand<T>& from, int64_t first, int64_t count, int64_t pitch, P* to) {
   const int64_t channels = from.channels();
+  std::vector<T> narrow;
+  if (!std::is_same_v<T, P> && !from.is_given()) narrow.resize(count * channels);
+  const auto put_dense = [&](int64_t first, int64_t count, P* to) {
+    if constexpr (std::is_same_v<T, P>)
+      copy(from.pixels(first, count, to), count * channels, to);
+    else
+      copy(from.pixels(first, count, narrow.data()), count * channels, to);
+  };
   if (pitch == channels) {
-    if (const T* made = from.pixels(first, count, to); made != to) std::memcpy(to, made, count * channels * sizeof(T));
+    put_dense(first, count, to);
   } else {
     for (int64_t i = 0; i < count; ++i) {
-      T* at = to + i * pitch;
-      if (const T* made = from.pixels(first + i, 1, at); made != at) std::memcpy(at, made, channels * sizeof(T));
-      std::memset(at + channels, 0, (pitch - channels) * sizeof(T));
+      put_dense(first + i, 1, to + i * pitch);
+      std::memset(to + i * pitch + channels, 0, (pitch - channels) * sizeof(P));
     }
   }
-  if (from.not_finite && !row_kernels<T>().all_finite(to, count * pitch)) *from.not_finite = true;
+  if (from.not_finite && !row_kernels<P>().all_finite(to, count * pitch)) *from.not_finite = true;
 }
 
 // Input rows [begin, end) of an image, the n-th of those side by side.
-template <class T>
-void fill_planes(const Operand<T>& from, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, T* to) {
+template <class T, class P>
+void fill_planes(const Operand<T>& from, const Layout& l, int64_t n, int64_t image, int64_t begin, int64_t end, P* to) {
   const int64_t width = l.input.width, first = image * l.input.pixels();
   const bool dense = l.window.stride[1] == 1 && l.images == 1;
   std::vector<T> row;
@@ -48,10 +68,10 @@ void fill_planes(const Operand<T>& from, const Layout& l, int64_t n, int64_t ima
 }
 
 // The windows of output rows [begin, end), at the positions that `main` gives to these outputs; to: position `origin`.
-template <class T>
+template <class T, class P>
 void fill_columns(
     const Operand<T>& from, const Layout& l, const Layout& main, int64_t n, int64_t image, int64_t begin, int64_t end,
-    T* to, int64_t origin = 0) {
+    P* to, int64_t origin = 0) {
   const auto& w = l.window;
   const int64_t taps = w.kernel[0] * w.kernel[1], pixels = image * l.input.pixels();
   if (w.is_pixel() && main.kind == Layout::Kind::columns) {
@@ -62,17 +82,17 @@ void fill_columns(
   }
   for (int64_t y = begin; y < end; ++y)
     for (int64_t c = 0; c < l.output.width; ++c) {
-      T* out = to + (main.position(n, y, c) - origin) * l.pitch;
+      P* out = to + (main.position(n, y, c) - origin) * l.pitch;
       for (int64_t tap = 0; tap < taps; ++tap) {
         const int64_t iy = y * w.stride[0] - w.padding[0] + tap / w.kernel[1] * w.dilation[0];
         const int64_t ix = c * w.stride[1] - w.padding[1] + tap % w.kernel[1] * w.dilation[1];
-        T* at = out + tap * l.channels;
+        P* at = out + tap * l.channels;
         if (iy < 0 || ix < 0 || iy >= l.input.height || ix >= l.input.width)
-          std::memset(at, 0, l.channels * sizeof(T));
+          std::memset(at, 0, l.channels * sizeof(P));
         else
           put(from, pixels + iy * l.input.width + ix, 1, l.channels, at);
       }
-      std::memset(out + taps * l.channels, 0, (l.pitch - taps * l.channels) * sizeof(T));
+      std::memset(out + taps * l.channels, 0, (l.pitch - taps * l.channels) * sizeof(P));
     }
 }
 

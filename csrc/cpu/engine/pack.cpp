@@ -8,14 +8,10 @@
 
 #include "../../block/integer_division.h"
 #include "../kernels/row_kernels.h"
+#include "rounding.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
-
-void store(float value, float& at) { at = value; }
-void store(float value, bf16& at) { at.bits = c10::BFloat16(value).x; }
-bool is_finite(float value) { return std::isfinite(value); }
-bool is_finite(bf16 value) { return (value.bits & 0x7f80) != 0x7f80; }
 
 template <class T>
 int64_t offset_in_panel(int64_t channel, int64_t output) {
@@ -27,11 +23,11 @@ int64_t offset_in_panel(int64_t channel, int64_t output) {
 
 }  // namespace
 
-template <class T>
+template <class T, class P>
 Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int64_t groups) {
   const auto weight = given.to(at::kFloat).contiguous();
   const int64_t out = weight.size(0), in = weight.size(1), height = weight.size(2), width = weight.size(3);
-  constexpr int64_t step = kDepthStep<T>;
+  constexpr int64_t step = kDepthStep<P>;
   // which taps of the window become taps of the layout, and which become channels
   const bool rows_fold = kind == Layout::Kind::columns, columns_fold = rows_fold || kind == Layout::Kind::folded;
   Packed packed;
@@ -51,14 +47,14 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
     for (int64_t p = 0; p < packed.panels; ++p)
       packed.first_channel.push_back(static_cast<int32_t>(std::min(begin[p], whole - packed.depth)));
   }
-  packed.memory = allocate_together(packed.elements() * static_cast<int64_t>(sizeof(T)));
-  T* all = reinterpret_cast<T*>(packed.memory.get());
-  std::fill_n(reinterpret_cast<unsigned char*>(all), packed.elements() * sizeof(T), 0);
+  packed.memory = allocate_together(packed.elements() * static_cast<int64_t>(sizeof(P)));
+  P* all = reinterpret_cast<P*>(packed.memory.get());
+  std::fill_n(reinterpret_cast<unsigned char*>(all), packed.elements() * sizeof(P), 0);
   const float* w = weight.const_data_ptr<float>();
   std::vector<uint8_t> finite(packed.panels, 1);
   at::parallel_for(0, packed.panels, 1, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; ++p) {
-      T* panel = all + p * packed.taps * packed.depth * kPanel;
+      P* panel = all + p * packed.taps * packed.depth * kPanel;
       const int64_t first = packed.first_channel.empty() ? 0 : packed.first_channel[p];
       for (int64_t o = p * kPanel; o < std::min(out, (p + 1) * kPanel); ++o) {
         const int64_t group_begin = o / (out / groups) * in;
@@ -68,9 +64,9 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
               const int64_t tap = (rows_fold ? 0 : r) * (columns_fold ? 1 : width) + (columns_fold ? 0 : s);
               const int64_t folded = (rows_fold ? r : 0) * width + (columns_fold ? s : 0);
               const int64_t channel = folded * in * groups + group_begin + c - first;
-              T& at = panel[tap * packed.depth * kPanel + offset_in_panel<T>(channel, o % kPanel)];
-              store(w[((o * in + c) * height + r) * width + s] * (factor ? factor[o] : 1.0f), at);
-              if (!is_finite(at)) finite[p] = 0;
+              const T value = rounded<T>(w[((o * in + c) * height + r) * width + s] * (factor ? factor[o] : 1.0f));
+              panel[tap * packed.depth * kPanel + offset_in_panel<P>(channel, o % kPanel)] = exactly<P>(value);
+              if (!std::isfinite(exactly<float>(value))) finite[p] = 0;
             }
       }
     }
@@ -151,5 +147,7 @@ template Packed pack_taps<float>(const at::Tensor&, const std::vector<Tap>&, boo
 template Packed pack_taps<bf16>(const at::Tensor&, const std::vector<Tap>&, bool);
 template Packed pack<float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 template Packed pack<bf16>(const at::Tensor&, const float*, Layout::Kind, int64_t);
+template Packed pack<bf16, float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
+template Packed pack<f16, float>(const at::Tensor&, const float*, Layout::Kind, int64_t);
 
 }  // namespace resnet_fused::cpu::engine

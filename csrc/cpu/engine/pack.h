@@ -19,8 +19,8 @@ struct Packed {
   int64_t elements() const { return panels * taps * depth * kPanel; }
 };
 
-// weight: [out, in / groups, R, S] of any float dtype; times factor[out], rounded to T once.
-template <class T>
+// weight: [out, in / groups, R, S] of any float dtype; times factor[out], rounded to T once, as the products' type P.
+template <class T, class P = T>
 Packed pack(const at::Tensor& weight, const float* factor, Layout::Kind kind, int64_t groups);
 
 // The same of one group, as it is, of these taps of the window in this order. backward: for the gradient of the input,

@@ -18,6 +18,7 @@
 #include "fill.h"
 #include "memory.h"
 #include "pack.h"
+#include "rounding.h"
 #include "schedule.h"
 #include "second_cache.h"
 
@@ -56,10 +57,6 @@ void each_in_parallel(int64_t count, const Body& body) {
   });
 }
 
-// The tensor types of an element type.
-at::ScalarType scalar_type(float) { return at::kFloat; }
-at::ScalarType scalar_type(bf16) { return at::kBFloat16; }
-
 struct Conv {
   Shape shape;
   Packed packed;
@@ -67,7 +64,8 @@ struct Conv {
   Activation act;
 };
 
-template <class T>
+// T: of tensors, to which weights are rounded. P: of what is multiplied, and of values between convolutions.
+template <class T, class P = T>
 class Prepared final : public PreparedBlock {
  public:
   Prepared(Ingredients given, BlockSpec spec) : spec_(std::move(spec)) {
@@ -87,7 +85,7 @@ class Prepared final : public PreparedBlock {
       conv.shape.kind = projects ? (conv.shape.window.is_pixel() ? Layout::Kind::pixels : Layout::Kind::columns)
                                  : kind_of(conv.shape.window, in, stage.groups, i == 0, stage.input_stage != kNone);
       const auto factor = given.factors[i] ? to_floats(*given.factors[i], out, 1.0f) : std::vector<float>();
-      conv.packed = pack<T>(weight, factor.empty() ? nullptr : factor.data(), conv.shape.kind, stage.groups);
+      conv.packed = pack<T, P>(weight, factor.empty() ? nullptr : factor.data(), conv.shape.kind, stage.groups);
       conv.shape.panels = conv.packed.panels;
       conv.shape.products = conv.packed.taps * conv.packed.depth;
       const int64_t padded = conv.packed.panels * kPanel;
@@ -133,8 +131,10 @@ class Prepared final : public PreparedBlock {
 
   std::string describe(int64_t images, int64_t height, int64_t width) override {
     const auto s = schedule(images, {height, width});
-    if (s->splits_outputs) return "threads share the outputs of each convolution";
-    std::string text = s->images > 1 ? "groups of " + std::to_string(s->images) + " images" : "image by image";
+    const std::string products = kWidens ? "products of float32, " : "";
+    if (s->splits_outputs) return products + "threads share the outputs of each convolution";
+    std::string text =
+        products + (s->images > 1 ? "groups of " + std::to_string(s->images) + " images" : "image by image");
     if (s->parts.size() > 1) text += ", each in " + std::to_string(s->parts.size()) + " parts";
     return text;
   }
@@ -221,11 +221,11 @@ class Prepared final : public PreparedBlock {
   }
   std::shared_ptr<const Schedule> make(int64_t images, Size input) const {
     const Machine machine{at::get_num_threads(),           second_cache(),
-                          products<T>().tile_rows,         products<T>().reads_whole_tiles,
-                          static_cast<int64_t>(sizeof(T)), kDepthStep<T>};
+                          products<P>().tile_rows,         products<P>().reads_whole_tiles,
+                          static_cast<int64_t>(sizeof(P)), kDepthStep<P>};
     const Shape* projection = spec_.has_projection() ? &convs_[spec_.projection()].shape : nullptr;
     return std::make_shared<Schedule>(
-        make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, transforms_x_, machine));
+        make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, transforms_x_ || kWidens, machine));
   }
 
   void run_apart(Call& call) const {
@@ -269,15 +269,15 @@ class Prepared final : public PreparedBlock {
       }
   }
 
-  T* buffer(const Schedule& s, unsigned char* buffers, int64_t layout) const {
-    return reinterpret_cast<T*>(buffers + s.buffers[layout]);
+  P* buffer(const Schedule& s, unsigned char* buffers, int64_t layout) const {
+    return reinterpret_cast<P*>(buffers + s.buffers[layout]);
   }
 
   void clear_padding(const Schedule& s, unsigned char* buffers) const {
     for (size_t i = 0; i < s.layouts.size(); ++i) {
       const Layout& l = s.layouts[i];
       for (const int32_t position : l.zeros)
-        std::memset(buffer(s, buffers, i) + position * l.pitch, 0, l.pitch * sizeof(T));
+        std::memset(buffer(s, buffers, i) + position * l.pitch, 0, l.pitch * sizeof(P));
     }
   }
 
@@ -344,13 +344,13 @@ class Prepared final : public PreparedBlock {
   // A row's taps side by side: row y of x with zeros at its ends, from which each output copies its window.
   // The buffer begins with what output row `first_row` reads.
   void fold_rows(
-      Call& call, const Layout& l, int64_t image, int64_t x_begin, int64_t x_end, int64_t first_row, T* to) const {
+      Call& call, const Layout& l, int64_t image, int64_t x_begin, int64_t x_end, int64_t first_row, P* to) const {
     const auto& w = l.window;
     const int64_t width = l.input.width, channels = l.channels, taps = w.kernel[1], dilation = w.dilation[1];
     const auto strides = call.x.strides();
     // zeros at both ends, and room for whole pitches to be read
-    std::vector<T> padded((width + 2 * w.padding[1] + dilation * taps) * channels + l.pitch, T{});
-    T* inside = padded.data() + w.padding[1] * channels;
+    std::vector<P> padded((width + 2 * w.padding[1] + dilation * taps) * channels + l.pitch, P{});
+    P* inside = padded.data() + w.padding[1] * channels;
     const auto read_row = [&](const auto* x) {
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t i = 0; i < width; ++i) inside[i * channels + c] = convert(x[c * strides[1] + i * strides[3]]);
@@ -358,55 +358,53 @@ class Prepared final : public PreparedBlock {
     const bool is_row = call.x.scalar_type() == scalar_type(T{}) && strides[1] == 1 && strides[3] == channels;
     for (int64_t y = x_begin; y < x_end; ++y) {
       const int64_t phase = (y + w.padding[0]) % w.stride[0], coordinate = (y + w.padding[0]) / w.stride[0];
-      T* row = to + (phase * l.plane + (coordinate - first_row) * l.row) * l.pitch;
+      P* row = to + (phase * l.plane + (coordinate - first_row) * l.row) * l.pitch;
       if (y < 0 || y >= l.input.height) {
-        std::memset(row, 0, l.row * l.pitch * sizeof(T));
+        std::memset(row, 0, l.row * l.pitch * sizeof(P));
         continue;
       }
       const int64_t at = image * strides[0] + y * strides[2];
       if (is_row)
-        std::memcpy(inside, data(call.x) + at, width * channels * sizeof(T));
+        copy(data(call.x) + at, width * channels, inside);
       else if (call.x.scalar_type() == at::kFloat)
         read_row(call.x.template const_data_ptr<float>() + at);
       else
         read_row(data(call.x) + at);
       const int64_t step = w.stride[1] * channels;
       if (dilation == 1) {
-        row_kernels<T>().windows(padded.data(), step, taps * channels, l.pitch, l.output.width, row);
+        row_kernels<P>().windows(padded.data(), step, taps * channels, l.pitch, l.output.width, row);
         continue;
       }
       for (int64_t o = 0; o < l.output.width; ++o) {
-        T* out = row + o * l.pitch;
+        P* out = row + o * l.pitch;
         for (int64_t s = 0; s < taps; ++s)
-          std::memcpy(out + s * channels, padded.data() + o * step + s * dilation * channels, channels * sizeof(T));
-        std::memset(out + taps * channels, 0, (l.pitch - taps * channels) * sizeof(T));
+          std::memcpy(out + s * channels, padded.data() + o * step + s * dilation * channels, channels * sizeof(P));
+        std::memset(out + taps * channels, 0, (l.pitch - taps * channels) * sizeof(P));
       }
     }
   }
 
-  static T convert(float v) {
-    if constexpr (sizeof(T) == 2)
-      return T{c10::BFloat16(v).x};
-    else
-      return v;
+  static P convert(float v) { return exactly<P>(rounded<T>(v)); }
+  static P convert(T v)
+    requires(!std::is_same_v<T, float>)
+  {
+    return exactly<P>(v);
   }
-  static bf16 convert(bf16 v) { return v; }
 
-  Factor<T> factor(const Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t conv) const {
+  Factor<P> factor(const Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t conv) const {
     const Schedule& s = call.schedule;
     const Layout& l = s.layouts[conv];
     const Conv& c = convs_[conv];
-    Factor<T> f;
+    Factor<P> f;
     f.pitch = l.pitch;
     f.taps = l.taps.data();
     f.tap_count = c.packed.taps;
     f.depth = c.packed.depth;
     f.first_channel = c.packed.first_channel.empty() ? nullptr : c.packed.first_channel.data();
-    f.weights = reinterpret_cast<const T*>(c.packed.memory.get());
-    if (s.buffers[conv] < 0)
-      f.input = data(call.x) + item * l.images * l.input.pixels() * l.channels;
-    else
-      f.input = buffer(s, buffers, conv);
+    f.weights = reinterpret_cast<const P*>(c.packed.memory.get());
+    if constexpr (!kWidens)
+      if (s.buffers[conv] < 0) f.input = data(call.x) + item * l.images * l.input.pixels() * l.channels;
+    if (s.buffers[conv] >= 0) f.input = buffer(s, buffers, conv);
     // a buffer that holds a band begins with it
     const bool pixels = conv > 0 && conv <= spec_.last() && l.kind == Layout::Kind::pixels && l.images == 1;
     if (s.buffers[conv] >= 0 && (pixels || l.kind == Layout::Kind::folded))
@@ -417,10 +415,20 @@ class Prepared final : public PreparedBlock {
   void multiply(
       Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t panel_begin,
       int64_t panel_end) const {
+    if (step.conv == spec_.last())
+      multiply_to<T, true>(call, buffers, item, step, panel_begin, panel_end);
+    else
+      multiply_to<P, false>(call, buffers, item, step, panel_begin, panel_end);
+  }
+
+  // Out: the element type of the results. last: whether they are the block's.
+  template <class Out, bool last>
+  void multiply_to(
+      Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t panel_begin,
+      int64_t panel_end) const {
     const Schedule& s = call.schedule;
     const Conv& conv = convs_[step.conv];
-    const bool last = step.conv == spec_.last();
-    Task<T> task{};
+    Task<P, Out> task{};
     task.factors[0] = factor(call, buffers, item, step, step.conv);
     if (last && spec_.has_projection()) task.factors[1] = factor(call, buffers, item, step, spec_.projection());
     task.rows = step.tiles.data();
@@ -430,7 +438,7 @@ class Prepared final : public PreparedBlock {
     int64_t depth = 0;
     for (const auto& f : task.factors) depth += f.tap_count * f.depth;
     task.panels_inner =
-        depth * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(T)) <= second_cache() * 3 / 4;
+        depth * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(P)) <= second_cache() * 3 / 4;
     task.prefetches = s.buffers[step.conv] < 0;
     auto& e = task.epilogue;
     e.scale = conv.scale.data();
@@ -439,7 +447,7 @@ class Prepared final : public PreparedBlock {
     e.slope = conv.slope.empty() ? nullptr : conv.slope.data();
     e.target = s.targets[step.conv].data();
     bool wild = false;
-    if (last) {
+    if constexpr (last) {
       const int64_t outputs = s.layouts[step.conv].output.pixels() * s.images;
       if (pool_)
         e.out = reinterpret_cast<T*>(buffers + s.pool_buffer) -
@@ -447,7 +455,7 @@ class Prepared final : public PreparedBlock {
       else
         e.out = static_cast<T*>(call.out.mutable_data_ptr()) + item * outputs * conv.shape.out;
       e.pitch = e.channels = conv.shape.out;
-      if (!pool_) e.ahead = 2 * products<T>().tile_rows * e.pitch;
+      if (!pool_) e.ahead = 2 * products<P>().tile_rows * e.pitch;
       if (spec_.skip == Skip::identity) e.residual = data(call.x) + item * outputs * conv.shape.out;
       if (e.residual && !skip_scale_.empty()) e.residual_scale = skip_scale_.data();
       if (!branch_scale_.empty()) e.branch_scale = branch_scale_.data();
@@ -461,9 +469,11 @@ class Prepared final : public PreparedBlock {
       // padded channels are sums of zeros times the input: an infinity would make them NaN
       if (watches(step.conv + 1) || next.pitch > conv.shape.out) e.not_finite = &wild;
     }
-    products<T>().multiply(task);
+    products<P, Out>().multiply(task);
     if (wild) call.wild = true;
   }
+
+  static constexpr bool kWidens = !std::is_same_v<T, P>;
 
   BlockSpec spec_;
   std::vector<Conv> convs_;
@@ -483,8 +493,8 @@ class Prepared final : public PreparedBlock {
 
 std::optional<std::string> reason_against(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
-  if (dtype != at::kFloat && dtype != at::kBFloat16)
-    return std::string("the CPU engine computes float32 and bfloat16, x is ") + c10::toString(dtype);
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf)
+    return std::string("the CPU engine computes float32, bfloat16 and float16, x is ") + c10::toString(dtype);
   if (spec.join == JoinReads::branch && spec.has_projection())
     return "the CPU engine has no activation before the addition of a projection";
   for (size_t i = 0; i < spec.convs.size(); ++i) {
@@ -505,6 +515,8 @@ std::optional<std::string> reason_against(
 std::optional<std::string> faster_elsewhere(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
   if (is_forced() || !has_post_ops(dtype)) return std::nullopt;
+  if (dtype == at::kHalf)
+    return "this processor multiplies float16 itself, which oneDNN's convolutions use and the engine does not";
   const bool pairs = dtype == at::kBFloat16, as_floats = isa() == Isa::avx512_bf16 && has_slow_pairs();
   if (pairs && isa() == Isa::amx) return std::nullopt;
   if (pairs && !as_floats) return "without AMX oneDNN's bfloat16 convolutions are as fast";
@@ -525,6 +537,8 @@ c10::intrusive_ptr<PreparedBlock> PreparedBlock::prepare(
   const auto reason = reason_against(spec, sizes, dtype);
   TORCH_CHECK_VALUE(!reason, *reason);
   if (dtype == at::kFloat) return c10::make_intrusive<Prepared<float>>(std::move(ingredients), std::move(spec));
+  if (dtype == at::kHalf) return c10::make_intrusive<Prepared<f16, float>>(std::move(ingredients), std::move(spec));
+  if (widens_bfloat16()) return c10::make_intrusive<Prepared<bf16, float>>(std::move(ingredients), std::move(spec));
   return c10::make_intrusive<Prepared<bf16>>(std::move(ingredients), std::move(spec));
 }
 

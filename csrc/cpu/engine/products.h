@@ -3,7 +3,7 @@
 //
 // The input is a buffer of positions, each of `pitch` elements, in which a tap of the window is a shift (layout.h).
 // Weights are packed in panels of 32 outputs (pack.h). All products of an output are summed in float before the
-// epilogue rounds the sum once.
+// epilogue rounds the sum once, to the element type Out of the results.
 #pragma once
 
 #include "../../block/activations.h"
@@ -75,7 +75,7 @@ struct Epilogue {
   Differentiated<T> behind;
 };
 
-template <class T>
+template <class T, class Out = T>
 struct Task {
   Factor<T> factors[2];  // summed
   const Rows* rows;
@@ -83,18 +83,21 @@ struct Task {
   int64_t panel_begin, panel_end;
   bool panels_inner;  // all panels for some positions before the next positions, or the reverse
   bool prefetches;    // the first factor's input may be far away
-  Epilogue<T> epilogue;
+  Epilogue<Out> epilogue;
 };
 
-template <class T>
+template <class T, class Out = T>
 struct Products {
   int64_t tile_rows;
   bool reads_whole_tiles;  // also where fewer rows are asked for
-  void (*multiply)(const Task<T>&);
+  void (*multiply)(const Task<T, Out>&);
 };
 
 // The tables of an instruction set (isa.h).
-template <class T>
-const Products<T>& products();
+template <class T, class Out = T>
+const Products<T, Out>& products();
+
+// Whether bfloat16 is widened where it is laid out and packed, once, and not in every product.
+bool widens_bfloat16();
 
 }  // namespace resnet_fused::cpu::engine

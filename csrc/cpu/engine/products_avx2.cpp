@@ -10,6 +10,8 @@
 
 namespace resnet_fused::cpu::avx2 {
 const engine::Products<float>& products(float) { return kVectorProducts<float>; }
+const engine::Products<float, bf16>& products(float, bf16) { return kVectorProducts<float, bf16>; }
+const engine::Products<float, f16>& products(float, f16) { return kVectorProducts<float, f16>; }
 const engine::Products<bf16>& products(bf16) { return kVectorProducts<bf16>; }
 }  // namespace resnet_fused::cpu::avx2
 #endif

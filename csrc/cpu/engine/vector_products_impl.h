@@ -86,16 +86,19 @@ struct Unfinished {};
 // Whether a tile, which is a whole panel wide then, is finished where its sums are.
 template <class Finish>
 constexpr bool kFinishesTile = false;
-template <class T, bool adds>
-constexpr bool kFinishesTile<InRegisters<T, adds, false>> = kColumns == kPanel;
+template <class Out, bool adds>
+constexpr bool kFinishesTile<InRegisters<Out, adds, false>> = kColumns == kPanel;
 
 // Where the sums of a tile go.
-template <class T>
 struct Tile {
   int column;   // of the panel
   bool adds;    // to `sums` what they hold
   float* sums;  // [rows][32]
-  const Epilogue<T>& epilogue;
+};
+// The same, and what finishes them.
+template <class Out>
+struct FinishedTile : Tile {
+  const Epilogue<Out>& epilogue;
   int64_t channel;        // of the panel
   const int32_t* target;  // of each row
 };
@@ -104,7 +107,7 @@ struct Tile {
 // next: weights to fetch meanwhile, `stride` bytes at each step.
 template <class T, class Finish, int rows>
 static void multiply_tile(
-    const Run<T>* run, const Run<T>* end, int64_t first, const Tile<T>& tile, const char* next, int64_t stride) {
+    const Run<T>* run, const Run<T>* end, int64_t first, const Tile& tile, const char* next, int64_t stride) {
   Vector::Type sum[rows][kVectors];
   EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero();
   for (; run != end; ++run) {
@@ -137,15 +140,16 @@ static void multiply_tile(
         Vector::add(Vector::load(sums + r * kPanel + v * Vector::lanes), sum[r][v]);
   }
   if constexpr (kFinishesTile<Finish>) {
-    const typename Finish::Panel panel(tile.epilogue, tile.channel);
-    EACH_ROW panel.row(sum[r], tile.target[r]);
+    const auto& finished = static_cast<const FinishedTile<typename Finish::Element>&>(tile);
+    const typename Finish::Panel panel(finished.epilogue, finished.channel);
+    EACH_ROW panel.row(sum[r], finished.target[r]);
   } else {
     EACH_ROW for (int v = 0; v < kVectors; ++v) Vector::store(sums + r * kPanel + v * Vector::lanes, sum[r][v]);
   }
 }
 
 template <class T>
-using MultiplyTile = void (*)(const Run<T>*, const Run<T>*, int64_t, const Tile<T>&, const char*, int64_t);
+using MultiplyTile = void (*)(const Run<T>*, const Run<T>*, int64_t, const Tile&, const char*, int64_t);
 
 // Calls the function for the given number of rows.
 template <class T, class Finish>
@@ -173,13 +177,13 @@ constexpr MultiplyTile<T> kMultiplyTile[] = {
 template <class T>
 class Chunks {
  public:
-  Chunks(const Task<T>& task, int64_t panel) : task_(task), panel_(panel) { skip_ends(); }
+  Chunks(const Factor<T>* two, int64_t panel) : factors_(two), panel_(panel) { skip_ends(); }
 
   bool more() const { return factor_ < 2; }
   void take() {
     count_ = steps_ = 0;
     for (int64_t left = kChunk<T>; left > 0 && more(); skip_ends()) {
-      const Factor<T>& f = task_.factors[factor_];
+      const Factor<T>& f = factors_[factor_];
       const int64_t rest = f.depth - channel_, channels = rest < left ? rest : left;
       runs_[count_++] = {
           f.input + (f.first_channel ? f.first_channel[panel_] : 0) + f.taps[tap_] + channel_, f.pitch,
@@ -196,14 +200,14 @@ class Chunks {
  private:
   // Turns the end of a tap or factor into the beginning of the next.
   void skip_ends() {
-    if (more() && channel_ == task_.factors[factor_].depth) {
+    if (more() && channel_ == factors_[factor_].depth) {
       ++tap_;
       channel_ = 0;
     }
-    for (; more() && tap_ == task_.factors[factor_].tap_count; ++factor_) tap_ = 0;
+    for (; more() && tap_ == factors_[factor_].tap_count; ++factor_) tap_ = 0;
   }
 
-  const Task<T>& task_;
+  const Factor<T>* factors_;
   int64_t panel_, tap_ = 0, channel_ = 0;
   int factor_ = 0;
   Run<T> runs_[kChunk<T> / engine::kDepthStep<T>];
@@ -211,8 +215,8 @@ class Chunks {
 };
 
 // How many tiles pass each chunk of weights.
-template <class T>
-static int64_t tiles_at_once(const Task<T>& task) {
+template <class T, class Out>
+static int64_t tiles_at_once(const Task<T, Out>& task) {
   int64_t depth = 0;
   for (const Factor<T>& f : task.factors) depth += f.tap_count * f.depth;
   if (depth < kChunk<T> && task.panels_inner) return 1;  // weights wait in the second cache, the tile in the first
@@ -222,9 +226,9 @@ static int64_t tiles_at_once(const Task<T>& task) {
   return (task.row_count + blocks - 1) / blocks;
 }
 
-template <class T>
-static void multiply(const Task<T>& task) {
-  const Epilogue<T>& e = task.epilogue;
+template <class T, class Out>
+static void multiply(const Task<T, Out>& task) {
+  const Epilogue<Out>& e = task.epilogue;
   with_finish(e, [&](auto finish) {
     using Finish = decltype(finish);
     alignas(64) float sums[kBlockTiles][kVectorRows * kPanel];
@@ -244,7 +248,7 @@ static void multiply(const Task<T>& task) {
             reinterpret_cast<const char*>(f.input + (block[count - 1].first + block[count - 1].end) * f.pitch);
         int64_t stride = kVectorRows * kStep<T> * static_cast<int64_t>(sizeof(T)) / passes;
         bool adds = false;
-        for (Chunks<T> chunks(task, panel); chunks.more(); adds = true) {
+        for (Chunks<T> chunks(task.factors, panel); chunks.more(); adds = true) {
           chunks.take();
           if (!fetches_input) {
             next = reinterpret_cast<const char*>(chunks.begin()->weights) + chunks.steps() * kBytesOfStep;
@@ -259,7 +263,7 @@ static void multiply(const Task<T>& task) {
             }
           for (int64_t i = 0; i < count; ++i) {
             const int height = block[i].end - block[i].begin, first = block[i].first + block[i].begin;
-            Tile<T> tile{0, adds, sums[i], e, channel, e.target + first};
+            FinishedTile<Out> tile{{0, adds, sums[i]}, e, channel, e.target + first};
             for (; tile.column < kPanel; tile.column += kColumns, next += stride * chunks.steps())
               multiply_tile[height](chunks.begin(), chunks.end(), first, tile, next, stride);
             if (finishes) finish_rows<Finish>(sums[i], e, channel, tile.target, 0, height);
@@ -270,7 +274,7 @@ static void multiply(const Task<T>& task) {
   });
 }
 
-template <class T>
-static constexpr engine::Products<T> kVectorProducts{kVectorRows, false, &multiply<T>};
+template <class T, class Out = T>
+static constexpr engine::Products<T, Out> kVectorProducts{kVectorRows, false, &multiply<T, Out>};
 
 }  // namespace resnet_fused::cpu::KERNELS_ISA

@@ -29,6 +29,9 @@ struct Vector {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
+  static inline Type load(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static inline Type load_pairs(const bf16* p) { return _mm512_loadu_ps(p); }
   static inline Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
   static inline Type subtract(Type a, Type b) { return _mm512_sub_ps(a, b); }
@@ -72,6 +75,11 @@ struct Vector {
     }
 #endif
   }
+  static inline void store_panel(f16* p, const Type* z) {
+    for (int v = 0; v < 2; ++v)
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(p + 16 * v), _mm512_cvtps_ph(z[v], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
 };
 
 #else
@@ -97,6 +105,15 @@ struct Vector {
     Type z;
     for (int i = 0; i < lanes; ++i) z[i] = KERNELS_ISA::load(p[i]);
     return z;
+  }
+  static inline Type load(const f16* p) {
+#if VECTOR_BYTES == 32
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Type z;
+    for (int i = 0; i < lanes; ++i) z[i] = KERNELS_ISA::load(p[i]);
+    return z;
+#endif
   }
   static inline Type load_pairs(const bf16* p) {
     return reinterpret_cast<Type>(static_cast<Ints>(*reinterpret_cast<const UnalignedInts*>(p)));
@@ -132,6 +149,14 @@ struct Vector {
   static inline void store_panel(bf16* p, const Type* z) {
     for (int v = 0; v < 32 / lanes; ++v)
       for (int i = 0; i < lanes; ++i) p[v * lanes + i] = Store<bf16>::from(z[v][i]);
+  }
+  static inline void store_panel(f16* p, const Type* z) {
+    for (int v = 0; v < 32 / lanes; ++v)
+#if VECTOR_BYTES == 32
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + v * lanes), _mm256_cvtps_ph(z[v], _MM_FROUND_TO_NEAREST_INT));
+#else
+      for (int i = 0; i < lanes; ++i) p[v * lanes + i] = Store<f16>::from(z[v][i]);
+#endif
   }
 };
 

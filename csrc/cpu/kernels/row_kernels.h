@@ -107,6 +107,7 @@ struct RowKernels {
   // out[i] := row[i * step ...], `used` values and zeros up to `pitch`; reads whole pitches
   void (*windows)(const T* row, int64_t step, int64_t used, int64_t pitch, int64_t count, T* out);
   void (*store)(const A* values, int64_t channels, T* out);
+  void (*widen)(const T* values, int64_t count, A* out);
 };
 
 // The table for the instruction set of isa.h.

@@ -498,9 +498,14 @@ static void store(const arith_t<T>* __restrict sum, int64_t channels, T* __restr
 }
 
 template <class T>
-static constexpr RowKernels<T> table = {statistics<T>,   normalize<T>,     backward_reduce<T>, backward_apply<T>,
-                                        passing_bits<T>, where_bits<T>,    all_finite<T>,      add_where<T>,
-                                        max_of<T>,       max_and_place<T>, windows<T>,         store<T>};
+static void widen(const T* __restrict values, int64_t channels, arith_t<T>* __restrict out) {
+  CHANNEL_LOOP { out[c] = load(values[c]); }
+}
+
+template <class T>
+static constexpr RowKernels<T> table = {
+    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, passing_bits<T>, where_bits<T>, all_finite<T>,
+    add_where<T>,  max_of<T>,    max_and_place<T>,   windows<T>,        store<T>,        widen<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }

@@ -19,6 +19,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "../../../csrc/cpu/engine/schedule.h"
@@ -29,18 +30,26 @@ namespace resnet_fused::cpu {
   namespace isa {                               \
   const engine::Products<type>& products(type); \
   }
+#define HALF_TABLE(isa)                                     \
+  namespace isa {                                           \
+  const engine::Products<float, f16>& products(float, f16); \
+  }
 TABLE(baseline, float)
 TABLE(baseline, bf16)
+HALF_TABLE(baseline)
 TABLE(amx_portable, bf16)
 #if defined(RESNET_FUSED_X86)
 TABLE(avx2, float)
 TABLE(avx2, bf16)
+HALF_TABLE(avx2)
 TABLE(avx512, float)
 TABLE(avx512, bf16)
+HALF_TABLE(avx512)
 TABLE(avx512_bf16, bf16)
 TABLE(amx, bf16)
 #endif
 #undef TABLE
+#undef HALF_TABLE
 
 namespace engine {
 namespace {
@@ -55,16 +64,24 @@ float to_float(bf16 v) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
+float to_float(f16 v) {
+  const int exponent = v.bits >> 10 & 31, mantissa = v.bits & 1023;
+  const float size = exponent == 31  ? (mantissa ? std::nanf("") : INFINITY)
+                     : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                                     : std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25);
+  return v.bits & 0x8000 ? -size : size;
+}
 template <class T>
-T small(int64_t v) {  // exact in both types, and so are sums of them
+T small(int64_t v) {  // exact in all types, and so are sums of them
   const float f = static_cast<float>(v);
-  if constexpr (sizeof(T) == 4) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if constexpr (std::is_same_v<T, float>)
     return f;
-  } else {
-    uint32_t bits;
-    std::memcpy(&bits, &f, 4);
-    return T{static_cast<uint16_t>(bits >> 16)};
-  }
+  else if constexpr (std::is_same_v<T, bf16>)
+    return {static_cast<uint16_t>(bits >> 16)};
+  else
+    return {static_cast<uint16_t>(v == 0 ? 0 : (bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - (112u << 23)) >> 13)};
 }
 
 template <class T>
@@ -76,15 +93,15 @@ std::unique_ptr<T[]> exactly(int64_t count) {  // not filled: what is read witho
 
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-template <class T>
+template <class T, class Out>
 struct Convolution {
   Window window;
   Size input, output;
   int64_t images, in, out;
   Gathers gathers = Gathers::nothing;
   bool relu = true;
-  std::unique_ptr<T[]> x, weight,
-      u;  // [N, H, W, C], [O, R, S, C]; where gradients are gathered, laid out as the output
+  std::unique_ptr<T[]> x, weight;  // [N, H, W, C], [O, R, S, C]
+  std::unique_ptr<Out[]> u;        // where gradients are gathered, laid out as the output
 
   Convolution() {
     do {
@@ -111,8 +128,8 @@ struct Convolution {
     weight = exactly<T>(weights);
     for (int64_t i = 0; i < values; ++i) x[i] = small<T>(any(-2, 2));
     for (int64_t i = 0; i < weights; ++i) weight[i] = small<T>(any(-1, 1));
-    if (gathers == Gathers::gradient) u = exactly<T>(outputs());
-    for (int64_t i = 0; u && i < outputs(); ++i) u[i] = small<T>(any(-2, 2));
+    if (gathers == Gathers::gradient) u = exactly<Out>(outputs());
+    for (int64_t i = 0; u && i < outputs(); ++i) u[i] = small<Out>(any(-2, 2));
   }
 
   int64_t outputs() const { return images * output.pixels() * out; }
@@ -151,8 +168,8 @@ int64_t offset_in_panel(int64_t channel, int64_t output) {  // as in pack.cpp
 }
 
 // [panel][tap][depth][32], as pack.cpp has it.
-template <class T>
-std::unique_ptr<T[]> pack(const Convolution<T>& c, const Layout& l, int64_t taps, int64_t panels) {
+template <class T, class Out>
+std::unique_ptr<T[]> pack(const Convolution<T, Out>& c, const Layout& l, int64_t taps, int64_t panels) {
   auto packed = exactly<T>(panels * taps * l.depth * kPanel);
   std::memset(packed.get(), 0, panels * taps * l.depth * kPanel * sizeof(T));
   const auto [height, width] = c.window.kernel;
@@ -170,9 +187,9 @@ std::unique_ptr<T[]> pack(const Convolution<T>& c, const Layout& l, int64_t taps
 }
 
 // What is gathered of all steps, added up, is what the results are.
-template <class T>
+template <class T, class Out>
 void check_gathered(
-    const char* isa, const Convolution<T>& c, const T* out, const std::vector<float>& sums,
+    const char* isa, const Convolution<T, Out>& c, const Out* out, const std::vector<float>& sums,
     const std::vector<int32_t>& rows, int64_t steps) {
   const bool statistics = c.gathers == Gathers::statistics;
   const int64_t width = statistics ? 3 : 2, panels = c.out / kPanel;
@@ -202,8 +219,8 @@ void check_gathered(
 }
 
 // What a step reads of the images of an item, in a buffer of the layout's size.
-template <class T>
-std::unique_ptr<T[]> lay_out_input(const Convolution<T>& c, const Layout& l, int64_t first, const Step& step) {
+template <class T, class Out>
+std::unique_ptr<T[]> lay_out_input(const Convolution<T, Out>& c, const Layout& l, int64_t first, const Step& step) {
   auto buffer = exactly<T>(l.positions * l.pitch);
   const auto& w = c.window;
   const auto put = [&](T* to, const T* from, int64_t count) {
@@ -248,9 +265,9 @@ std::unique_ptr<T[]> lay_out_input(const Convolution<T>& c, const Layout& l, int
   return buffer;
 }
 
-template <class T>
-void check(const char* isa, const Products<T>& products) {
-  const Convolution<T> c;
+template <class T, class Out>
+void check(const char* isa, const Products<T, Out>& products) {
+  const Convolution<T, Out> c;
   const int64_t threads = any(1, 3), panels = (c.out + kPanel - 1) / kPanel;
   const auto kind = c.kind();
   const Machine machine{threads,   any(1, 64) * 1024, products.tile_rows, products.reads_whole_tiles,
@@ -262,7 +279,7 @@ void check(const char* isa, const Products<T>& products) {
   const Layout& l = s.layouts[0];
   const int64_t taps = columns ? 1 : static_cast<int64_t>(l.taps.size());
   const auto weights = pack(c, l, taps, panels);
-  auto out = exactly<T>(c.images * c.output.pixels() * c.out);
+  auto out = exactly<Out>(c.images * c.output.pixels() * c.out);
   const std::vector<float> scale(panels * kPanel, 1.0f), shift(panels * kPanel, 0.0f);
   const std::vector<float> center(panels * kPanel, -1.0f), twice(panels * kPanel, 2.0f), less(panels * kPanel, -4.0f);
   size_t most = 0;  // steps of a part
@@ -273,7 +290,7 @@ void check(const char* isa, const Products<T>& products) {
   std::vector<int32_t> rows(steps * panels, 0);
 
   const auto run = [&](int64_t item, int64_t at, const Step& step, const T* input, int64_t begin, int64_t end) {
-    Task<T> task{};
+    Task<T, Out> task{};
     auto& f = task.factors[0];
     f.input = input;
     f.pitch = l.pitch;
@@ -330,7 +347,7 @@ void check(const char* isa, const Products<T>& products) {
       for (int64_t o = 0; o < c.out; ++o) {
         const float got = to_float(out[(n * c.output.pixels() + p) * c.out + o]);
         const float expected = c.expected(n, o, p / c.output.width, p % c.output.width);
-        if (std::fabs(got - expected) <= std::fabs(expected) / 256 * (sizeof(T) == 2)) continue;  // false for NaN
+        if (std::fabs(got - expected) <= std::fabs(expected) / 256 * (sizeof(Out) == 2)) continue;  // false for NaN
         std::printf("%s: got %g instead of %g, layout %d\n", isa, got, expected, static_cast<int>(l.kind));
         std::exit(1);
       }
@@ -346,21 +363,24 @@ bool has_tiles() {
 
 int main_of(int64_t each) {
   for (int64_t i = 0; i < each; ++i) {
-    check<float>("baseline", baseline::products(float{}));
-    check<bf16>("baseline", baseline::products(bf16{}));
-    if (i % 4 == 0) check<bf16>("amx_portable", amx_portable::products(bf16{}));
+    check("baseline", baseline::products(float{}));
+    check("baseline to half", baseline::products(float{}, f16{}));
+    check("baseline", baseline::products(bf16{}));
+    if (i % 4 == 0) check("amx_portable", amx_portable::products(bf16{}));
 #if defined(RESNET_FUSED_X86)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      check<float>("avx2", avx2::products(float{}));
-      check<bf16>("avx2", avx2::products(bf16{}));
+      check("avx2", avx2::products(float{}));
+      check("avx2 to half", avx2::products(float{}, f16{}));
+      check("avx2", avx2::products(bf16{}));
     }
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      check<float>("avx512", avx512::products(float{}));
-      check<bf16>("avx512", avx512::products(bf16{}));
-      if (__builtin_cpu_supports("avx512bf16")) check<bf16>("avx512_bf16", avx512_bf16::products(bf16{}));
+      check("avx512", avx512::products(float{}));
+      check("avx512 to half", avx512::products(float{}, f16{}));
+      check("avx512", avx512::products(bf16{}));
+      if (__builtin_cpu_supports("avx512bf16")) check("avx512_bf16", avx512_bf16::products(bf16{}));
     }
-    if (has_tiles()) check<bf16>("amx", amx::products(bf16{}));
+    if (has_tiles()) check("amx", amx::products(bf16{}));
 #endif
   }
   std::puts("clean");

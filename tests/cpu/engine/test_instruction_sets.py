@@ -11,11 +11,11 @@ import pytest
 from support.engine_blocks import TABLE
 from support.engine_runs import INSTRUCTION_SETS, Report, in_process, report_of
 
-# Those with products of float32 of their own; of the others these are AVX-512's.
+# Those with products of float32 of their own, as which float16 is multiplied; of the others these are AVX-512's.
 FLOAT32 = ("baseline", "avx2", "avx512")
 # Against eager's error, geometric mean over the table. Measured: bfloat16 0.75 in all of them; float32 1.14 with fused
 # multiply-add and 1.17 without: the engine adds the products of an output one by one where oneDNN adds partial sums.
-MEAN = {"bfloat16": 1.0, "float32": 1.25}
+MEAN = {"bfloat16": 1.0, "float16": 1.0, "float32": 1.25}
 
 
 PROGRAM = """
@@ -61,7 +61,7 @@ def test_a_name_this_machine_lacks_is_refused() -> None:
 def test_as_exact_as_eager(isa: str, tmp_path: Path) -> None:
     if isa not in accepted():
         pytest.skip(f"this machine has no {isa}")
-    dtypes = ("float32", "bfloat16") if isa in FLOAT32 else ("bfloat16",)
+    dtypes = ("float32", "bfloat16", "float16") if isa in FLOAT32 else ("bfloat16",)
     slow = ("bands", "wide", "large") if isa == "amx_portable" else ()  # a hundred times slower, by amx's schedules
     names = [name for name in TABLE if not name.startswith(slow)] if slow else list(TABLE)
     report = report_of(isa, dtypes, tmp_path, *names)
@@ -71,6 +71,35 @@ def test_as_exact_as_eager(isa: str, tmp_path: Path) -> None:
         ratios = {name: ratio for name, ratio in report.ratios.items() if name.endswith(dtype)}
         mean = Report(ratios=ratios).mean_ratio
         assert mean <= MEAN[dtype], f"{isa}, {dtype}: on average {mean:.3f} times eager's error"
+
+
+EVERY_FLOAT16 = """
+import torch
+from support.engine_runs import on_engine
+from resnet_fused.params import BlockParams, StageParams
+from resnet_fused.spec import BlockSpec, StageSpec
+torch.set_grad_enabled(False)
+every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+x = every[every.isfinite()].reshape(1, 62, 32, 32).permute(0, 3, 1, 2)
+bare = StageSpec(norm=False, act="identity")
+for skip in ("none", "identity"):
+    for factor in (1.0, 0.5, 0.375, 1.5, 4.0):
+        weight = (torch.eye(32) * factor).half()[:, :, None, None]
+        got = on_engine(x, BlockParams((StageParams(weight),)), BlockSpec((bare,), skip))
+        exact = x.double() * factor + (x.double() if skip == "identity" else 0)
+        assert torch.equal(got, exact.half()), (skip, factor)
+        assert got.isinf().any() == (exact.abs().max() >= 65520)
+print("computed")
+"""
+
+
+@pytest.mark.parametrize("isa", FLOAT32)
+def test_every_float16(isa: str) -> None:
+    """Subnormal, rounded to even or beyond the largest: a product, and its sum with the skip path, rounded once."""
+    if isa not in accepted():
+        pytest.skip(f"this machine has no {isa}")
+    done = in_process(isa, ["-c", EVERY_FLOAT16])
+    assert done.stdout == "computed\n", done.stderr[-4000:]
 
 
 def test_portable_tiles_compute_what_the_processor_does(tmp_path: Path) -> None:

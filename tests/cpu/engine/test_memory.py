@@ -19,7 +19,7 @@ from resnet_fused.spec import BlockSpec
 Block = tuple[Tensor, BlockParams, BlockSpec]
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def basic(request: pytest.FixtureRequest) -> Block:
     return TABLE["basic"].case.build(request.param, torch.channels_last)
 

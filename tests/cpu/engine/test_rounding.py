@@ -33,7 +33,7 @@ def refused(x: Tensor, params: BlockParams, spec: BlockSpec) -> bool:
     return reason is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @given(case=cases(channels=(1, 2, 3, 5, 8, 33), **EVERY), last=st.booleans())
 @settings(family, max_examples=60)
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from support.engine_blocks import TABLE, THREADS
 from support.engine_runs import on_engine, schedule_of, threads
 
+WIDENED = "products of floatN, "
 SIDE_BY_SIDE, SHARED = "image by image", "threads share the outputs of each convolution"
 
 
@@ -26,9 +27,14 @@ def schedules(dtype: torch.dtype) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_table_meets_every_schedule(dtype: torch.dtype) -> None:
-    assert schedules(dtype) == {SIDE_BY_SIDE, "image by image, each in N parts", "groups of N images", SHARED}
+    every = {SIDE_BY_SIDE, "image by image, each in N parts", "groups of N images", SHARED}
+    found = schedules(dtype)
+    assert {schedule.removeprefix(WIDENED) for schedule in found} == every
+    widened = {schedule for schedule in found if schedule.startswith(WIDENED)}
+    some = [set(), found] if dtype == torch.bfloat16 else [found] if dtype == torch.float16 else [set()]
+    assert widened in some  # bfloat16: as the processor has it
 
 
 @torch.no_grad()

@@ -9,15 +9,16 @@ import torch
 from support.blocks import Case, block, bottleneck, frozen
 from support.engine_blocks import TABLE, chain
 from support.engine_runs import in_eager, on_engine, threads
+from support.equivalence import relative_error
 from support.matrix import FORMATS
-from support.named_tensors import named_tensors
+from support.named_tensors import named_tensors, to_double
 from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.spec import StageSpec
 
 NAN, INF = float("nan"), float("inf")
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 SAME = StageSpec(1, 1, batch_stats=False)
 
@@ -88,7 +89,7 @@ def test_in_scales(order: str, bad: float, dtype: torch.dtype) -> None:
         assert_same_values_are_lost(got, in_eager(x, params, spec), f"{bad} in {scale}")
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_a_group_does_not_see_another(dtype: torch.dtype) -> None:
     """A value between the convolutions that is not finite, although x and the parameters are."""
@@ -98,6 +99,30 @@ def test_a_group_does_not_see_another(dtype: torch.dtype) -> None:
     got, eager = functional.residual_block(x.abs() + 8, params, spec), in_eager(x.abs() + 8, params, spec)
     assert not eager.isfinite().all() and eager[:, 4:].isfinite().all()
     assert_same_values_are_lost(got, eager, "infinity in one group")
+
+
+@torch.no_grad()
+def test_between_convolutions_float16_does_not_overflow() -> None:
+    """There the engine has floats: where eager has infinities, it has what float64 has."""
+    x, params, spec = frozen(LAYOUTS["groups behind pixels"]).build(torch.float16, torch.channels_last)
+    params.stages[0].weight[3] = 16000.0
+    params.stages[1].weight[:4] *= 2.0**-10
+    x = x.abs() + 8
+    got, eager = functional.residual_block(x, params, spec), in_eager(x, params, spec)
+    exact = in_eager(x.double(), to_double(params), spec)
+    assert not eager.isfinite().all() and exact.abs().max() < torch.finfo(torch.float16).max
+    assert relative_error(got, exact) < 2 * torch.finfo(torch.float16).eps
+
+
+@torch.no_grad()
+def test_weights_beyond_float16() -> None:
+    """Under autocast they are infinite in float16, as is what eager makes of them."""
+    x, params, spec = frozen(LAYOUTS["pixels that are copied"]).build(torch.float32, torch.channels_last)
+    params.stages[0].weight[3, 2] = 70000.0
+    with torch.autocast("cpu", torch.float16):
+        got, eager = functional.residual_block(x, params, spec), in_eager(x, params, spec)
+    assert got.dtype == torch.float16 and not eager.isfinite().all()
+    assert_same_values_are_lost(got, eager, "a weight of 70000")
 
 
 @dtypes

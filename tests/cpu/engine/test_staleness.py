@@ -1,6 +1,6 @@
 """A prepared block never outlives what it was prepared from; under autocast it is packed straight from float32.
 
-tests/ops/test_evaluation_state.py has the many ways to write a tensor; here they meet the engine in both its dtypes.
+tests/ops/test_evaluation_state.py has the many ways to write a tensor; here they meet the engine in all its dtypes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from resnet_fused.models.resnet import Bottleneck
 from resnet_fused.params import BlockParams, map_tensors
 from resnet_fused.spec import BlockSpec
 
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 Block = tuple[Tensor, BlockParams, BlockSpec]
 
 
@@ -127,7 +127,7 @@ def test_gathered_parameters_are_compared_whole() -> None:
 
 def test_another_dtype_and_back() -> None:
     fused = fuse(module())
-    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32, torch.bfloat16):
         fused.to(dtype)
         assert_fresh(fused, pictures().to(dtype))
 
@@ -157,8 +157,12 @@ def test_copied_parameters_hold_nothing_prepared(dtype: torch.dtype) -> None:
         assert torch.equal(on_engine(x, copied, spec), out)
 
 
+narrow_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@narrow_dtypes
 @torch.no_grad()
-def test_autocast_packs_from_float32() -> None:
+def test_autocast_packs_from_float32(dtype: torch.dtype) -> None:
     """One rounding of a weight times its norm, where casting first rounds twice; float32 and back in turns."""
     blocks = [
         TABLE["bottleneck with projection"].case.build(torch.float32, torch.channels_last, seed) for seed in range(4)
@@ -166,28 +170,29 @@ def test_autocast_packs_from_float32() -> None:
     cast, pure, eager, exact = [], [], [], []
     for x, params, spec in blocks:
         wide = on_engine(x, params, spec)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             cast.append(functional.residual_block(x, params, spec))
             eager.append(in_eager(x, params, spec))
-        assert cast[-1].dtype == torch.bfloat16
+        assert cast[-1].dtype == dtype
         assert torch.equal(on_engine(x, params, spec), wide)
-        narrow = map_tensors(params, lambda _, t: t.bfloat16() if t.is_floating_point() else t)
-        pure.append(on_engine(x.bfloat16(), narrow, spec))
+        narrow = map_tensors(params, lambda _, t: t.to(dtype) if t.is_floating_point() else t)
+        pure.append(on_engine(x.to(dtype), narrow, spec))
         exact.append(in_eager(x.double(), to_double(params), spec))
     ours, expected = torch.stack(cast), torch.stack(exact)
-    assert_as_accurate("autocast", ours, torch.stack(eager).bfloat16(), expected)
-    # pure bfloat16 has rounded the parameters, too
+    assert_as_accurate("autocast", ours, torch.stack(eager).to(dtype), expected)
+    # a block in 16 bits has rounded the parameters, too
     assert relative_error(ours, expected) <= max(
-        relative_error(torch.stack(pure), expected), FLOOR_ULPS * torch.finfo(torch.bfloat16).eps
+        relative_error(torch.stack(pure), expected), FLOOR_ULPS * torch.finfo(dtype).eps
     )
 
 
+@narrow_dtypes
 @torch.no_grad()
-def test_autocast_follows_the_float32_weights() -> None:
+def test_autocast_follows_the_float32_weights(dtype: torch.dtype) -> None:
     x, params, spec = TABLE["basic"].case.build(torch.float32, torch.channels_last)
     spec = BlockSpec(spec.stages, "none")
     for _ in range(3):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             got = functional.residual_block(x, params, spec)
             copied = map_tensors(params, lambda _, t: t.clone())
             assert torch.equal(got, functional.residual_block(x, copied, spec))
