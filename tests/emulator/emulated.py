@@ -174,6 +174,7 @@ class EmulatedBackend:
         batch_stats: list[Tensor],
         tensors: Tensors,
         needs: Needs,
+        master: torch.dtype | None,
     ) -> Tensors:
         return operators.residual_block_backward(
             spec,
@@ -185,6 +186,7 @@ class EmulatedBackend:
             needs,
             "cuda",
             self.how(spec, tensors.x, tensors.weights),
+            master,
         )
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:
