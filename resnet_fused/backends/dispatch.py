@@ -56,7 +56,7 @@ class Backend(Protocol):
         batch_stats: list[Tensor],
         tensors: Tensors,
         needs: Needs,
-        master: torch.dtype | None,
+        master: torch.dtype | None = None,
     ) -> Tensors:
         """The gradient of each of `tensors`, None where `needs` is false; those of convolutions' weights and biases in
         `master`, where it is given.

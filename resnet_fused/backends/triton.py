@@ -67,7 +67,7 @@ class TritonBackend:
         batch_stats: list[Tensor],
         tensors: Tensors,
         needs: Needs,
-        master: torch.dtype | None,
+        master: torch.dtype | None = None,
     ) -> Tensors:
         return operators.residual_block_backward(
             spec, dout, out, conv_outputs, batch_stats, tensors, needs, "triton", master=master

@@ -1,7 +1,8 @@
 """The autograd Functions of the fused operators: what is saved, and which gradients come back.
 
-Saved for a block: x, under autocast its convolutions' rounded weights, each stage's convolution output (with memory="low" not the last stage's nor the projection's),
-and `out`, which is the next block's x anyway, for the mask of the final activation. Batch statistics are [2, C].
+Saved for a block: x, the other tensors that it was given (under autocast its convolutions' rounded ones), each stage's
+convolution output (with memory="low" not the last stage's nor the projection's), and `out`, which is the next block's x
+anyway, for the mask of the final activation. Batch statistics are [2, C].
 Saved for a batch norm with activation and residual: x, and a bit per value for the activation's mask.
 """
 
@@ -109,7 +110,7 @@ FIXED = 6  # arguments of ResidualBlock before the tensors
 
 
 class ResidualBlock(torch.autograd.Function):
-    """One residual block; ``apply(spec, backend, count, places, blend, rounded, *tensors)`` -> (out, *batch statistics).
+    """One residual block; ``apply(spec, backend, count, places, blend, rounded, *tensors)`` gives (out, *batch stats).
 
     count, places: how many tensors a block has, and which of them `tensors` are (in the order of `BlockTensors.flat`);
     autograd charges for every argument.
@@ -137,9 +138,7 @@ class ResidualBlock(torch.autograd.Function):
         ctx.masters = ()
         if rounded is not None:
             given, convs = tensors, convolution_places(len(spec.convs))
-            tensors = tuple(
-                t.to(rounded) if place in convs else t for place, t in zip(places, given, strict=True)
-            )
+            tensors = tuple(t.to(rounded) if place in convs else t for place, t in zip(places, given, strict=True))
             ctx.masters = tuple(t for t, cast in zip(given, tensors, strict=True) if t is not cast)
         out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
         reads_out = join_reads(spec) == "output"

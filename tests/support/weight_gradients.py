@@ -112,7 +112,7 @@ def by_tiles(case: Convolution) -> bool:
 
 
 def assert_exact(case: Convolution) -> None:
-    """Small integers: the exact sums, rounded once, and those of a float32 weight not at all; in any number of threads."""
+    """Small integers: the exact sums, rounded once, or not at all for a float32 weight; in any number of threads."""
     x, weight, dy = tensors(case, integers=True)
     truth = exact(case, x, weight, dy)
     weights = (weight, weight.float()) if by_tiles(case) else (weight,)

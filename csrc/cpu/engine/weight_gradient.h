@@ -24,8 +24,8 @@ inline bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at
   return !reason_against_weight_gradient(weight, stage, dtype);
 }
 
-// In weight's memory format and this dtype, float or bfloat16. Undefined where a value that is not finite might meet a zero of the padding: the
-// product would be NaN, where the convolution has none.
+// In weight's memory format and this dtype, float or bfloat16. Undefined where a value that is not finite might meet a
+// zero of the padding: the product would be NaN, where the convolution has none.
 at::Tensor weight_gradient(
     const Operand<bf16>& dy, const Operand<bf16>& p, int64_t images, Size input, Size output, const at::Tensor& weight,
     const Stage& stage, at::ScalarType result);
