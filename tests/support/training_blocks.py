@@ -99,20 +99,23 @@ def assert_accurate(case: Case, memory_format: torch.memory_format = torch.chann
 
 def assert_same_from_masters(case: Case, memory_format: torch.memory_format = torch.channels_last) -> None:
     """Float32 weights and biases under autocast: the bits of their rounded values, and gradients that are float32's."""
-    x, params, spec = case.build(torch.bfloat16, memory_format)
-    dout = case.upstream(torch.bfloat16)
+    x, given, spec = case.build(torch.float32, memory_format)
+    x, dout = x.bfloat16(), case.upstream(torch.bfloat16)
+    named = named_tensors(given)
+    params = map_tensors(given, lambda _, t: t.bfloat16() if t.is_floating_point() else t)
+    masters = map_tensors(params, lambda name, t: named[name] if name.endswith((".weight", ".bias")) else t)
     rounded = run(x, params, spec, "native", dout)
-    masters = map_tensors(params, lambda name, t: t.float() if name.endswith((".weight", ".bias")) else t)
     with torch.autocast("cpu", torch.bfloat16):
         got = run(x, masters, spec, "native", dout)
-    named = named_tensors(masters)
     for name, value in rounded.items():
-        ours, given = got[name], named.get(name.removeprefix("grad of "))
-        if value is None or ours is None or name == "out" or given is None or given.dtype != torch.float32:
-            assert value is ours is None or torch.equal(ours, value), name  # type: ignore[arg-type]
-            continue
-        assert ours.dtype == torch.float32 and ours.stride() == given.stride(), name
-        assert torch.equal(ours.bfloat16(), value), name
+        ours = got[name]
+        if value is None or ours is None:
+            assert value is ours, name
+        elif name.endswith((".weight", ".bias")):
+            assert ours.dtype == torch.float32 and ours.stride() == value.stride(), name
+            assert torch.equal(ours.bfloat16(), value), name
+        else:
+            assert torch.equal(ours, value), name
 
 
 def results(case: Case) -> Results:
