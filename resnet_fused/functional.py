@@ -127,10 +127,10 @@ def _residual_block(x: Tensor, params: BlockParams, spec: BlockSpec, backend: st
         # what is not finite is computed in PyTorch's own order of operations, on which its NaN and infinities depend
         out = reference.residual_block(x, params, spec) if folded is None else folded
     else:
-        if dtype is not None:
-            params = _autocast(params, dtype)
+        if dtype is not None and torch.compiler.is_compiling():  # whose casts of weights the graph's compiler can see
+            params, dtype = _autocast(params, dtype), None
         blend = partial(running_stats.update, params, spec, counts)
-        out = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x), blend)
+        out = autograd.residual_block(spec, chosen, autograd.tensors_of(params, x), blend, dtype)
     return out if pool is None else max_pool2d(out, *pool, backend=pool_backend)
 
 

@@ -109,8 +109,12 @@ std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec)
   return shapes;
 }
 
-Needs check_needs(const std::vector<bool>& flags, const BlockSpec& spec) {
+Needs check_needs(const std::vector<bool>& flags, std::optional<at::ScalarType> master, const BlockSpec& spec) {
+  TORCH_CHECK_TYPE(
+      !master || at::isFloatingType(*master), "gradients of weights are asked for in ", *master,
+      "; accepted: a floating-point dtype");
   Needs needs(spec.convs.size());
+  needs.master = master;
   const auto places = needs.flat();
   TORCH_CHECK_VALUE(
       flags.size() == places.size(), "needs must have ", places.size(), " flags for ", spec.convs.size(),

@@ -17,7 +17,7 @@ std::vector<Shape> check_convolutions(
 std::vector<Shape> check_block(const BlockTensors& block, const BlockSpec& spec);
 
 // Which gradients are wanted: a flag for each tensor of the block, in flat order.
-Needs check_needs(const std::vector<bool>& flags, const BlockSpec& spec);
+Needs check_needs(const std::vector<bool>& flags, std::optional<at::ScalarType> master, const BlockSpec& spec);
 
 // Checks the other arguments of backward; shapes: the result of `check_block`.
 void check_backward(

@@ -45,6 +45,7 @@ struct PerTensor {
 // Which gradients are wanted.
 struct Needs : PerTensor<uint8_t> {
   using PerTensor::PerTensor;
+  std::optional<at::ScalarType> master;  // dtype of weights' and biases' gradients; nullopt: their own
   bool norm(int64_t stage) const { return norm_weights[stage] || norm_biases[stage]; }
 };
 

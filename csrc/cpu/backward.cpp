@@ -311,7 +311,8 @@ class Backward {
         // both gradients while dy is in the cache
         if (needs.weights[conv] && has_weight_gradient(conv) && !gradient.is_made()) {
           const auto batch = engine::batch_of(u);
-          of_weight.emplace(tensors.weights[conv], spec.convs[conv], batch.images, batch.size, gradient.size());
+          of_weight.emplace(
+              tensors.weights[conv], spec.convs[conv], batch.images, batch.size, gradient.size(), gradient_dtype(conv));
           if (of_weight->takes_rows())
             made = [&](int64_t slot, int64_t first, int64_t count, const T* pixels) {
               const int64_t channels = tensors.weights[conv].size(0), width = u.size(3);
@@ -419,7 +420,7 @@ class Backward {
         const auto batch = engine::batch_of(from);
         grads.weights[conv] = engine::weight_gradient(
             gradient.operand(), p.defined() ? pixels(p) : block.operand(conv, act), batch.images, batch.size,
-            gradient.size(), tensors.weights[conv], spec.convs[conv]);
+            gradient.size(), tensors.weights[conv], spec.convs[conv], gradient_dtype(conv));
         needs_weight = !grads.weights[conv].defined();
       }
     }
@@ -429,6 +430,11 @@ class Backward {
         gradient.tensor(), p, tensors.weights[conv], spec.convs[conv], needs_weight, needs.biases[conv]);
     if (needs_weight) grads.weights[conv] = g.weight;
     grads.biases[conv] = g.bias;
+  }
+
+  // In which the engine writes a weight's gradient: float, where that is asked for, from sums that are float.
+  at::ScalarType gradient_dtype(int64_t conv) const {
+    return needs.master == at::kFloat ? at::kFloat : tensors.weights[conv].scalar_type();
   }
 
   static engine::Operand<T> pixels(const at::Tensor& t) {

@@ -5,6 +5,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "../block/checks.h"
@@ -21,7 +22,7 @@ inline constexpr auto kForward =
     "(" BLOCK_TENSORS BLOCK_SPEC ") -> (Tensor out, Tensor[] conv_outputs, Tensor[] batch_stats)";
 inline constexpr auto kBackward =
     "(Tensor dout, Tensor? out, Tensor[] conv_outputs, Tensor[] batch_stats, " BLOCK_TENSORS "bool[] needs, " BLOCK_SPEC
-    ") -> Tensor[] grads";
+    ", *, ScalarType? master=None) -> Tensor[] grads";
 inline constexpr auto kInfer =
     "(Tensor x, Tensor? pre_scale, Tensor? pre_shift, Tensor[] weights, Tensor?[] biases, Tensor? branch_scale, "
     "Tensor? skip_scale, Tensor?[] slopes, " BLOCK_SPEC ") -> Tensor out";
@@ -56,6 +57,20 @@ inline BlockTensors block_tensors(
   return block;
 }
 
+// Gives the wanted gradients of weights and biases needs.master, where the kernels have not.
+inline void cast_to_masters(std::vector<at::Tensor>& grads, Needs needs) {
+  std::vector<const uint8_t*> of_convs;
+  for (const auto* each : {&needs.weights, &needs.biases})
+    for (const auto& wanted : *each) of_convs.push_back(&wanted);
+  size_t grad = 0;
+  for (const auto* wanted : needs.flat()) {
+    if (!*wanted) continue;
+    if (std::find(of_convs.begin(), of_convs.end(), wanted) != of_convs.end())
+      grads[grad] = grads[grad].to(*needs.master);
+    ++grad;
+  }
+}
+
 // Kernels: a type with the static functions residual_block_forward, _backward and _infer of cpu/residual_block.h. They
 // run below autograd: the gradient is an operator of ours, so ATen's operations called from here need no autograd.
 template <class Kernels>
@@ -80,17 +95,19 @@ std::vector<at::Tensor> residual_block_backward(
     const std::optional<at::Tensor>& skip_scale, at::TensorList weights, const OptionalList& biases,
     const OptionalList& norm_weights, const OptionalList& norm_biases, const OptionalList& running_means,
     const OptionalList& running_vars, const OptionalList& slopes, const c10::List<bool>& flags, at::IntArrayRef ints,
-    at::ArrayRef<double> floats) {
+    at::ArrayRef<double> floats, std::optional<at::ScalarType> master) {
   const auto spec = BlockSpec::decode(ints, floats);
   const auto block = block_tensors(
       x, branch_scale, skip_scale, weights, biases, norm_weights, norm_biases, running_means, running_vars, slopes);
-  const Needs needs = check_needs({flags.begin(), flags.end()}, spec);
+  const Needs needs = check_needs({flags.begin(), flags.end()}, master, spec);
   auto ys = conv_outputs.vec();
   const auto stats = batch_stats.vec();
   check_backward(dout, out, ys, stats, block, spec, check_block(block, spec));
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   for (auto& y : ys) y = y.contiguous(kLayout);  // a saved-tensor hook may change the layout
-  return Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
+  auto grads = Kernels::residual_block_backward(dout, out, ys, stats, block, needs, spec);
+  if (master) cast_to_masters(grads, needs);
+  return grads;
 }
 
 template <class Kernels>

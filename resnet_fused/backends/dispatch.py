@@ -56,8 +56,11 @@ class Backend(Protocol):
         batch_stats: list[Tensor],
         tensors: Tensors,
         needs: Needs,
+        master: torch.dtype | None = None,
     ) -> Tensors:
-        """The gradient of each of `tensors`, None where `needs` is false."""
+        """The gradient of each of `tensors`, None where `needs` is false; those of convolutions' weights and biases in
+        `master`, where it is given.
+        """
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
         """Evaluation with running statistics and no autograd; params as their owner holds them, before autocast.

@@ -58,9 +58,10 @@ class NativeBackend:
         batch_stats: list[Tensor],
         tensors: Tensors,
         needs: Needs,
+        master: torch.dtype | None = None,
     ) -> Tensors:
         return operators.residual_block_backward(
-            spec, dout, out, conv_outputs, batch_stats, tensors, needs, how=_how_of(spec, tensors)
+            spec, dout, out, conv_outputs, batch_stats, tensors, needs, how=_how_of(spec, tensors), master=master
         )
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:

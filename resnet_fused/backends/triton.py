@@ -20,7 +20,7 @@ from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.facts import Needs
-from resnet_fused.spec.tensors import SINGLE, BlockTensors
+from resnet_fused.spec.tensors import SINGLE, BlockTensors, convolution_places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_IMAGE, LARGEST_BATCH = 1 << 29, 1 << 30  # values of one image in the widest activation; pixels
@@ -67,8 +67,11 @@ class TritonBackend:
         batch_stats: list[Tensor],
         tensors: Tensors,
         needs: Needs,
+        master: torch.dtype | None = None,
     ) -> Tensors:
-        return operators.residual_block_backward(spec, dout, out, conv_outputs, batch_stats, tensors, needs, "triton")
+        return operators.residual_block_backward(
+            spec, dout, out, conv_outputs, batch_stats, tensors, needs, "triton", master=master
+        )
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
         folded = folding.folded(params, x, spec, pack=False)
@@ -144,6 +147,7 @@ def _backward(
     batch_stats: Sequence[Tensor],
     x: Tensor,
     *rest: Any,
+    master: torch.dtype | None = None,
 ) -> list[Tensor]:
     from resnet_fused.triton_kernels.host import backward, policies
 
@@ -161,7 +165,12 @@ def _backward(
     with torch.cuda.device_of(x):
         policy = policies.choose(spec, x, others[2])
         grads = backward.backward(spec, facts, dout, out, conv_outputs, batch_stats, tensors, needs, policy)
-    return [grad for grad in grads.flat if grad is not None]
+    convs = convolution_places(len(spec.convs))
+    return [
+        grad if master is None or place not in convs else grad.to(master)
+        for place, grad in enumerate(grads.flat)
+        if grad is not None
+    ]
 
 
 def _infer(

@@ -1,7 +1,8 @@
 """The autograd Functions of the fused operators: what is saved, and which gradients come back.
 
-Saved for a block: x, each stage's convolution output (with memory="low" not the last stage's nor the projection's),
-and `out`, which is the next block's x anyway, for the mask of the final activation. Batch statistics are [2, C].
+Saved for a block: x, the other tensors that it was given (under autocast its convolutions' rounded ones), each stage's
+convolution output (with memory="low" not the last stage's nor the projection's), and `out`, which is the next block's x
+anyway, for the mask of the final activation. Batch statistics are [2, C].
 Saved for a batch norm with activation and residual: x, and a bit per value for the activation's mask.
 """
 
@@ -19,7 +20,7 @@ from resnet_fused.ops.operators import Tensors
 from resnet_fused.params import BlockParams, Scale
 from resnet_fused.spec import BlockSpec
 from resnet_fused.spec.facts import join_reads
-from resnet_fused.spec.tensors import BlockTensors
+from resnet_fused.spec.tensors import BlockTensors, convolution_places
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,10 +76,13 @@ def _scale(scale: Scale, x: Tensor) -> Tensor | None:
     return torch.full((), scale, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
-def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors, blend: Blend) -> Tensor:
+def residual_block(
+    spec: BlockSpec, backend: Backend, tensors: Tensors, blend: Blend, rounded: torch.dtype | None = None
+) -> Tensor:
     """out, with gradients for each of `tensors`, which are `tensors_of(params, x)`.
 
-    blend: is given the batch statistics once everything has been computed.
+    blend:   is given the batch statistics once everything has been computed.
+    rounded: autocast's dtype, to which weights and biases of convolutions are cast; their gradients have their own.
     """
     for i, stage in enumerate(spec.convs):
         if stage.batch_stats:  # the running statistics are about to be updated in place, and nothing reads them
@@ -96,18 +100,24 @@ def residual_block(spec: BlockSpec, backend: Backend, tensors: Tensors, blend: B
     # statistics are blended within, as those of a batch norm are. A traced Function cannot write them.
     within = None if torch.compiler.is_compiling() else blend
     present = (t for t in given if t is not None)
-    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, within, *present)
+    out, *stats = ResidualBlock.apply(spec, backend, len(given), places, within, rounded, *present)
     if within is None:
         blend(stats)
     return out
 
 
+FIXED = 6  # arguments of ResidualBlock before the tensors
+
+
 class ResidualBlock(torch.autograd.Function):
-    """One residual block; ``apply(spec, backend, count, places, blend, *tensors)`` -> (out, *batch statistics).
+    """One residual block; ``apply(spec, backend, count, places, blend, rounded, *tensors)`` gives (out, *batch stats).
 
     count, places: how many tensors a block has, and which of them `tensors` are (in the order of `BlockTensors.flat`);
     autograd charges for every argument.
     blend:         as for `residual_block`, or None.
+    rounded:       as for `residual_block`. Rounding here takes no nodes of autograd, and a weight's gradient comes from
+                   its sums in float32. The rounded weights are what is saved, as eager's casts are, so weights may
+                   change between forward and backward.
     """
 
     @staticmethod
@@ -118,12 +128,18 @@ class ResidualBlock(torch.autograd.Function):
         count: int,
         places: tuple[int, ...],
         blend: Blend | None,
+        rounded: torch.dtype | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         wanted = [False] * count
-        for place, need in zip(places, ctx.needs_input_grad[5:], strict=True):
+        for place, need in zip(places, ctx.needs_input_grad[FIXED:], strict=True):
             wanted[place] = need
         needs = BlockTensors.of(wanted)
+        ctx.masters = ()
+        if rounded is not None:
+            given, convs = tensors, convolution_places(len(spec.convs))
+            tensors = tuple(t.to(rounded) if place in convs else t for place, t in zip(places, given, strict=True))
+            ctx.masters = tuple(t for t, cast in zip(given, tensors, strict=True) if t is not cast)
         out, conv_outputs, batch_stats = backend.forward(spec, _placed(count, places, tensors), needs)
         reads_out = join_reads(spec) == "output"
         ctx.save_for_backward(*tensors, out if reads_out else None, *conv_outputs, *batch_stats)
@@ -139,7 +155,7 @@ class ResidualBlock(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
-        saved, (a, b) = ctx.saved_tensors, ctx.split
+        saved, (a, b), masters = ctx.saved_tensors, ctx.split, ctx.masters
         with torch.no_grad():
             grads = ctx.backend.backward(
                 ctx.spec,
@@ -149,11 +165,13 @@ class ResidualBlock(torch.autograd.Function):
                 list(saved[b:]),
                 _placed(ctx.count, ctx.places, saved[:a]),
                 ctx.needs,
+                masters[0].dtype if masters else None,
             )
             _stride_as(grads.weights, list(_placed(ctx.count, ctx.places, saved[:a]).weights))
         flat = grads.flat
-        given = refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], [dout, *saved[:a]])
-        return None, None, None, None, None, *given
+        sources = [dout, *saved[:a], *masters]
+        given = refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], sources)
+        return *(None,) * FIXED, *given
 
 
 def _stride_as(grads: list[Tensor | None], weights: list[Tensor | None]) -> None:

@@ -23,7 +23,7 @@ from resnet_fused.errors import BackendError
 from resnet_fused.ops.encoding import decode, encode
 from resnet_fused.spec import BlockSpec, StageSpec
 from resnet_fused.spec.facts import Needs
-from resnet_fused.spec.tensors import BlockTensors
+from resnet_fused.spec.tensors import BlockTensors, convolution_places
 
 Tensors = BlockTensors[Tensor | None]
 # Overloads: csrc's kernels for the tensors' device; csrc/cuda's, which also take CPU tensors for the tests' emulator;
@@ -95,16 +95,25 @@ def residual_block_backward(
     needs: Needs,
     kernels: Kernels = "default",
     how: How = CHOSEN,
+    master: torch.dtype | None = None,
 ) -> Tensors:
     """The gradient of each of `tensors`, None where `needs` is false (running statistics never need one).
 
     out: forward's, where `facts(spec).join` is "output"; else it may be None. needs: as forward was given them.
+    master: the dtype of the gradients of convolutions' weights and biases; None: theirs.
     """
     require()
     wanted = needs.flat
     grads = iter(
         _overload("residual_block_backward", kernels)(
-            dout, out, list(conv_outputs), list(batch_stats), *tensors.arguments, wanted, *encode(spec, needs, how)
+            dout,
+            out,
+            list(conv_outputs),
+            list(batch_stats),
+            *tensors.arguments,
+            wanted,
+            *encode(spec, needs, how),
+            master=master,
         )
     )
     return BlockTensors.of([next(grads) if need else None for need in wanted])
@@ -300,16 +309,18 @@ def _register_fakes() -> None:
         ]
         return out, saved, stats
 
-    def backward(dout, out, ys, stats, *rest):  # type: ignore[no-untyped-def]
+    def backward(dout, out, ys, stats, *rest, master=None):  # type: ignore[no-untyped-def]
         *tensors, needs, _, _ = rest
         inputs = [*tensors[:3], *(t for each in tensors[3:] for t in each)]
         keeps_format = BlockTensors.filled(False, len(tensors[3]))
         keeps_format.x, keeps_format.weights = True, [True] * len(tensors[3])
-        return [
-            t.new_empty(t.shape).contiguous(memory_format=suggest_memory_format(t)) if keeps else t.new_empty(t.shape)
-            for t, need, keeps in zip(inputs, needs, keeps_format.flat, strict=True)
-            if need
-        ]
+        convs = convolution_places(len(tensors[3]))
+        grads = []
+        for place, (t, need, keeps) in enumerate(zip(inputs, needs, keeps_format.flat, strict=True)):
+            if need:
+                grad = t.new_empty(t.shape, dtype=master if place in convs else None)
+                grads.append(grad.contiguous(memory_format=suggest_memory_format(t)) if keeps else grad)
+        return grads
 
     def infer(x, a, b, weights, *rest):  # type: ignore[no-untyped-def]
         spec, _ = decode(*rest[-2:])

@@ -22,6 +22,11 @@ PER_CONVOLUTION = (
 )
 
 
+def convolution_places(convs: int) -> range:
+    """Where in `BlockTensors.flat` the weights and biases of that many convolutions are."""
+    return range(len(SINGLE), len(SINGLE) + 2 * convs)
+
+
 @dataclass
 class BlockTensors(Generic[T]):
     """Lists have one entry for each convolution, in the order of `BlockSpec.convs`.

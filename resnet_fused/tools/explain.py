@@ -183,7 +183,8 @@ def _who_trains(x: Tensor, params: BlockParams, spec: BlockSpec) -> str:
     """Who computes the convolutions of a training step: the engine, or oneDNN (for few pixels a matrix product, for
     depthwise gradients kernels of our own) and why.
     """
-    reasons = operators.engine_reasons_against_training(spec, [p.weight for p in params.convs], x.dtype)
+    weights = [p.weight.to(x.dtype) for p in params.convs]  # as autocast, where it is on, casts them
+    reasons = operators.engine_reasons_against_training(spec, weights, x.dtype)
     left: dict[str, list[str]] = {}
     for i, of_parts in enumerate(reasons):
         conv = "the projection" if i == len(spec.stages) else f"convolution {i + 1}"

@@ -304,7 +304,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, How]:
         seen["forward"] = how
         return tensors.x, [], []
 
-    def backward(*_: Any, how: How) -> Any:
+    def backward(*_: Any, how: How, master: torch.dtype | None) -> Any:
         seen["backward"] = how
         return []
 

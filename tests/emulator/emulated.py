@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from resnet_fused import _C  # type: ignore[attr-defined]
@@ -174,6 +175,7 @@ class EmulatedBackend:
         batch_stats: list[Tensor],
         tensors: Tensors,
         needs: Needs,
+        master: torch.dtype | None = None,
     ) -> Tensors:
         return operators.residual_block_backward(
             spec,
@@ -185,6 +187,7 @@ class EmulatedBackend:
             needs,
             "cuda",
             self.how(spec, tensors.x, tensors.weights),
+            master,
         )
 
     def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor:

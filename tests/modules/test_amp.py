@@ -35,6 +35,48 @@ def test_autocast_to_float16() -> None:
     assert_trains_as_eager(small_net(), picture(), autocast=torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_reach_the_graph_without_casts(dtype: torch.dtype) -> None:
+    fused = fuse(small_net())[1]
+    with torch.autocast("cpu", dtype):
+        out = fused(torch.ones(2, 8, 6, 5, requires_grad=True))
+    nodes = [node for node, _ in out.grad_fn.next_functions if node is not None]
+    convolutions = {id(p) for p in fused.parameters() if p.dim() == 4}
+    assert convolutions and convolutions <= {id(getattr(node, "variable", None)) for node in nodes}
+
+
+def test_weights_may_change_between_forward_and_backward() -> None:
+    """As in eager, whose casts are kept as well: the gradients are those of the weights that forward read."""
+    gradients = []
+    for changes in (False, True):
+        fused = fuse(small_net())[1]
+        x = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fused(x)
+        if changes:
+            with torch.no_grad():
+                for parameter in fused.parameters():
+                    parameter.copy_(-parameter) if parameter.dim() == 4 else None
+        out.float().square().mean().backward()
+        gradients.append([x.grad, *(p.grad for p in fused.parameters())])
+    for before, after in zip(*gradients, strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("wanted", ["all", "weight"])
+def test_a_second_derivative_of_float32_weights_says_what_to_do(wanted: str) -> None:
+    """Also where nothing but a weight, of which backward reads a rounded copy, could be differentiated again."""
+    fused = fuse(small_net())[1]
+    weight = next(p for p in fused.parameters() if p.dim() == 4)
+    for parameter in fused.parameters():
+        parameter.requires_grad_(wanted == "all" or parameter is weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fused(torch.ones(2, 8, 6, 5))
+    (gradient,) = torch.autograd.grad(out.float().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative of residual_block"):
+        torch.autograd.grad(gradient.square().sum(), weight)
+
+
 @pytest.mark.parametrize("overflows", [False, True])
 def test_grad_scaler_skips_the_steps_that_eager_skips(overflows: bool) -> None:
     """An infinite gradient: no weight moves, the scale halves, and the statistics have seen the batch."""

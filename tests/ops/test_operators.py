@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from support.random_blocks import EVERY, EXACT, cases
 
 from resnet_fused.ops.encoding import decode, encode
 from resnet_fused.spec.facts import facts
+from resnet_fused.spec.tensors import convolution_places
 
 
 def operator(name: str) -> Callable:
@@ -99,6 +101,22 @@ def test_fakes_of_mixed_layouts(arrangement: str, weight_last: bool, x_last: boo
         ),
     }[name]()
     assert_fake_agrees(operator(name), given)
+
+
+def test_gradients_of_weights_in_the_masters_dtype() -> None:
+    """Those of convolutions' weights and biases, cast, and nothing else."""
+    case = CASES["low memory"]
+    x, params, spec = case.build(torch.bfloat16, torch.channels_last)
+    given = backward_arguments(x, params, spec, case.upstream(torch.bfloat16), [True] * tensors_in(spec))
+    backward = operator("residual_block_backward")
+    assert_fake_agrees(partial(backward, master=torch.float32), given)
+    places = [place for place, need in enumerate(given[-3]) if need]  # type: ignore[arg-type, var-annotated]
+    convs = convolution_places(len(spec.convs))
+    for place, grad, plain in zip(places, backward(*given, master=torch.float32), backward(*given), strict=True):
+        assert grad.dtype == (torch.float32 if place in convs else plain.dtype), place
+        assert torch.equal(grad.to(plain.dtype), plain), place
+    with pytest.raises(TypeError, match="floating-point"):
+        backward(*given, master=torch.int64)
 
 
 @given(case=cases(**EXACT), choice=st.lists(st.booleans(), min_size=31, max_size=31))

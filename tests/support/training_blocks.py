@@ -16,9 +16,11 @@ from support.engine_blocks import chain
 from support.engine_runs import threads
 from support.equivalence import Results
 from support.matrix import FORMATS
+from support.named_tensors import named_tensors
 from support.runs import run
 from torch.profiler import ProfilerActivity, profile
 
+from resnet_fused.params import map_tensors
 from resnet_fused.spec import StageSpec
 
 THREADS = (1, 2, 7)
@@ -95,6 +97,27 @@ def assert_accurate(case: Case, memory_format: torch.memory_format = torch.chann
     assert_equivalent(blocks, [case.upstream(torch.bfloat16, seed) for seed in SEEDS], "native")
 
 
+def assert_same_from_masters(case: Case, memory_format: torch.memory_format = torch.channels_last) -> None:
+    """Float32 weights and biases under autocast: the bits of their rounded values, and gradients that are float32's."""
+    x, given, spec = case.build(torch.float32, memory_format)
+    x, dout = x.bfloat16(), case.upstream(torch.bfloat16)
+    named = named_tensors(given)
+    params = map_tensors(given, lambda _, t: t.bfloat16() if t.is_floating_point() else t)
+    masters = map_tensors(params, lambda name, t: named[name] if name.endswith((".weight", ".bias")) else t)
+    rounded = run(x, params, spec, "native", dout)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(x, masters, spec, "native", dout)
+    for name, value in rounded.items():
+        ours = got[name]
+        if value is None or ours is None:
+            assert value is ours, name
+        elif name.endswith((".weight", ".bias")):
+            assert ours.dtype == torch.float32 and ours.stride() == value.stride(), name
+            assert torch.equal(ours.bfloat16(), value), name
+        else:
+            assert torch.equal(ours, value), name
+
+
 def results(case: Case) -> Results:
     x, params, spec = case.build(torch.bfloat16, torch.channels_last)
     return run(x, params, spec, "native", case.upstream(torch.bfloat16))
@@ -107,6 +130,7 @@ def main() -> None:
         assert not convolutions_of_pytorch(case), name
         with threads(THREADS[number % len(THREADS)]):
             assert_accurate(case, FORMATS[number % len(FORMATS)])
+            assert_same_from_masters(case, FORMATS[number % len(FORMATS)])
     with threads(1):
         torch.save({name: results(TABLE[name]) for name in names}, to)
     print("all")

@@ -112,13 +112,16 @@ def by_tiles(case: Convolution) -> bool:
 
 
 def assert_exact(case: Convolution) -> None:
-    """Small integers: the exact sums, rounded once; in any number of threads."""
-    given = tensors(case, integers=True)
-    truth = exact(case, *given)
+    """Small integers: the exact sums, rounded once, or not at all for a float32 weight; in any number of threads."""
+    x, weight, dy = tensors(case, integers=True)
+    truth = exact(case, x, weight, dy)
+    weights = (weight, weight.float()) if by_tiles(case) else (weight,)
     for count in THREADS:
-        with threads(count):
-            got = fused(case, *given)
-        assert torch.equal(got, truth.bfloat16()), f"{count} threads: {int((got != truth.bfloat16()).sum())} are wrong"
+        for given in weights:
+            with threads(count), torch.autocast("cpu", torch.bfloat16):
+                got = fused(case, x, given, dy)
+            wrong = int((got != truth.to(given.dtype)).sum())
+            assert got.dtype == given.dtype and not wrong, f"{given.dtype}, {count} threads: {wrong} are wrong"
 
 
 def assert_accurate(case: Convolution) -> None:

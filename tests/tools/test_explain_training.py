@@ -103,3 +103,18 @@ def test_float32_is_told_where_x_is_given() -> None:
     assert row.reason == "training runs oneDNN's convolutions: the engine trains in bfloat16, x is Float"
     (row,) = explain(model.eval(), torch.zeros(1, 16, 4, 4))
     assert "training" not in row.reason
+
+
+def test_float32_weights_under_autocast() -> None:
+    """What is said of them holds for what they are cast to."""
+    program = """
+import torch
+from torch import nn
+from resnet_fused import explain, fuse
+from resnet_fused.models.resnet import Bottleneck
+
+with torch.autocast("cpu", torch.bfloat16):
+    explain(fuse(nn.Sequential(Bottleneck(128, 32))), torch.randn(1, 128, 8, 8))
+"""
+    done = in_process("amx_portable", ["-c", program])
+    assert "training runs the engine's convolutions" in done.stdout and "oneDNN" not in done.stdout, done.stderr[-4000:]

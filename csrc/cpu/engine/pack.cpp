@@ -77,34 +77,54 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
 
 namespace {
 
+typedef uint32_t Words __attribute__((vector_size(16), may_alias, aligned(2)));
+typedef uint16_t Halves __attribute__((vector_size(16), may_alias, aligned(2)));
+
+// 4 x 4 words; strides in elements.
+template <class T>
+void transpose_words(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  const auto row = [&](int64_t i) { return *reinterpret_cast<const Words*>(from + i * from_stride); };
+  const auto put = [&](int64_t i, Words words) { *reinterpret_cast<Words*>(to + i * to_stride) = words; };
+  const Words a = row(0), b = row(1), c = row(2), d = row(3);
+  const Words ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  put(0, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+  put(1, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+  const Words ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  put(2, __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5));
+  put(3, __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7));
+}
+
+// even[i], odd[i] side by side, for 8 of each
+void interleave(const bf16* even, const bf16* odd, bf16* to) {
+  const auto at = [](const bf16* values) { return *reinterpret_cast<const Halves*>(values); };
+  const Halves a = at(even), b = at(odd);
+  reinterpret_cast<Halves*>(to)[0] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  reinterpret_cast<Halves*>(to)[1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+
 // 32 channels of 32 outputs, or as many as there are; strides in elements.
 template <class T>
 void pack_block(const T* w, int64_t outputs, int64_t channels, int64_t output_stride, int64_t channel_stride, T* to) {
-  if (outputs < kPanel || channels < kPanel) std::fill_n(to, round_up(channels, kDepthStep<T>) * kPanel, T{});
-  if constexpr (sizeof(T) == 2) {
-    typedef uint32_t __attribute__((may_alias, aligned(2))) Pair;
-    if (channel_stride == 1 && channels == kPanel) {  // pairs lie side by side: a transposition of pairs
-      for (int64_t o = 0; o < outputs; ++o) {
-        const auto* from = reinterpret_cast<const Pair*>(w + o * output_stride);
-        auto* pairs = reinterpret_cast<Pair*>(to + o / 16 * 512 + o % 16 * 2);
-        for (int64_t pair = 0; pair < 16; ++pair) pairs[pair * 16] = from[pair];
-      }
-      return;
-    }
-    if (output_stride == 1 && channels == kPanel && outputs == kPanel) {
-      for (int64_t half = 0; half < 2; ++half)
-        for (int64_t pair = 0; pair < 16; ++pair) {
-          const T* even = w + 2 * pair * channel_stride + half * 16;
-          const T* odd = even + channel_stride;
-          T* at = to + half * 512 + pair * 32;
-          for (int64_t o = 0; o < 16; ++o) {
-            at[2 * o] = even[o];
-            at[2 * o + 1] = odd[o];
-          }
-        }
-      return;
-    }
+  constexpr int64_t word = 4 / sizeof(T);
+  const bool whole = outputs == kPanel && channels == kPanel;
+  if (whole && channel_stride == 1) {  // pairs of 16 bits lie side by side as they shall
+    for (int64_t o = 0; o < kPanel; o += 4)
+      for (int64_t c = 0; c < kPanel; c += 4 * word)
+        transpose_words(w + o * output_stride + c, output_stride, to + offset_in_panel<T>(c, o), kPanel);
+    return;
   }
+  if (whole && output_stride == 1) {
+    for (int64_t c = 0; c < kPanel; c += word) {
+      const T* row = w + c * channel_stride;
+      if constexpr (sizeof(T) == 2)
+        for (int64_t o = 0; o < kPanel; o += 8)
+          interleave(row + o, row + channel_stride + o, to + offset_in_panel<T>(c, o));
+      else
+        std::copy_n(row, kPanel, to + c * kPanel);
+    }
+    return;
+  }
+  if (!whole) std::fill_n(to, round_up(channels, kDepthStep<T>) * kPanel, T{});
   for (int64_t o = 0; o < outputs; ++o)
     for (int64_t c = 0; c < channels; ++c) to[offset_in_panel<T>(c, o)] = w[o * output_stride + c * channel_stride];
 }
@@ -122,22 +142,26 @@ Packed pack_taps(const at::Tensor& weight, const std::vector<Tap>& taps, bool ba
   packed.memory = reuse(packed.elements() * static_cast<int64_t>(sizeof(T)));
   T* all = reinterpret_cast<T*>(packed.memory.get());
   const T* w = static_cast<const T*>(weight.const_data_ptr());
-  std::vector<uint8_t> finite(packed.panels, 1);
-  const int64_t size = packed.taps * packed.depth * kPanel;
-  at::parallel_for(0, packed.panels, 1, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p) {
-      T* panel = all + p * size;
-      const int64_t outputs = std::min(kPanel, out - p * kPanel);
-      for (int64_t tap = 0; tap < packed.taps; ++tap) {
-        const auto [r, s] = taps[tap];
-        const T* block = w + r * weight.stride(2) + s * weight.stride(3) + p * kPanel * output_stride;
-        for (int64_t c = 0; c < in; c += kPanel)
-          pack_block(
-              block + c * channel_stride, outputs, std::min(kPanel, in - c), output_stride, channel_stride,
-              panel + (tap * packed.depth + c) * kPanel);
-      }
-      finite[p] = row_kernels<T>().all_finite(panel, size);
-    }
+  // Returns whether all are finite.
+  const auto pack = [&](int64_t panel, int64_t tap, int64_t block) {
+    const int64_t o = panel * kPanel, c = block * kPanel;
+    const int64_t outputs = std::min(kPanel, out - o), channels = std::min(kPanel, in - c);
+    const auto [r, s] = taps[tap];
+    T* to = all + ((panel * packed.taps + tap) * packed.depth + c) * kPanel;
+    pack_block(
+        w + r * weight.stride(2) + s * weight.stride(3) + o * output_stride + c * channel_stride, outputs, channels,
+        output_stride, channel_stride, to);
+    return row_kernels<T>().all_finite(to, round_up(channels, kDepthStep<T>) * kPanel);
+  };
+  // Neighbouring rows of the weight are read to their end, whichever of both they belong to.
+  const bool by_outputs = output_stride > channel_stride;
+  const int64_t blocks = ceil_div(in, kPanel), rows = by_outputs ? packed.panels : blocks;
+  std::vector<uint8_t> finite(rows, 1);
+  at::parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row)
+      for (int64_t tap = 0; tap < packed.taps; ++tap)
+        for (int64_t i = 0; i < (by_outputs ? blocks : packed.panels); ++i)
+          finite[row] &= by_outputs ? pack(row, tap, i) : pack(i, tap, row);
   });
   packed.finite = std::all_of(finite.begin(), finite.end(), [](uint8_t each) { return each; });
   return packed;

@@ -48,7 +48,8 @@ void for_each_slot(int64_t slots, const Work& work) {
 
 }  // namespace
 
-WeightGradient::WeightGradient(const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output)
+WeightGradient::WeightGradient(
+    const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output, at::ScalarType result)
     : weight_(weight),
       groups_{stage.groups, weight.size(0) / stage.groups, weight.size(1)},
       layout_(
@@ -74,7 +75,8 @@ WeightGradient::WeightGradient(const at::Tensor& weight, const Stage& stage, int
   round_ = std::clamp<int64_t>(kRoundBytes / pack_bytes, 1, parts);
   packs_ = working_memory((apart_ ? slots_ : round_) * pack_bytes);
   sums_ = working_memory((apart_ || round_ == parts ? slots_ * at_once_ : pairs) * bytes);
-  result_ = at::empty_like(weight, kLayout);
+  TORCH_INTERNAL_ASSERT(result == at::kFloat || result == at::kBFloat16);
+  result_ = at::empty_like(weight, weight.options().dtype(result), kLayout);
 }
 
 // The pairs of panels that a group has channels in.
@@ -209,7 +211,7 @@ void WeightGradient::multiply_together(int64_t first, int64_t count) {
 }
 
 void WeightGradient::write(int64_t pair, const float* sums, int64_t partials) {
-  if (weight_.scalar_type() == at::kFloat)
+  if (result_.scalar_type() == at::kFloat)
     write_to(result_.mutable_data_ptr<float>(), gradient_kernels().store_float, pair, sums, partials);
   else
     write_to(
@@ -268,8 +270,8 @@ std::optional<std::string> reason_against_weight_gradient(
 
 at::Tensor weight_gradient(
     const Operand<bf16>& dy, const Operand<bf16>& p, int64_t images, Size input, Size output, const at::Tensor& weight,
-    const Stage& stage) {
-  return WeightGradient(weight, stage, images, input, output).compute(dy, p);
+    const Stage& stage, at::ScalarType result) {
+  return WeightGradient(weight, stage, images, input, output, result).compute(dy, p);
 }
 
 }  // namespace resnet_fused::cpu::engine

@@ -24,15 +24,16 @@ inline bool has_weight_gradient(const at::Tensor& weight, const Stage& stage, at
   return !reason_against_weight_gradient(weight, stage, dtype);
 }
 
-// In weight's dtype and memory format. Undefined where a value that is not finite might meet a zero of the padding: the
-// product would be NaN, where the convolution has none.
+// In weight's memory format and this dtype, float or bfloat16. Undefined where a value that is not finite might meet a
+// zero of the padding: the product would be NaN, where the convolution has none.
 at::Tensor weight_gradient(
     const Operand<bf16>& dy, const Operand<bf16>& p, int64_t images, Size input, Size output, const at::Tensor& weight,
-    const Stage& stage);
+    const Stage& stage, at::ScalarType result);
 
 class WeightGradient {
  public:
-  WeightGradient(const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output);
+  WeightGradient(
+      const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output, at::ScalarType result);
 
   // Whether each thread has sums of its own. Then `parts` may be added by `slots` threads at once, each its own, and
   // `finish` follows; otherwise `compute` does all.

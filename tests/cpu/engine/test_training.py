@@ -25,6 +25,7 @@ from support.training_blocks import (
     TABLE,
     THREADS,
     assert_accurate,
+    assert_same_from_masters,
     convolutions_of_pytorch,
     results,
 )
@@ -85,6 +86,12 @@ def test_as_exact_as_eager(name: str, memory_format: torch.memory_format) -> Non
     """Threads are unlike from one block to the next, and from one format to the other."""
     with threads(THREADS[(list(TABLE).index(name) + FORMATS.index(memory_format)) % 3]):
         assert_accurate(TABLE[name], memory_format)
+
+
+@formats
+@pytest.mark.parametrize("name", TABLE)
+def test_float32_weights_under_autocast(name: str, memory_format: torch.memory_format) -> None:
+    assert_same_from_masters(TABLE[name], memory_format)
 
 
 @st.composite
