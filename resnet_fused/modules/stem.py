@@ -206,6 +206,13 @@ def pool_note(module: nn.Module) -> str | None:
     return None
 
 
+def joint_note(module: FusedStem) -> str | None:
+    """What the last evaluation took together with its stem, or None."""
+    runs = module._fused_description.runs.values()
+    notes = (run.together.note() for run in runs if run.together is not None)
+    return next((note for note in notes if note is not None), None)
+
+
 def _groups(module: nn.Module) -> list[Run]:
     """Of an nn.ModuleDict that returns some of its items' results: names of single layers in a row. Networks among the
     items stay by themselves, so that gradient checkpointing, which takes one item at a time, is what it was."""

@@ -183,6 +183,18 @@ class Together:
         self._learn(given, autocast or x.dtype)
         return out
 
+    def note(self) -> str | None:
+        """What the engine takes together now, for `explain`; None where it takes the steps one by one."""
+        known = self._known
+        if known is None or not known.holds():
+            return None
+        head = isinstance(known.steps[-1], Head)
+        blocks = len(known.steps) - 1 - head
+        behind = f"{blocks} {'block' if blocks == 1 else 'blocks'} behind it"
+        parts = ["it", *[behind] * (blocks > 0), *["the head"] * head]
+        left = "" if head or not isinstance(self._steps[-1], Head) else "; PyTorch computes the head"
+        return f"{', '.join(parts[:-1])} and {parts[-1]} are one call of the engine{left}"
+
     def _learn(self, given: Any, dtype: torch.dtype) -> None:
         """From a call of the steps one by one with such an input."""
         known = self._known

@@ -19,7 +19,7 @@ from resnet_fused.modules.fuse import require_module, why_not
 from resnet_fused.modules.fused_block import FusedModule, original_class
 from resnet_fused.modules.overlay import is_gathered
 from resnet_fused.modules.plan import Described, Plan, require_plain
-from resnet_fused.modules.stem import FusedStem, pool_note
+from resnet_fused.modules.stem import FusedStem, joint_note, pool_note
 from resnet_fused.modules.structure import FusedByStructure, matched_words
 from resnet_fused.ops import gated_block, operators
 from resnet_fused.params import BlockParams, is_wrapper
@@ -69,7 +69,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Print and return, for each block of the model, the backend that it runs on now and the reason.
 
     x: an input of the model. On a GPU the choice depends on each block's input shape, and x tells it; without x a small
-    input stands in. Given x the model runs once, in evaluation mode without gradients, and nothing in it changes.
+    input stands in. Given x the model runs once in evaluation mode, and nothing in it changes; one that is in evaluation
+    runs a second time, without autograd, to see which blocks are one call of the CPU's engine.
 
     Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others. In
     training on the CPU, given x or in bfloat16: who computes the convolutions and their gradients, and why.
@@ -80,6 +81,9 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     inputs: dict[nn.Module, Tensor] = {}
     if x is not None:
         inputs = {module: given for _, module, given in block_inputs(model, x)}
+        if not model.training and any(isinstance(module, FusedStem) for module in inputs):
+            with torch.no_grad():
+                model(x)
     blocks = candidates(model)
     rows = [
         Row(name, original_class(module).__name__, *_backend_and_reason(module, inputs.get(module)))
@@ -110,6 +114,8 @@ def _backend_and_reason(module: nn.Module, x: Tensor | None) -> tuple[str, str]:
     notes = [*found, *notes]
     if isinstance(module, FusedStem):
         notes += [pool] if (pool := pool_note(module)) is not None else []
+        if x is not None and not module.training and (joint := joint_note(module)) is not None:
+            notes.append(joint)
     return backend, "; ".join(notes)
 
 

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import fuse, models
+from resnet_fused import explain, fuse, models
 from resnet_fused.models.resnet import Bottleneck, ResNet
 from resnet_fused.ops import operators
 
@@ -464,3 +464,34 @@ def test_heads_of_plain_pytorch(everywhere: None, joint: list[int]) -> None:
     eager, x = row(), pictures()
     got = evaluated(fuse(copy.deepcopy(eager), backend="eager"), x)
     assert torch.equal(got[-1], evaluated(eager, x, 1)[0]) and not joint
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (None, "it and 5 blocks behind it are one call of the engine"),
+        (hook_sequential, "it and 2 blocks behind it are one call of the engine"),
+        (replace_forward, None),
+    ],
+)
+def test_explain_says_what_is_one_call(change: Callable[[nn.Module], None] | None, said: str | None) -> None:
+    model = fuse(network())
+    if change is not None:
+        change(model)
+    stem = explain(model, pictures())[0]
+    assert (said in stem.reason) if said is not None else "one call" not in stem.reason
+    assert "one call" not in explain(model)[0].reason  # of a shape that nobody gave
+    assert "one call" not in explain(model.train(), pictures())[0].reason
+
+
+def test_explain_says_who_computes_the_head(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fuse(row())
+    said = explain(model, pictures())[0].reason
+    assert "it, 5 blocks behind it and the head are one call of the engine" in said
+    monkeypatch.setattr(model, "avgpool", nn.AdaptiveAvgPool2d(2))
+    model.fc = nn.Linear(4 * model.fc.in_features, 3)  # type: ignore[union-attr, operator]
+    said = explain(model, pictures())[0].reason
+    assert "it and 5 blocks behind it are one call of the engine; PyTorch computes the head" in said

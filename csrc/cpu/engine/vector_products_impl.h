@@ -5,6 +5,9 @@
 // chunk's arrive in the second meanwhile.
 
 #include "epilogue_impl.h"
+#if VECTOR_BYTES == 32
+#include "depth_loop_avx2.h"
+#endif
 
 namespace resnet_fused::cpu::KERNELS_ISA {
 
@@ -105,11 +108,22 @@ static void multiply_tile(
   Vector::Type sum[rows][kVectors];
   EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero();
   for (; run != end; ++run) {
-    RowsOfInput<T> x(run->input + first * run->pitch, run->pitch);
-    const T* w = run->weights;
+    const T *input = run->input + first * run->pitch, *w = run->weights;
+    int64_t left = run->channels;
+#if VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4 && rows >= 4) {
+      const DepthLoop loop{run->pitch * 4, left / 4, next, stride * 4};
+      w += tile.column;
+      if (loop.count > 0) multiply_depth<rows>(input, w, sum, loop);
+      w -= tile.column;
+      next += loop.count * loop.stride;
+      left %= 4;
+    }
+#endif
+    RowsOfInput<T> x(input, run->pitch);
     // bfloat16: the halves of a panel lie apart, in groups of 32 channels
-    const int64_t group = sizeof(T) == 2 ? 32 : run->channels, gap = sizeof(T) == 2 ? 512 : 0;
-    for (int64_t left = run->channels; left > 0; left -= group, w += gap)
+    const int64_t group = sizeof(T) == 2 ? 32 : left, gap = sizeof(T) == 2 ? 512 : 0;
+    for (; left > 0; left -= group, w += gap)
       for (const T* beyond = w + group * 32 / kStep<T>; w != beyond; w += 32, next += stride, x.advance()) {
         __builtin_prefetch(next, 0, 2);
         Vector::Type b[kVectors];
