@@ -69,8 +69,8 @@ def explain(model: nn.Module, x: Tensor | None = None) -> Explanation:
     """Print and return, for each block of the model, the backend that it runs on now and the reason.
 
     x: an input of the model. On a GPU the choice depends on each block's input shape, and x tells it; without x a small
-    input stands in. Given x the model runs once in evaluation mode, and nothing in it changes; one that is in evaluation
-    runs a second time, without autograd, to see which blocks are one call of the CPU's engine.
+    input stands in. Given x the model runs once in evaluation mode, and nothing in it changes; one that is in
+    evaluation runs a second time, without autograd, to see which blocks are one call of the CPU's engine.
 
     Fused blocks: what `auto` takes for the block's present state, dtype and device, and why it passed over others. In
     training on the CPU, given x or in bfloat16: who computes the convolutions and their gradients, and why.
