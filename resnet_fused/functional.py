@@ -27,7 +27,7 @@ from resnet_fused.ops import (
     split_block,
     validation,
 )
-from resnet_fused.ops.gate import Gate
+from resnet_fused.ops.gate import Gate, LayeredGate
 from resnet_fused.ops.norm_act import norm_act
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, Memory, StageSpec, batch_norm
@@ -165,6 +165,10 @@ def _gated_block(
             residual = residual.to(x.dtype)
         else:
             native_join = False  # the sum has the wider dtype
+    if native_join and gate is None and residual is not None:
+        out = _evaluated_with(x, params, spec, residual, backend)
+        if out is not None:
+            return out
     if native_join and gate is None and residual is not None and parts.act == IDENTITY:
         # a bare sum costs less as ATen's than the join, whose Functions are for gates
         return residual_block(x, params, spec, backend=backend).add_(residual)
@@ -172,8 +176,6 @@ def _gated_block(
     last = x.is_contiguous(memory_format=torch.channels_last)
     form = torch.channels_last if last else torch.contiguous_format
     bare = residual is None and not leaves_norm and gated_block.only_multiplies(params, spec, parts)
-    if native_join and last and bare and gate is not None:
-        return gated_block.multiplied(residual_block(x, *parts.evaluated, backend=backend), gate)
     if native_join:
         if not torch.compiler.is_compiling():  # whose graphs have no use for exact strides
             form = operators.result_format(x, [p.weight for p in params.convs], spec)
@@ -184,8 +186,25 @@ def _gated_block(
         skip = x if parts.projection is None else residual_block(x, *parts.projection, backend=backend)
     if not native_join:
         return parts.act(reference.join(y, skip, params, spec, gate), parts.slope)
-    out = gated_block.join(y, skip, params, parts, gate, leaves_norm)
+    if not leaves_norm and isinstance(gate, LayeredGate) and gated_block.reads_layers(y, params, gate):
+        out = gated_block.evaluated(y, skip, parts, gate)
+    elif last and bare and gate is not None:
+        out = gated_block.multiplied(y, gate)
+    else:
+        out = gated_block.join(y, skip, params, parts, gate, leaves_norm)
     return out.contiguous(memory_format=form)
+
+
+def _evaluated_with(x: Tensor, params: BlockParams, spec: BlockSpec, residual: Tensor, backend: str) -> Tensor | None:
+    """The block in evaluation, whose last convolution adds the residual as it is written; None where it cannot."""
+    plain = type(x) is Tensor and type(residual) is Tensor and residual.dtype == x.dtype
+    scaled = isinstance(params.skip_scale, Tensor) or params.skip_scale != 1.0
+    if not plain or scaled or torch.compiler.is_compiling() or autograd.trains(spec, x, params):
+        return None
+    chosen = dispatch.select(backend, x, params, spec)
+    if autograd.needs_grad((residual,)) or not isinstance(chosen, native.NativeBackend):
+        return None
+    return chosen.infer(x, params, spec, residual)
 
 
 def _check_residual(x: Tensor, params: BlockParams, spec: BlockSpec, residual: Tensor) -> None:

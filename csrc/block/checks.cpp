@@ -163,6 +163,19 @@ void check_backward(
       conv_outputs.size(), " and ", batch_stats.size());
 }
 
+void check_residual(
+    const std::optional<at::Tensor>& residual, const at::Tensor& x, const BlockSpec& spec,
+    const std::vector<Shape>& shapes) {
+  if (!residual) return;
+  const at::IntArrayRef shape = shapes[spec.last()];
+  TORCH_CHECK_VALUE(spec.skip == Skip::none, "a residual takes the place of a skip path, and the block has one");
+  TORCH_CHECK_VALUE(
+      residual->sizes() == shape && residual->device() == x.device(), "residual must be ", shape, " on ", x.device(),
+      ", got ", residual->sizes(), " on ", residual->device());
+  TORCH_CHECK_TYPE(
+      residual->scalar_type() == x.scalar_type(), "x is ", x.scalar_type(), ", residual is ", residual->scalar_type());
+}
+
 void check_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
     const std::optional<at::Tensor>& branch_scale, const std::optional<at::Tensor>& skip_scale,

@@ -25,6 +25,11 @@ void check_backward(
     const std::vector<at::Tensor>& batch_stats, const BlockTensors& block, const BlockSpec& spec,
     const std::vector<Shape>& shapes);
 
+// Checks what is added in place of a skip path; shapes: from check_convolutions.
+void check_residual(
+    const std::optional<at::Tensor>& residual, const at::Tensor& x, const BlockSpec& spec,
+    const std::vector<Shape>& shapes);
+
 // Checks the other arguments of evaluation; channels: of the result.
 void check_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,

@@ -60,6 +60,7 @@ struct FoldedBlock {
   OptionalTensors biases;
   std::optional<at::Tensor> branch_scale, skip_scale;
   OptionalTensors slopes;
+  std::optional<at::Tensor> residual;  // added in place of a skip path
 };
 
 struct BlockForward {

@@ -42,19 +42,22 @@ at::Tensor infer(const FoldedBlock& block, const BlockSpec& spec) {
 
   auto act = act_after(last);
   at::Tensor out;
-  if (spec.skip == Skip::none && !block.branch_scale) {
+  if (spec.skip == Skip::none && !block.branch_scale && !block.residual) {
     out = run(last, u, act);
   } else {
     const int64_t s = spec.projection();
     at::Tensor skip;
     if (spec.skip == Skip::identity) skip = x;
+    if (block.residual) skip = block.residual->contiguous(kLayout);
+    const bool relu = act.pointers().is_relu();
+    const bool clean = fuses_act && (!block.residual || !relu || all_finite<S>(skip));
     if (spec.has_projection()) skip = run(s, spec.convs[s].input_stage == kNone ? x : first, {});
     // PyTorch has no fused sum of a grouped convolution with a tensor that it must keep; its fallback fails in 16 bits
     const bool fuses_sum = spec.has_projection() || spec.convs[last].groups == 1;
-    if (fuses_act && fuses_sum && !block.skip_scale && spec.join != JoinReads::branch && act.pointers().is_plain()) {
+    if (clean && fuses_sum && !block.skip_scale && spec.join != JoinReads::branch && act.pointers().is_plain() &&
+        skip.defined()) {
       out = convolution_add_act(
-          u, block.weights[last], block.biases[last], spec.convs[last], skip, spec.has_projection(),
-          act.pointers().is_relu());
+          u, block.weights[last], block.biases[last], spec.convs[last], skip, spec.has_projection(), relu);
     } else {
       const auto y = run(last, u, {});
       // A mere sum is ATen's, which sees rows of pixels where ours sees pixels of few channels: of one channel 8 times

@@ -174,11 +174,29 @@ at::Tensor image_statistics(const at::Tensor& y) {
 }
 
 template <class S>
-at::Tensor normalize(
-    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
+at::Tensor image_means(const at::Tensor& y) {
+  const Chunks chunks(y, y.size(0));
+  const int64_t channels = chunks.channels;
+  std::vector<double> partial(chunks.count * channels);
+  const auto& kernels = row_kernels<element_t<S>>();
+  const auto* source = data<S>(y);
+  chunks.parallel([&](int64_t i, int64_t row, int64_t rows) {
+    kernels.sum(source + row * channels, rows, channels, partial.data() + i * channels);
+  });
+  auto means = at::empty({chunks.groups, channels}, y.options().memory_format(at::MemoryFormat::Contiguous));
+  S* mean = means.template mutable_data_ptr<S>();
+  const std::vector<double> sums = merge_sums(partial, chunks, 1, 0);
+  for (size_t i = 0; i < sums.size(); ++i) mean[i] = static_cast<S>(sums[i] / static_cast<double>(chunks.rows));
+  return means;
+}
+
+namespace {
+
+template <class S>
+void normalize_into(
+    const at::Tensor& out, const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
     const ResidualInput<acc_t<S>>& residual, const at::Tensor& bits) {
   using A = acc_t<S>;
-  auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
   const Chunks chunks(y, norm);
   const auto& kernels = row_kernels<element_t<S>>();
   const Affine<A> skip_norm = skip_affine(residual);
@@ -193,7 +211,24 @@ at::Tensor normalize(
         rows, channels);
     if (passing) kernels.passing_bits(target + offset, rows, channels, passing + row * bytes_of(channels));
   });
+}
+
+}  // namespace
+
+template <class S>
+at::Tensor normalize(
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
+    const ResidualInput<acc_t<S>>& residual, const at::Tensor& bits) {
+  auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
+  normalize_into<S>(out, y, norm, act, residual, bits);
   return out;
+}
+
+template <class S>
+void normalize_in_place(
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
+    const ResidualInput<acc_t<S>>& residual) {
+  normalize_into<S>(y, y, norm, act, residual, {});
 }
 
 template <class S>
@@ -260,18 +295,21 @@ bool all_finite(const at::Tensor& x) {
   return finite;
 }
 
-#define INSTANTIATE(S)                                                                                              \
-  template bool all_finite<S>(const at::Tensor&);                                                                   \
-  template at::Tensor batch_statistics<S>(const at::Tensor&);                                                       \
-  template at::Tensor image_statistics<S>(const at::Tensor&);                                                       \
-  template at::Tensor normalize<S>(                                                                                 \
-      const at::Tensor&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const ResidualInput<acc_t<S>>&, \
-      const at::Tensor&);                                                                                           \
-  template Sums backward_reduce<S>(                                                                                 \
-      const ReduceInput&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*,  \
-      const ResidualInput<acc_t<S>>&);                                                                              \
-  template void backward_apply<S>(                                                                                  \
-      const at::Tensor&, Reads, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,     \
+#define INSTANTIATE(S)                                                                                               \
+  template bool all_finite<S>(const at::Tensor&);                                                                    \
+  template at::Tensor batch_statistics<S>(const at::Tensor&);                                                        \
+  template at::Tensor image_statistics<S>(const at::Tensor&);                                                        \
+  template at::Tensor image_means<S>(const at::Tensor&);                                                             \
+  template void normalize_in_place<S>(                                                                               \
+      const at::Tensor&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const ResidualInput<acc_t<S>>&); \
+  template at::Tensor normalize<S>(                                                                                  \
+      const at::Tensor&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const ResidualInput<acc_t<S>>&,  \
+      const at::Tensor&);                                                                                            \
+  template Sums backward_reduce<S>(                                                                                  \
+      const ReduceInput&, const NormVectors<acc_t<S>>&, const ActVectors<acc_t<S>>&, const NormVectors<acc_t<S>>*,   \
+      const ResidualInput<acc_t<S>>&);                                                                               \
+  template void backward_apply<S>(                                                                                   \
+      const at::Tensor&, Reads, const at::Tensor&, const NormVectors<acc_t<S>>&, const ApplyVectors<acc_t<S>>&,      \
       const at::Tensor&, const at::Tensor&, const BitMask&);
 INSTANTIATE(float)
 INSTANTIATE(double)

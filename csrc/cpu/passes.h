@@ -110,6 +110,16 @@ at::Tensor batch_statistics(const at::Tensor& y);
 template <class S>
 at::Tensor image_statistics(const at::Tensor& y);
 
+// [N, C], contiguous, in y's type: the mean of each image, rounded once.
+template <class S>
+at::Tensor image_means(const at::Tensor& y);
+
+// act(norm(y) [+ residual]), written over y.
+template <class S>
+void normalize_in_place(
+    const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
+    const ResidualInput<acc_t<S>>& residual);
+
 // act(norm(y) [+ residual]) as a new tensor. bits, uint8 [rows, ceil(C / 8)], are set where it is not <= 0.
 template <class S>
 at::Tensor normalize(

@@ -6,6 +6,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include "join_checks.h"
+
 namespace resnet_fused {
 namespace {
 
@@ -15,20 +17,6 @@ at::ScalarType arithmetic_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_x(const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.numel() > 0, name, " must be a non-empty [N, C, H, W], got ", x.sizes());
-  const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(
-      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, name, " is ", type,
-      "; accepted: Float, Double, BFloat16, Half");
-}
-
-void check_like(const char* name, const Optional& t, const at::Tensor& x) {
-  if (!t) return;
-  TORCH_CHECK_VALUE(t->sizes() == x.sizes(), name, " must be ", x.sizes(), " as y is, got ", t->sizes());
-  TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type(), "y is ", x.scalar_type(), ", ", name, " is ", t->scalar_type());
-}
-
 void check_rows(const char* name, const at::Tensor& t, int64_t rows, const at::Tensor& x) {
   TORCH_CHECK_VALUE(
       t.dim() == 3 && t.size(0) == x.size(0) && t.size(1) == rows && t.size(2) == x.size(1), name, " must be [",
@@ -36,17 +24,6 @@ void check_rows(const char* name, const at::Tensor& t, int64_t rows, const at::T
   TORCH_CHECK_TYPE(
       t.scalar_type() == arithmetic_type(x), name, " is ", t.scalar_type(), " for a y of ", x.scalar_type(),
       "; accepted: ", arithmetic_type(x));
-}
-
-cpu::JoinActivation activation(int64_t kind, double parameter, const Optional& slope, const at::Tensor& y) {
-  TORCH_CHECK_VALUE(kind >= 0 && kind < kActivations, "unknown activation code ", kind);
-  const Activation act{static_cast<ActivationKind>(kind), parameter};
-  TORCH_CHECK_VALUE(
-      slope.has_value() == act.is(ActivationKind::prelu), "prelu has a slope, and no other activation does");
-  TORCH_CHECK_VALUE(
-      !slope || (slope->dim() == 1 && (slope->numel() == 1 || slope->numel() == y.size(1))), "slope must be [1] or [",
-      y.size(1), "], got ", slope ? slope->sizes() : at::IntArrayRef{});
-  return {act, slope};
 }
 
 at::Tensor image_statistics(const at::Tensor& x) {
@@ -60,7 +37,7 @@ at::Tensor gated_join(
   check_x("y", y);
   check_rows("affine", affine, 3, y);
   check_like("skip", skip, y);
-  return cpu::gated_join(y, affine, skip, activation(kind, parameter, slope, y));
+  return cpu::gated_join(y, affine, skip, join_activation(kind, parameter, slope, y));
 }
 
 std::tuple<at::Tensor, at::Tensor> gated_join_backward_reduce(
@@ -71,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor> gated_join_backward_reduce(
   check_like("out", out, y);
   check_rows("affine", affine, 3, y);
   check_like("skip", skip, y);
-  return cpu::gated_join_backward_reduce(dout, out, y, affine, skip, activation(kind, parameter, slope, y));
+  return cpu::gated_join_backward_reduce(dout, out, y, affine, skip, join_activation(kind, parameter, slope, y));
 }
 
 at::Tensor gated_join_backward_apply(const at::Tensor& dz, const Optional& y, const at::Tensor& coefficients) {

@@ -25,7 +25,7 @@ inline constexpr auto kBackward =
     ", *, ScalarType? master=None) -> Tensor[] grads";
 inline constexpr auto kInfer =
     "(Tensor x, Tensor? pre_scale, Tensor? pre_shift, Tensor[] weights, Tensor?[] biases, Tensor? branch_scale, "
-    "Tensor? skip_scale, Tensor?[] slopes, " BLOCK_SPEC ") -> Tensor out";
+    "Tensor? skip_scale, Tensor?[] slopes, Tensor? residual, " BLOCK_SPEC ") -> Tensor out";
 #undef BLOCK_TENSORS
 #undef BLOCK_SPEC
 
@@ -114,13 +114,14 @@ template <class Kernels>
 at::Tensor residual_block_infer(
     const at::Tensor& x, const std::optional<at::Tensor>& pre_scale, const std::optional<at::Tensor>& pre_shift,
     at::TensorList weights, const OptionalList& biases, const std::optional<at::Tensor>& branch_scale,
-    const std::optional<at::Tensor>& skip_scale, const OptionalList& slopes, at::IntArrayRef ints,
-    at::ArrayRef<double> floats) {
+    const std::optional<at::Tensor>& skip_scale, const OptionalList& slopes, const std::optional<at::Tensor>& residual,
+    at::IntArrayRef ints, at::ArrayRef<double> floats) {
   const auto spec = BlockSpec::decode(ints, floats);
-  const FoldedBlock block{x,          pre_scale,        pre_shift, weights.vec(), to_vector(biases), branch_scale,
-                          skip_scale, to_vector(slopes)};
+  const FoldedBlock block{x,          pre_scale,         pre_shift, weights.vec(), to_vector(biases), branch_scale,
+                          skip_scale, to_vector(slopes), residual};
   const auto shapes = check_convolutions(x, weights, block.biases, spec);
   check_infer(x, pre_scale, pre_shift, branch_scale, skip_scale, block.slopes, spec, shapes);
+  check_residual(residual, x, spec, shapes);
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   return Kernels::residual_block_infer(block, spec);
 }

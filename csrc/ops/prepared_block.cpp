@@ -38,9 +38,9 @@ Prepared prepare(
       std::move(spec), dtype);
 }
 
-std::optional<at::Tensor> run(const at::Tensor& x, const Prepared& block) {
+std::optional<at::Tensor> run(const at::Tensor& x, const Prepared& block, const std::optional<at::Tensor>& residual) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto out = block->run(x);
+  auto out = block->run(x, residual);
   if (!out.defined()) return std::nullopt;
   return out;
 }
@@ -59,7 +59,7 @@ std::tuple<at::Tensor, int64_t> run_all(const at::Tensor& given, const c10::intr
   at::Tensor x = given;
   int64_t count = 0;
   const auto run_next = [&](PreparedBlock& block, const at::Tensor& input) {
-    auto out = block.run(input);
+    auto out = block.run(input, std::nullopt);
     if (!out.defined()) return false;
     x = std::move(out);
     ++count;
@@ -80,7 +80,10 @@ TORCH_LIBRARY_FRAGMENT(resnet_fused, m) {
       .def("describe", [](const Prepared& self, int64_t images, int64_t height, int64_t width) {
         return self->describe(images, height, width);
       });
-  m.def("residual_block_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlock block) -> Tensor?");
+  m.def(
+      "residual_block_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlock block, Tensor? residual) "
+      "-> "
+      "Tensor?");
   m.class_<PreparedBlocks>("PreparedBlocks").def(torch::init<std::vector<Prepared>, std::optional<Prepared>>());
   m.def(
       "residual_blocks_prepared(Tensor x, __torch__.torch.classes.resnet_fused.PreparedBlocks blocks) -> (Tensor, "

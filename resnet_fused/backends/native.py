@@ -64,9 +64,10 @@ class NativeBackend:
             spec, dout, out, conv_outputs, batch_stats, tensors, needs, how=_how_of(spec, tensors), master=master
         )
 
-    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec) -> Tensor | None:
+    def infer(self, x: Tensor, params: BlockParams, spec: BlockSpec, residual: Tensor | None = None) -> Tensor | None:
+        """residual: on the CPU, of x's dtype; added in place of a skip path."""
         if prepared.reason_against(x, params, spec) is None:
-            return prepared.prepared(params, x, spec).run(x)
+            return prepared.prepared(params, x, spec).run(x, residual)
         folded = folding.folded(params, x, spec)
         if not folded.finite:
             return None
@@ -80,6 +81,7 @@ class NativeBackend:
             spec,
             folded.branch_scale,
             how=_how(spec, x, folded.weights, train=False),
+            residual=residual,
         )
         # the output's memory format follows from x's and the weight's, and a packed weight has lost its own
         return out.contiguous(memory_format=torch.channels_last) if folded.channels_last else out

@@ -38,9 +38,12 @@ class Prepared(NamedTuple):
     handle: Any
     finite: bool
 
-    def run(self, x: Tensor) -> Tensor | None:
-        """The block's result; None where PyTorch has to compute it (csrc/cpu/engine/prepared_block.h)."""
-        return operators.residual_block_prepared(x, self.handle) if self.finite else None
+    def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        """The block's result; None where PyTorch has to compute it (csrc/cpu/engine/prepared_block.h).
+
+        residual: added in place of a skip path.
+        """
+        return operators.residual_block_prepared(x, self.handle, residual) if self.finite else None
 
     def describe(self, x: Tensor) -> str:
         """How inputs like x run."""

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # The factor itself; or what computes it from the mean of each channel of each image [N, C].
 Gate = Tensor | Callable[[Tensor], Tensor]
+LayerActivation = Literal["identity", "relu", "silu", "hardswish", "sigmoid", "hardsigmoid"]  # csrc/cpu/gate.cpp
+
+
+class GateLayer(NamedTuple):
+    """One layer on [N, C], then an activation.
+
+    weight: [out, in] or [out, in, 1, 1], linear; [1, 1, k], a convolution over neighbouring channels.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    act: LayerActivation
+
+
+@dataclass(frozen=True)
+class LayeredGate:
+    """A gate whose layers are known, so that evaluation computes them in the join's call (`join_operators.gate_`).
+
+    compute: the same from the mean over pixels, in PyTorch.
+    """
+
+    compute: Callable[[Tensor], Tensor]
+    layers: tuple[GateLayer, ...]
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        return self.compute(pooled)
+
+    def reads(self, y: Tensor) -> bool:
+        """Whether `gate_` computes them for a branch like y: plain tensors of y's dtype and device."""
+        tensors = [t for layer in self.layers for t in (layer.weight, layer.bias) if t is not None]
+        return forward_ad._current_level < 0 and all(
+            type(t) in (Tensor, nn.Parameter) and t.dtype == y.dtype and t.device == y.device for t in tensors
+        )
 
 
 def per_channel(factor: object, branch: Tensor) -> Tensor:

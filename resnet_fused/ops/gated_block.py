@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from resnet_fused.ops import gated_join, join_operators, operators, reference, running_stats
-from resnet_fused.ops.gate import Gate, per_channel
+from resnet_fused.ops.gate import Gate, LayeredGate, per_channel
 from resnet_fused.ops.gated_join import JoinNorm
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, StageSpec
@@ -88,6 +88,17 @@ def has_join(x: Tensor) -> bool:
     return x.device.type == "cpu" and operators.load_error() is None
 
 
+def notes(x: Tensor, gate: Gate, evaluates: bool) -> list[str]:
+    """Where the gate runs behind a fused chain, in words."""
+    if not has_join(x):
+        return ["the gate and the addition behind it are PyTorch's own operations"]
+    if not evaluates or not callable(gate):
+        return []
+    if isinstance(gate, LayeredGate):
+        return ["the gate's mean, layers and product are one call"]
+    return ["the gate's layers are PyTorch's own operations, between one pass for its mean and one for the product"]
+
+
 def join(
     y: Tensor, skip: Tensor | None, params: BlockParams, parts: Parts, gate: Gate | None, normalises: bool
 ) -> Tensor:
@@ -134,6 +145,20 @@ def only_multiplies(params: BlockParams, spec: BlockSpec, parts: Parts) -> bool:
 def multiplied(y: Tensor, gate: Gate) -> Tensor:
     """gate * y, in y's memory."""
     return y.mul_(per_channel(gate(_pooled(y)) if callable(gate) else gate, y)[:, :, None, None])
+
+
+def reads_layers(y: Tensor, params: BlockParams, gate: LayeredGate) -> bool:
+    """Whether `evaluated` may take the place of `join`: without autograd, and no scale beside the gate's."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(y) is not Tensor or not gate.reads(y):
+        return False
+    return not any(isinstance(scale, Tensor) or scale != 1.0 for scale in (params.branch_scale, params.skip_scale))
+
+
+def evaluated(y: Tensor, skip: Tensor | None, parts: Parts, gate: LayeredGate) -> Tensor:
+    """`join` with the gate's layers in the same call, in y's memory if that is channels_last."""
+    y = y.contiguous(memory_format=torch.channels_last)
+    join_operators.gate_(y, skip, gate.layers, parts.act, parts.slope)
+    return y
 
 
 def _pooled(y: Tensor) -> Tensor:

@@ -5,17 +5,18 @@ Schemas stand in csrc/ops/gated_join.cpp; the kernels are csrc/cpu's.
 x, y, skip, dout, out, dz, dy: [N, C, H, W] of one dtype, any strides, not empty; results are channels_last.
 affine:                        [N, 3, C]: center, scale and shift for each image, float32 (float64 for float64).
 slope:                         [1] or [C], of an activation that learns one.
-The operators are functional: nothing is written in place, no output aliases an input.
+The operators but `gate_` are functional: nothing is written in place, no output aliases an input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from resnet_fused.ops.gate import GateLayer
 from resnet_fused.ops.operators import load_error, require
 from resnet_fused.spec import Activation
 
@@ -34,6 +35,13 @@ def image_statistics(x: Tensor) -> Tensor:
 def gated_join(y: Tensor, affine: Tensor, skip: Tensor | None, act: Activation, slope: Tensor | None) -> Tensor:
     require()
     return torch.ops.resnet_fused.gated_join.default(y, affine, skip, act.code, act.parameter, slope)
+
+
+def gate_(y: Tensor, skip: Tensor | None, layers: Sequence[GateLayer], act: Activation, slope: Tensor | None) -> None:
+    """y := act(gate(the mean of y over pixels) * y + skip); y is channels_last. The one operator that writes."""
+    require()
+    weights, biases, acts = map(list, zip(*layers, strict=True))
+    torch.ops.resnet_fused.gate_.default(y, skip, weights, biases, acts, act.code, act.parameter, slope)
 
 
 def gated_join_backward_reduce(
@@ -79,6 +87,10 @@ def _register_fakes() -> None:
     @register("gated_join")
     def _(y, affine, skip, act, parameter, slope):  # type: ignore[no-untyped-def]
         return like(y)
+
+    @register("gate_")
+    def _(y, skip, weights, biases, acts, act, parameter, slope):  # type: ignore[no-untyped-def]
+        return None
 
     @register("gated_join_backward_reduce")
     def _(dout, out, y, affine, skip, act, parameter, slope):  # type: ignore[no-untyped-def]

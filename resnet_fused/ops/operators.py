@@ -130,29 +130,30 @@ def residual_block_infer(
     branch_scale: Tensor | None = None,
     kernels: Kernels = "default",
     how: How = CHOSEN,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """The block with its normalisations folded into `weights` and `biases`.
 
     pre:          scale and shift [C] of the normalisation that precedes the first convolution, in pre-activation order.
     branch_scale: where an activation stands before it, which keeps it from being folded.
     slopes:       of activations that learn one, in the order of `BlockSpec.convs`.
+    residual:     added in place of a skip path, as the block's result in shape and x's dtype; "default" kernels only.
     """
     require()
     a, b = pre if pre is not None else (None, None)
     operator = _overload("residual_block_infer", kernels)
-    return operator(
-        x, a, b, list(weights), list(biases), branch_scale, skip_scale, list(slopes), *encode(spec, None, how)
-    )
+    scales = branch_scale, skip_scale
+    return operator(x, a, b, list(weights), list(biases), *scales, list(slopes), residual, *encode(spec, None, how))
 
 
-def residual_block_prepared(x: Tensor, block: Any) -> Tensor | None:
-    """The block as `backends.prepared` made it ready.
+def residual_block_prepared(x: Tensor, block: Any, residual: Tensor | None = None) -> Tensor | None:
+    """The block as `backends.prepared` made it ready; residual: added in place of a skip path.
 
     None where PyTorch has to compute it: the input of a grouped convolution, or of one with padded channels, is not
     finite.
     """
     require()
-    return torch.ops.resnet_fused.residual_block_prepared.default(x, block)
+    return torch.ops.resnet_fused.residual_block_prepared.default(x, block, residual)
 
 
 def residual_blocks_prepared(x: Tensor, blocks: Any) -> tuple[Tensor, int]:

@@ -174,8 +174,8 @@ def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[st
             notes.append(f"engine: {prepared.prepared(params, x, spec).describe(x)}")
     if backend == "native" and x.device.type == "cpu" and not evaluates and (given or x.dtype == torch.bfloat16):
         notes.append(_who_trains(x, params, spec))
-    if gate is not None and backend != "eager" and not gated_block.has_join(x):
-        notes.append("the gate and the addition behind it are PyTorch's own operations")
+    if gate is not None and backend != "eager":
+        notes += gated_block.notes(x, gate, evaluates)
     return backend, notes
 
 

@@ -208,7 +208,8 @@ def replaced(given: Arguments, index: int, value: object) -> Arguments:
         ("residual_block_infer", 4, [torch.ones(2)] * 4),
         ("residual_block_infer", 5, torch.ones(5)),
         ("residual_block_infer", 7, [None]),
-        ("residual_block_infer", 8, [3, 2]),
+        ("residual_block_infer", 8, torch.randn(2, 5, 7)),
+        ("residual_block_infer", 9, [3, 2]),
     ],
 )
 def test_bad_arguments_are_refused(name: str, index: int, value: object) -> None:

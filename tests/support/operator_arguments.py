@@ -85,4 +85,4 @@ def infer_arguments(x: Tensor, params: BlockParams, spec: BlockSpec) -> Argument
     scale = torch.rand(weights[len(spec.stages) - 1].shape[0], dtype=x.dtype) if spec.skip == "identity" else None
     slopes = [p.slope for p in params.convs]
     branch_scale = torch.rand((), dtype=x.dtype) if facts(spec).join == "branch" else None
-    return (x, *pre, weights, biases, branch_scale, scale, slopes, *encode(spec))
+    return (x, *pre, weights, biases, branch_scale, scale, slopes, None, *encode(spec))

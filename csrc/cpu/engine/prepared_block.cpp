@@ -139,7 +139,7 @@ class Prepared final : public PreparedBlock {
     return text;
   }
 
-  at::Tensor run(const at::Tensor& given) override {
+  at::Tensor run(const at::Tensor& given, const std::optional<at::Tensor>& residual) override {
     const auto& first = convs_[0].shape;
     TORCH_CHECK_VALUE(
         given.dim() == 4 && given.size(1) == first.in, "x must be [N, ", first.in, ", H, W], got ", given.sizes());
@@ -153,6 +153,17 @@ class Prepared final : public PreparedBlock {
     const Size size = s->pooled;
     auto out = reused_empty(x.size(0), convs_[spec_.last()].shape.out, size.height, size.width, scalar_type(T{}));
     Call call{*s, x, out};
+    if (residual) {
+      TORCH_CHECK_VALUE(
+          residual->sizes() == out.sizes() && spec_.skip == Skip::none && !pool_, "residual must be ", out.sizes(),
+          " beside a block without a skip path and without pooling, got ", residual->sizes());
+      TORCH_CHECK_TYPE(
+          residual->scalar_type() == scalar_type(T{}), "residual must be ", scalar_type(T{}), ", got ",
+          residual->scalar_type());
+      call.residual = residual->contiguous(kLayout);
+    } else if (spec_.skip == Skip::identity) {
+      call.residual = x;
+    }
     if (watches_x() && (s->reads_x || s->projection_reads_x)) watch(call);
     if (!call.wild) {
       if (s->splits_outputs)
@@ -169,6 +180,7 @@ class Prepared final : public PreparedBlock {
     const Schedule& schedule;
     const at::Tensor& x;
     at::Tensor& out;
+    at::Tensor residual{};  // what the last convolution adds: x, or what is given; undefined: nothing
     std::atomic<bool> wild{false};
   };
 
@@ -456,7 +468,7 @@ class Prepared final : public PreparedBlock {
         e.out = static_cast<T*>(call.out.mutable_data_ptr()) + item * outputs * conv.shape.out;
       e.pitch = e.channels = conv.shape.out;
       if (!pool_) e.ahead = 2 * products<P>().tile_rows * e.pitch;
-      if (spec_.skip == Skip::identity) e.residual = data(call.x) + item * outputs * conv.shape.out;
+      if (call.residual.defined()) e.residual = data(call.residual) + item * outputs * conv.shape.out;
       if (e.residual && !skip_scale_.empty()) e.residual_scale = skip_scale_.data();
       if (!branch_scale_.empty()) e.branch_scale = branch_scale_.data();
     } else {

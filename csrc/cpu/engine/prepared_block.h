@@ -32,8 +32,9 @@ class PreparedBlock : public torch::CustomClassHolder {
 
   // x: [N, C, H, W] of the block's dtype, in any layout; the stem also takes float32 instead. Returns channels_last, or
   // an undefined tensor where PyTorch has to compute the block, because a value between grouped convolutions, or
-  // between convolutions with padded channels, is not finite.
-  virtual at::Tensor run(const at::Tensor& x) = 0;
+  // between convolutions with padded channels, is not finite. residual: added in place of a skip path, of the result's
+  // shape and the block's dtype.
+  virtual at::Tensor run(const at::Tensor& x, const std::optional<at::Tensor>& residual) = 0;
   // Whether every weight and vector is finite; otherwise the block must not run.
   virtual bool finite() const = 0;
   // How inputs of this size run, in words.

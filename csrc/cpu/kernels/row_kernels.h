@@ -87,6 +87,8 @@ struct RowKernels {
   using A = arith_t<T>;
   // mean and sum of squared deviations of each channel over the rows
   void (*statistics)(const T* y, int64_t rows, int64_t channels, sum_t<T>* mean, sum_t<T>* m2);
+  // sum of each channel over the rows
+  void (*sum)(const T* y, int64_t rows, int64_t channels, double* sum);
   void (*normalize)(const NormalizeArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_reduce)(const BackwardReduceArgs<T>&, int64_t rows, int64_t channels);
   void (*backward_apply)(const BackwardApplyArgs<T>&, int64_t rows, int64_t channels);

@@ -57,6 +57,28 @@ static void statistics(const T* y, int64_t rows, int64_t channels, sum_t<T>* mea
   }
 }
 
+// A few rows at a time in arithmetic type, whose sums lose little and stay in the first cache, then in double.
+template <class T>
+static void sum(const T* y, int64_t rows, int64_t all, double* __restrict total) {
+  using A = arith_t<T>;
+  constexpr int64_t kRows = 32;
+  A part[kTile];
+  for (int64_t first = 0; first < all; first += kTile) {
+    const int64_t channels = all - first < kTile ? all - first : kTile;
+    double* __restrict to = total + first;
+    CHANNEL_LOOP { to[c] = 0; }
+    for (int64_t begin = 0; begin < rows; begin += kRows) {
+      const int64_t end = rows - begin < kRows ? rows : begin + kRows;
+      CHANNEL_LOOP { part[c] = 0; }
+      for (int64_t r = begin; r < end; ++r) {
+        const T* row = y + r * all + first;
+        CHANNEL_LOOP { part[c] += load(row[c]); }
+      }
+      CHANNEL_LOOP { to[c] += part[c]; }
+    }
+  }
+}
+
 // --- forward: normalise + residual + activation
 // ------------------------------------------------------------------------
 
@@ -504,8 +526,8 @@ static void widen(const T* __restrict values, int64_t channels, arith_t<T>* __re
 
 template <class T>
 static constexpr RowKernels<T> table = {
-    statistics<T>, normalize<T>, backward_reduce<T>, backward_apply<T>, passing_bits<T>, where_bits<T>, all_finite<T>,
-    add_where<T>,  max_of<T>,    max_and_place<T>,   windows<T>,        store<T>,        widen<T>};
+    statistics<T>, sum<T>,       normalize<T>, backward_reduce<T>, backward_apply<T>, passing_bits<T>, where_bits<T>,
+    all_finite<T>, add_where<T>, max_of<T>,    max_and_place<T>,   windows<T>,        store<T>,        widen<T>};
 
 const RowKernels<float>& kernels(float) { return table<float>; }
 const RowKernels<double>& kernels(double) { return table<double>; }

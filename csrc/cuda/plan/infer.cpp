@@ -95,7 +95,8 @@ BlockSpec folded(const BlockSpec& spec, bool pre) {
 
 at::Tensor Kernels::residual_block_infer(const FoldedBlock& given, const BlockSpec& of) {
   const BlockSpec spec = folded(of, given.pre_scale.has_value());
-  const auto& [x, pre_scale, pre_shift, weights, biases, branch_scale, skip_scale, slopes] = given;
+  const auto& [x, pre_scale, pre_shift, weights, biases, branch_scale, skip_scale, slopes, residual] = given;
+  TORCH_CHECK_NOT_IMPLEMENTED(!residual, "a residual in place of a skip path is added on the CPU only; add it behind");
   const OptionalTensors none(weights.size());
   const BlockTensors tensors{x, branch_scale, skip_scale, weights, biases, none, none, none, none, slopes};
   BlockPlan block(tensors, spec);

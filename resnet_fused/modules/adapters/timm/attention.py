@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import class_path, require_no_hooks
+from resnet_fused.modules.gate_layers import layered
 
 Gated = Callable[[Tensor], Tensor]  # pooled [N, C] -> [N, C] or [N, 1]
 
@@ -34,7 +35,7 @@ def factor_or_module(se: nn.Module | None, name: str) -> Factor | nn.Module | No
     if compute is None:
         return se
     require_no_hooks(name, se)
-    return Factor(lambda pooled: compute(se, pooled), se)
+    return Factor(compute(se), se)
 
 
 def gate_and_tail(
@@ -63,38 +64,50 @@ def attention_of(se: nn.Module | None, name: str = "se") -> Gated | None:
     return None if found is None else found.gate
 
 
-def _of_the_mean(se: nn.Module) -> Callable[[nn.Module, Tensor], Tensor] | None:
+def _of_the_mean(se: nn.Module) -> Callable[[nn.Module], Gated] | None:
     mean_alone = not getattr(se, "add_maxpool", False) and getattr(se, "mlp", None) is None
     return ATTENTION.get(class_path(type(se))) if mean_alone else None
 
 
-def _squeeze_excitation(se: nn.Module, pooled: Tensor) -> Tensor:
-    squeezed = se.act(se.bn(se.fc1(pooled[:, :, None, None])))  # type: ignore[operator]
-    return se.gate(se.fc2(squeezed)).flatten(1)  # type: ignore[operator]
+def _squeeze_excitation(se: Any) -> Gated:
+    def gate(pooled: Tensor) -> Tensor:
+        return se.gate(se.fc2(se.act(se.bn(se.fc1(pooled[:, :, None, None]))))).flatten(1)
+
+    return layered(gate, (se.fc1, se.act), (se.fc2, se.gate), unused=(se.bn,))
 
 
-def _of_inverted_residuals(se: nn.Module, pooled: Tensor) -> Tensor:
-    squeezed = se.act1(se.conv_reduce(pooled[:, :, None, None]))  # type: ignore[operator]
-    return se.gate(se.conv_expand(squeezed)).flatten(1)  # type: ignore[operator]
+def _of_inverted_residuals(se: Any) -> Gated:
+    def gate(pooled: Tensor) -> Tensor:
+        return se.gate(se.conv_expand(se.act1(se.conv_reduce(pooled[:, :, None, None])))).flatten(1)
+
+    return layered(gate, (se.conv_reduce, se.act1), (se.conv_expand, se.gate))
 
 
-def _effective(se: nn.Module, pooled: Tensor) -> Tensor:
-    return se.gate(se.fc(pooled[:, :, None, None])).flatten(1)  # type: ignore[operator]
+def _effective(se: Any) -> Gated:
+    def gate(pooled: Tensor) -> Tensor:
+        return se.gate(se.fc(pooled[:, :, None, None])).flatten(1)
+
+    return layered(gate, (se.fc, se.gate))
 
 
-def _legacy(se: nn.Module, pooled: Tensor) -> Tensor:
-    squeezed = se.relu(se.fc1(pooled[:, :, None, None]))  # type: ignore[operator]
-    return se.sigmoid(se.fc2(squeezed)).flatten(1)  # type: ignore[operator]
+def _legacy(se: Any) -> Gated:
+    def gate(pooled: Tensor) -> Tensor:
+        return se.sigmoid(se.fc2(se.relu(se.fc1(pooled[:, :, None, None])))).flatten(1)
+
+    return layered(gate, (se.fc1, se.relu), (se.fc2, se.sigmoid))
 
 
-def _efficient(eca: nn.Module, pooled: Tensor) -> Tensor:
-    y = eca.conv(pooled[:, None])  # type: ignore[operator]
-    if eca.conv2 is not None:
-        y = eca.conv2(eca.act(y))  # type: ignore[operator]
-    return eca.gate(y).flatten(1)  # type: ignore[operator]
+def _efficient(eca: Any) -> Gated:
+    def gate(pooled: Tensor) -> Tensor:
+        y = eca.conv(pooled[:, None])
+        if eca.conv2 is not None:
+            y = eca.conv2(eca.act(y))
+        return eca.gate(y).flatten(1)
+
+    return gate if eca.conv2 is not None else layered(gate, (eca.conv, eca.gate))
 
 
-ATTENTION: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+ATTENTION: dict[str, Callable[[nn.Module], Gated]] = {
     "timm.layers.squeeze_excite.SEModule": _squeeze_excitation,
     "timm.layers.squeeze_excite.EffectiveSEModule": _effective,
     "timm.layers.eca.EcaModule": _efficient,

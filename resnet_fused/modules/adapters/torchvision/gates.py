@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resnet_fused.errors import NotFusable
 from resnet_fused.modules.block_modules import class_path, require_no_hooks
+from resnet_fused.modules.gate_layers import layered
 
 SQUEEZE_EXCITATION = "torchvision.ops.misc.SqueezeExcitation"
 
@@ -24,7 +25,7 @@ def squeeze_excitation(name: str, se: Any) -> Callable[[Tensor], Tensor]:
         squeezed = se.activation(se.fc1(pooled[:, :, None, None]))
         return se.scale_activation(se.fc2(squeezed)).flatten(1)
 
-    return gate
+    return layered(gate, (se.fc1, se.activation), (se.fc2, se.scale_activation))
 
 
 def stochastic_depth(name: str, module: Any) -> Callable[[Tensor], Tensor] | None:
