@@ -324,7 +324,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 def picture(block: nn.Module, n: int = 4, size: int = 9) -> Tensor:
-    """Of an odd size: of 10 pixels eager's gradient of a strided 1x1 weight, oneDNN 3.12's by AVX2, writes out of bounds."""
+    """Of an odd size: of 10 pixels oneDNN 3.12 by AVX2 computes a strided 1x1 weight's gradient out of bounds."""
     channels = next(m.in_channels for m in block.modules() if isinstance(m, nn.Conv2d))
     return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(1))
 
