@@ -147,7 +147,7 @@ def test_grouped_and_depthwise(groups: int, mode: str) -> None:
     ],
 )
 def test_stride_and_dilation(stride: object, dilation: object, mode: str) -> None:
-    case = block(2, "projection", stride=stride, dilation=dilation, out_channels=5, size=(9, 8))  # type: ignore[arg-type]
+    case = block(2, "projection", stride=stride, dilation=dilation, out_channels=5, size=(7, 13))  # type: ignore[arg-type]
     check(case, mode)
 
 
