@@ -28,11 +28,11 @@ def float_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("prepare", [lambda model, dtype: model.to(dtype), float_norms], ids=["pure", "float norms"])
 def test_16_bit_models(prepare: Callable[[nn.Module, torch.dtype], nn.Module], dtype: torch.dtype) -> None:
-    assert_trains_as_eager(prepare(small_net(), dtype), picture().to(dtype))
+    assert_trains_as_eager(prepare(small_net(), dtype), picture(16).to(dtype))
 
 
 def test_autocast_to_float16() -> None:
-    assert_trains_as_eager(small_net(), picture(), autocast=torch.float16)
+    assert_trains_as_eager(small_net(), picture(16), autocast=torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -90,7 +90,7 @@ def test_grad_scaler_skips_the_steps_that_eager_skips(overflows: bool) -> None:
         for _ in range(2):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.float16):
-                loss = model(picture()).float().square().mean()
+                loss = model(picture(16)).float().square().mean()
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             scaler.step(optimizer)
             scaler.update()
@@ -112,11 +112,11 @@ def test_autocast_switched_off_within() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             model[1](torch.ones(2, 8, 4, 4))  # type: ignore[index]
             with torch.autocast("cpu", enabled=False):
-                return model(picture())
+                return model(picture(16))
 
     got, expected = run(fused), run(eager)
     assert got.dtype == torch.float32
-    assert_as_accurate("output", got, expected, copy.deepcopy(eager).double()(picture().double()))
+    assert_as_accurate("output", got, expected, copy.deepcopy(eager).double()(picture(16).double()))
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -125,11 +125,11 @@ def test_autocasts_cache_shows_no_old_weights(cache: bool) -> None:
     """Weights that change within one autocast region, where casts of them are cached."""
     fused = fuse(small_net()).eval()
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
-        before = fused(picture())
+        before = fused(picture(16))
         fused[0].conv1.weight.neg_()  # type: ignore[operator, union-attr]
-        got = fused(picture())
+        got = fused(picture(16))
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(got, copy.deepcopy(fused)(picture()), rtol=0, atol=0)
+        torch.testing.assert_close(got, copy.deepcopy(fused)(picture(16)), rtol=0, atol=0)
     assert not torch.equal(got, before)
 
 

@@ -9,7 +9,7 @@ from resnet_fused import models
 
 
 def small_net() -> nn.Module:
-    """Two blocks of 8 channels on 17x17 pictures; norms with values of their own."""
+    """Two blocks of 8 channels on small pictures; norms with values of their own."""
     torch.manual_seed(0)
     downsample = nn.Sequential(nn.Conv2d(3, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
     net = nn.Sequential(models.BasicBlock(3, 8, 2, downsample), models.BasicBlock(8, 8), nn.Flatten())
@@ -22,6 +22,6 @@ def small_net() -> nn.Module:
     return net
 
 
-def picture() -> Tensor:
+def picture(size: int = 17) -> Tensor:
     """Of an odd size: at even ones oneDNN 3.12 by AVX2 computes a strided 1x1 weight's gradient out of bounds."""
-    return torch.randn(4, 3, 17, 17, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
