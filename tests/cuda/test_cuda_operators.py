@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.blocks import Case, bottleneck
 from support.cuda_operators import OPERATORS, arguments, operator
+from support.eager_crashes import eager_may_crash
 from support.emulated_checks import Checks
 from support.fake_kernels import assert_fake_agrees
 from support.matrix import FORMATS, family
@@ -30,6 +31,8 @@ def test_operators_pass_opcheck(name: str, check: Checks) -> None:
 def test_fakes_of_any_block(
     name: str, case: Case, memory_format: torch.memory_format, library: str, check: Checks
 ) -> None:
+    # in the emulator the library's convolutions are eager's
+    assume(library == "none" or not any(map(eager_may_crash, case.spec.convs, case.kernels)))
     check.set(library=library)
     assert_fake_agrees(operator(name), tuple(arguments(name, case, check, memory_format)))
 
