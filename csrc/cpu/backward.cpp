@@ -314,12 +314,12 @@ class Backward {
           of_weight.emplace(
               tensors.weights[conv], spec.convs[conv], batch.images, batch.size, gradient.size(), gradient_dtype(conv));
           if (of_weight->takes_rows())
-            made = [&](int64_t slot, int64_t first, int64_t count, const T* pixels) {
-              const int64_t channels = tensors.weights[conv].size(0), width = u.size(3);
-              of_weight->add_rows(
-                  slot, first / width, (first + count) / width, engine::Operand<T>(pixels - first * channels, channels),
-                  block.operand(conv, act));
-            };
+            made = {of_weight->slots(), [&](int64_t thread, int64_t slot, int64_t first, int64_t count, const T* dy) {
+                      const int64_t channels = tensors.weights[conv].size(0), width = u.size(3);
+                      of_weight->add_rows(
+                          thread, slot, first / width, (first + count) / width,
+                          engine::Operand<T>(dy - first * channels, channels), block.operand(conv, act));
+                    }};
         }
       }
       auto found = engine::convolve_backward_norm<T>(

@@ -1,7 +1,6 @@
 #include "depthwise.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
@@ -12,6 +11,7 @@
 #include "engine/memory.h"
 #include "kernels/depthwise_kernels.h"
 #include "passes.h"
+#include "share_out.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -163,10 +163,8 @@ at::Tensor convolve(
   const int64_t bands = ceil_div(height, band), groups = ceil_div(channels, kGroup);
   const int64_t row_period = static_cast<int64_t>(rows.size()), column_period = static_cast<int64_t>(columns.size());
 
-  at::parallel_for(0, images * bands * groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> offsets(taps);
-    std::vector<float> used(taps * lanes);
-    for (int64_t item = begin; item < end; ++item) {
+  share_out(images * bands * groups, [&](int64_t) {
+    return [&, offsets = std::vector<int64_t>(taps), used = std::vector<float>(taps * lanes)](int64_t item) mutable {
       const int64_t image = item / (bands * groups), first = item % groups * kGroup;
       const Range out_rows{item / groups % bands * band, std::min(height, (item / groups % bands + 1) * band)};
       const int64_t count = std::min(kGroup, channels - first);
@@ -195,7 +193,7 @@ at::Tensor convolve(
                  std::min(lanes, count - c)});
           }
       }
-    }
+    };
   });
   return out;
 }
@@ -214,31 +212,29 @@ at::Tensor backward_weight(const at::Tensor& dy, const at::Tensor& p, const at::
   const int64_t taps = weight.size(2) * weight.size(3);
   std::vector<double> sums(groups * partials * taps * kGroup, 0.0);
 
-  at::parallel_for(0, groups * partials, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> offsets;
-    for (const Tap& r : rows[0].taps)
-      for (const Tap& s : columns[0].taps)
-        offsets.push_back(
-            ((r.position - rows[0].taps[0].position) * source.columns.size() + s.position - source.columns.begin) *
-            lanes);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t first = item / partials * kGroup, count = std::min(kGroup, channels - first);
-      const int64_t part = item % partials;
-      for (int64_t unit = part * units / partials; unit < (part + 1) * units / partials; ++unit) {
-        const int64_t image = unit / bands;
-        const Range out_rows{unit % bands * band, std::min(height, (unit % bands + 1) * band)};
-        const Range in_rows = reach(rows, out_rows);
-        const int64_t in_floats = in_rows.size() * row_floats, dy_floats = out_rows.size() * width * kGroup;
-        float* planes =
-            reinterpret_cast<float*>(engine::scratch((in_floats + dy_floats) * static_cast<int64_t>(sizeof(float))));
-        source.lay_out(image, in_rows, first, count, planes);
-        gradient.lay_out(image, out_rows, first, count, planes + in_floats);
-        for (int64_t c = 0; c < count; c += lanes)
-          kernels.add_products(
-              {planes + in_floats + c * out_rows.size() * width, planes + c * in_rows.size() * source.columns.size(),
-               offsets.data(), taps, out_rows.size(), width, stage.stride[0] * source.columns.size() * lanes,
-               stage.stride[1] * lanes, sums.data() + (item * kGroup + c) * taps});
-      }
+  std::vector<int64_t> offsets;
+  for (const Tap& r : rows[0].taps)
+    for (const Tap& s : columns[0].taps)
+      offsets.push_back(
+          ((r.position - rows[0].taps[0].position) * source.columns.size() + s.position - source.columns.begin) *
+          lanes);
+  for_each_job(groups * partials, [&](int64_t item) {
+    const int64_t first = item / partials * kGroup, count = std::min(kGroup, channels - first);
+    const int64_t part = item % partials;
+    for (int64_t unit = part * units / partials; unit < (part + 1) * units / partials; ++unit) {
+      const int64_t image = unit / bands;
+      const Range out_rows{unit % bands * band, std::min(height, (unit % bands + 1) * band)};
+      const Range in_rows = reach(rows, out_rows);
+      const int64_t in_floats = in_rows.size() * row_floats, dy_floats = out_rows.size() * width * kGroup;
+      float* planes =
+          reinterpret_cast<float*>(engine::scratch((in_floats + dy_floats) * static_cast<int64_t>(sizeof(float))));
+      source.lay_out(image, in_rows, first, count, planes);
+      gradient.lay_out(image, out_rows, first, count, planes + in_floats);
+      for (int64_t c = 0; c < count; c += lanes)
+        kernels.add_products(
+            {planes + in_floats + c * out_rows.size() * width, planes + c * in_rows.size() * source.columns.size(),
+             offsets.data(), taps, out_rows.size(), width, stage.stride[0] * source.columns.size() * lanes,
+             stage.stride[1] * lanes, sums.data() + (item * kGroup + c) * taps});
     }
   });
 

@@ -2,13 +2,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "../block/kernel_layout.h"
 #include "passes.h"
+#include "share_out.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -31,10 +31,9 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Pool
     const T* source = reinterpret_cast<const T*>(x.const_data_ptr<scalar_t>());
     T* target = reinterpret_cast<T*>(out.mutable_data_ptr<scalar_t>());
     uint8_t* position = positions.mutable_data_ptr<uint8_t>();
-    at::parallel_for(0, n * out_h, 1, [&](int64_t begin, int64_t end) {
-      std::vector<const T*> rows(win.kernel * win.kernel);
-      std::vector<uint8_t> places(rows.size());
-      for (int64_t row = begin; row < end; ++row) {
+    share_out(n * out_h, [&](int64_t) {
+      const int64_t most = win.kernel * win.kernel;
+      return [&, rows = std::vector<const T*>(most), places = std::vector<uint8_t>(most)](int64_t row) mutable {
         const int64_t top = (row % out_h) * win.stride - win.padding;
         const T* image = source + (row / out_h) * height * width * channels;
         for (int64_t ow = 0; ow < out_w; ++ow) {
@@ -47,7 +46,7 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Pool
             }
           kernels.max_and_place(rows.data(), places.data(), count, channels, target + offset, position + offset);
         }
-      }
+      };
     });
   });
   return {out.contiguous(x_in.suggest_memory_format()), positions};
@@ -65,9 +64,8 @@ at::Tensor max_pool2d_backward(
     const uint8_t* position = positions.const_data_ptr<uint8_t>();
     T* target = reinterpret_cast<T*>(dx.mutable_data_ptr<scalar_t>());
     // Each input pixel gathers from the windows that cover it, so no two threads write the same value.
-    at::parallel_for(0, n * height, 1, [&](int64_t begin, int64_t end) {
-      std::vector<acc_t<scalar_t>> sum(channels);
-      for (int64_t row = begin; row < end; ++row) {
+    share_out(n * height, [&](int64_t) {
+      return [&, sum = std::vector<acc_t<scalar_t>>(channels)](int64_t row) mutable {
         const int64_t image = row / height, h = row % height + win.padding;
         const int64_t oh0 = h < win.kernel ? 0 : (h - win.kernel) / win.stride + 1,
                       oh1 = std::min(h / win.stride, out_h - 1);
@@ -84,7 +82,7 @@ at::Tensor max_pool2d_backward(
             }
           kernels.store(sum.data(), channels, target + (row * width + column) * channels);
         }
-      }
+      };
     });
   });
   return dx.contiguous(dout_in.suggest_memory_format());

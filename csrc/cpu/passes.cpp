@@ -9,6 +9,7 @@
 
 #include "../block/integer_division.h"
 #include "merged_statistics.h"
+#include "share_out.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -40,9 +41,7 @@ struct Chunks {
   // body(chunk, first row, rows of the chunk)
   template <class Body>
   void parallel(const Body& body) const {
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(i, i / each * rows + i % each * rows_each, rows_of(i));
-    });
+    for_each_job(count, [&](int64_t i) { body(i, i / each * rows + i % each * rows_each, rows_of(i)); });
   }
 };
 

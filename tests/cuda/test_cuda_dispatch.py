@@ -308,7 +308,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, How]:
         seen["backward"] = how
         return []
 
-    def infer(x: Tensor, *_: Any, how: How) -> Any:
+    def infer(x: Tensor, *_: Any, how: How, residual: Tensor | None) -> Any:
         seen["infer"] = how
         return x
 

@@ -44,7 +44,7 @@ from resnet_fused.spec import BlockSpec, PaddingMode
         ("infer", 0, torch.randn(2, 5, 7, 6), "receives 5 channels"),
         ("infer", 4, [torch.ones(2)] * 4, "bias of convolution 0"),
         ("infer", 7, [None], "got 1 slopes"),
-        ("infer", 8, [3, 2], "5 \\+ 13 k ints"),
+        ("infer", 9, [3, 2], "5 \\+ 13 k ints"),
     ],
 )
 def test_bad_arguments_are_refused(name: str, index: int, value: object, message: str, check: Checks) -> None:

@@ -1,12 +1,12 @@
 #include "mean_over_pixels.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 
 #include "../../block/kernel_layout.h"
 #include "../kernels/row_kernels.h"
+#include "../share_out.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
@@ -49,13 +49,11 @@ at::Tensor mean_over_pixels(const at::Tensor& given) {
     using T = decltype(element);
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     auto* to = static_cast<T*>(out.mutable_data_ptr());
-    at::parallel_for(0, images * parts, 1, [&](int64_t first, int64_t beyond) {
-      for (int64_t i = first; i < beyond; ++i) {
-        const int64_t n = i / parts, begin = i % parts * kChannels;
-        mean(
-            from + n * height * width * channels, height, width, channels, begin, std::min(begin + kChannels, channels),
-            to + n * channels);
-      }
+    for_each_job(images * parts, [&](int64_t i) {
+      const int64_t n = i / parts, begin = i % parts * kChannels;
+      mean(
+          from + n * height * width * channels, height, width, channels, begin, std::min(begin + kChannels, channels),
+          to + n * channels);
     });
   };
   switch (x.scalar_type()) {

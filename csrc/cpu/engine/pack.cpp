@@ -1,13 +1,13 @@
 #include "pack.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "../../block/integer_division.h"
 #include "../kernels/row_kernels.h"
+#include "../share_out.h"
 #include "rounding.h"
 
 namespace resnet_fused::cpu::engine {
@@ -52,23 +52,21 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
   std::fill_n(reinterpret_cast<unsigned char*>(all), packed.elements() * sizeof(P), 0);
   const float* w = weight.const_data_ptr<float>();
   std::vector<uint8_t> finite(packed.panels, 1);
-  at::parallel_for(0, packed.panels, 1, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p) {
-      P* panel = all + p * packed.taps * packed.depth * kPanel;
-      const int64_t first = packed.first_channel.empty() ? 0 : packed.first_channel[p];
-      for (int64_t o = p * kPanel; o < std::min(out, (p + 1) * kPanel); ++o) {
-        const int64_t group_begin = o / (out / groups) * in;
-        for (int64_t c = 0; c < in; ++c)
-          for (int64_t r = 0; r < height; ++r)
-            for (int64_t s = 0; s < width; ++s) {
-              const int64_t tap = (rows_fold ? 0 : r) * (columns_fold ? 1 : width) + (columns_fold ? 0 : s);
-              const int64_t folded = (rows_fold ? r : 0) * width + (columns_fold ? s : 0);
-              const int64_t channel = folded * in * groups + group_begin + c - first;
-              const T value = rounded<T>(w[((o * in + c) * height + r) * width + s] * (factor ? factor[o] : 1.0f));
-              panel[tap * packed.depth * kPanel + offset_in_panel<P>(channel, o % kPanel)] = exactly<P>(value);
-              if (!std::isfinite(exactly<float>(value))) finite[p] = 0;
-            }
-      }
+  for_each_job(packed.panels, [&](int64_t p) {
+    P* panel = all + p * packed.taps * packed.depth * kPanel;
+    const int64_t first = packed.first_channel.empty() ? 0 : packed.first_channel[p];
+    for (int64_t o = p * kPanel; o < std::min(out, (p + 1) * kPanel); ++o) {
+      const int64_t group_begin = o / (out / groups) * in;
+      for (int64_t c = 0; c < in; ++c)
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t s = 0; s < width; ++s) {
+            const int64_t tap = (rows_fold ? 0 : r) * (columns_fold ? 1 : width) + (columns_fold ? 0 : s);
+            const int64_t folded = (rows_fold ? r : 0) * width + (columns_fold ? s : 0);
+            const int64_t channel = folded * in * groups + group_begin + c - first;
+            const T value = rounded<T>(w[((o * in + c) * height + r) * width + s] * (factor ? factor[o] : 1.0f));
+            panel[tap * packed.depth * kPanel + offset_in_panel<P>(channel, o % kPanel)] = exactly<P>(value);
+            if (!std::isfinite(exactly<float>(value))) finite[p] = 0;
+          }
     }
   });
   packed.finite = std::all_of(finite.begin(), finite.end(), [](uint8_t each) { return each; });
@@ -157,11 +155,10 @@ Packed pack_taps(const at::Tensor& weight, const std::vector<Tap>& taps, bool ba
   const bool by_outputs = output_stride > channel_stride;
   const int64_t blocks = ceil_div(in, kPanel), rows = by_outputs ? packed.panels : blocks;
   std::vector<uint8_t> finite(rows, 1);
-  at::parallel_for(0, rows, 1, [&](int64_t from, int64_t to) {
-    for (int64_t row = from; row < to; ++row)
-      for (int64_t tap = 0; tap < packed.taps; ++tap)
-        for (int64_t i = 0; i < (by_outputs ? blocks : packed.panels); ++i)
-          finite[row] &= by_outputs ? pack(row, tap, i) : pack(i, tap, row);
+  for_each_job(rows, [&](int64_t row) {
+    for (int64_t tap = 0; tap < packed.taps; ++tap)
+      for (int64_t i = 0; i < (by_outputs ? blocks : packed.panels); ++i)
+        finite[row] &= by_outputs ? pack(row, tap, i) : pack(i, tap, row);
   });
   packed.finite = std::all_of(finite.begin(), finite.end(), [](uint8_t each) { return each; });
   return packed;

@@ -1,7 +1,6 @@
 #include "prepared_block.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +14,7 @@
 #include "../convolution.h"
 #include "../isa.h"
 #include "../kernels/row_kernels.h"
+#include "../share_out.h"
 #include "fill.h"
 #include "memory.h"
 #include "pack.h"
@@ -47,14 +47,6 @@ std::vector<float> to_floats(const at::Tensor& values, int64_t length, float bey
 
 bool all_finite(const std::vector<float>& values) {
   return std::all_of(values.begin(), values.end(), [](float v) { return std::isfinite(v); });
-}
-
-// Runs body(i) for each i, on as many threads as there are.
-template <class Body>
-void each_in_parallel(int64_t count, const Body& body) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
-  });
 }
 
 struct Conv {
@@ -190,8 +182,8 @@ class Prepared final : public PreparedBlock {
   bool watches_x() const { return watches(0) || (spec_.has_projection() && watches(spec_.projection())); }
   void watch(Call& call) const {
     const int64_t images = call.x.size(0), each = call.x.numel() / images;
-    at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-      if (!row_kernels<T>().all_finite(data(call.x) + begin * each, (end - begin) * each)) call.wild = true;
+    for_each_job(images, [&](int64_t n) {
+      if (!row_kernels<T>().all_finite(data(call.x) + n * each, each)) call.wild = true;
     });
   }
 
@@ -243,15 +235,16 @@ class Prepared final : public PreparedBlock {
   void run_apart(Call& call) const {
     const Schedule& s = call.schedule;
     const int64_t parts = static_cast<int64_t>(s.parts.size());
-    at::parallel_for(0, s.items * parts, 1, [&](int64_t begin, int64_t end) {
+    share_out(s.items * parts, [&](int64_t) {
       unsigned char* buffers = scratch(s.scratch);
       clear_padding(s, buffers);
-      for (int64_t i = begin; i < end; ++i)
+      return [&, buffers](int64_t i) {
         for (const Step& step : s.parts[i % parts]) {
           lay_out_input(call, buffers, i / parts, step, step.begin);
           multiply(call, buffers, i / parts, step, 0, convs_[step.conv].shape.panels);
           if (step.pool_end > 0) pool(call, buffers, i / parts, step);
         }
+      };
     });
   }
 
@@ -265,7 +258,7 @@ class Prepared final : public PreparedBlock {
         const int64_t height = step.conv == 0 ? step.x_end - step.x_begin : 0;
         if ((step.conv == 0 && !s.reads_x) ||
             (step.conv == spec_.last() && spec_.has_projection() && !s.projection_reads_x))
-          each_in_parallel(threads, [&](int64_t t) {
+          for_each_job(threads, [&](int64_t t) {
             Step share = step;
             share.x_begin = step.x_begin + t * height / threads;
             share.x_end = step.x_begin + (t + 1) * height / threads;
@@ -274,7 +267,7 @@ class Prepared final : public PreparedBlock {
             lay_out_input(call, buffers, item, share, step.begin);
           });
         const int64_t panels = convs_[step.conv].shape.panels;
-        each_in_parallel(std::min(threads, panels), [&](int64_t t) {
+        for_each_job(std::min(threads, panels), [&](int64_t t) {
           const int64_t shares = std::min(threads, panels);
           multiply(call, buffers, item, step, t * panels / shares, (t + 1) * panels / shares);
         });

@@ -1,7 +1,6 @@
 #include "training.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>
@@ -11,6 +10,7 @@
 #include "../../block/integer_division.h"
 #include "../isa.h"
 #include "../merged_statistics.h"
+#include "../share_out.h"
 #include "fill.h"
 #include "memory.h"
 #include "pack.h"
@@ -182,9 +182,7 @@ class Pass {
   void make_all() {
     const Layout& l = layout();
     const int64_t rows = s_.items * l.images * l.input.height, width = l.input.width;
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) from_.pixels(row * width, width, nullptr);
-    });
+    for_each_job(rows, [&](int64_t row) { from_.pixels(row * width, width, nullptr); });
     from_ = Operand<T>(from_.kept(), from_.channels());
   }
   // A buffer of columns holds a band.
@@ -194,18 +192,21 @@ class Pass {
   }
 
   void apart() {
-    const int64_t parts = static_cast<int64_t>(s_.parts.size());
-    at::parallel_for(0, s_.items * parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t parts = static_cast<int64_t>(s_.parts.size()), count = s_.items * parts;
+    const int64_t jobs = made_ ? std::min(made_->slots, count) : count;
+    share_out(jobs, [&](int64_t thread) {
       T* buffer = reinterpret_cast<T*>(scratch(s_.scratch));
       clear_padding(buffer);
-      for (int64_t i = begin; i < end; ++i) {
-        const Part& part = s_.parts[i % parts];
-        for (size_t step = 0; step < part.size(); ++step) {
-          fill(buffer, i / parts, part[step], part[step]);
-          if (made_) hand(buffer, i / parts, part[step]);
-          multiply(buffer, i / parts, i * steps_ + static_cast<int64_t>(step), part[step], 0, packed_.panels);
+      return [&, buffer, thread](int64_t job) {
+        for (int64_t i = job * count / jobs; i < (job + 1) * count / jobs; ++i) {
+          const Part& part = s_.parts[i % parts];
+          for (size_t step = 0; step < part.size(); ++step) {
+            fill(buffer, i / parts, part[step], part[step]);
+            if (made_) hand(buffer, i / parts, part[step], thread, job);
+            multiply(buffer, i / parts, i * steps_ + static_cast<int64_t>(step), part[step], 0, packed_.panels);
+          }
         }
-      }
+      };
     });
   }
 
@@ -213,17 +214,12 @@ class Pass {
     T* buffer = reinterpret_cast<T*>(scratch(s_.scratch));
     clear_padding(buffer);
     const int64_t threads = at::get_num_threads(), shares = std::min(threads, packed_.panels);
-    const auto each = [](int64_t count, const auto& body) {
-      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) body(t);
-      });
-    };
     for (int64_t item = 0; item < s_.items; ++item) {
       const Part& part = s_.parts[0];
       for (size_t index = 0; index < part.size(); ++index) {
         const Step& step = part[index];
         if (!s_.reads_x || prepares())
-          each(threads, [&](int64_t t) {
+          for_each_job(threads, [&](int64_t t) {
             const auto share = [&](int64_t begin, int64_t end, int64_t n) {
               return begin + n * (end - begin) / threads;
             };
@@ -234,7 +230,7 @@ class Pass {
             own.end = share(step.begin, step.end, t + 1);
             fill(buffer, item, own, step);
           });
-        each(shares, [&](int64_t t) {
+        for_each_job(shares, [&](int64_t t) {
           multiply(
               buffer, item, item * steps_ + static_cast<int64_t>(index), step, t * packed_.panels / shares,
               (t + 1) * packed_.panels / shares);
@@ -266,12 +262,12 @@ class Pass {
     }
   }
 
-  void hand(const T* buffer, int64_t item, const Step& step) const {
+  void hand(const T* buffer, int64_t item, const Step& step, int64_t thread, int64_t slot) const {
     const Layout& l = layout();
     const bool band = l.images == 1;
     const int64_t width = l.input.width, first = item * l.images * l.input.pixels() + (band ? step.begin * width : 0);
     const int64_t count = band ? (step.end - step.begin) * width : l.images * l.input.pixels();
-    (*made_)(at::get_thread_num(), first, count, buffer);
+    made_->take(thread, slot, first, count, buffer);
   }
 
   void multiply(T* buffer, int64_t item, int64_t at, const Step& step, int64_t panel_begin, int64_t panel_end) {
@@ -441,7 +437,7 @@ NormGradient backward(
     const Shape shape = shape_of<T>(own, in, out, packed);
     Pass<T> pass(shape, {batch.images, size}, from, packed, e, behind ? 2 : 0);
     pass.scatter(batch.size, {line.first, column.first}, {line.stride, column.stride});
-    if (made && products.size() == 1) result.handed = pass.hand_to(made);
+    if (made.take && products.size() == 1) result.handed = pass.hand_to(made);
     pass.run();
     if (from.kept()) from = Operand<T>(from.kept(), in);
     if (behind)

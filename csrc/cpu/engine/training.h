@@ -60,10 +60,13 @@ struct NormGradient {
   std::vector<double> sum, sum_y;
   bool handed = false;  // whether all of dy was given to `made`
 };
-// Is given pixels [first, first + count) of dy, whole rows, by thread `slot`, while they are in its cache. Where dy is
-// made more than once or by several threads together it is not called.
+// `take` is given pixels [first, first + count) of dy, whole rows, while they are in the cache of this thread; those of
+// a slot by one thread, in order. Where dy is made more than once or by several threads together it is not called.
 template <class T>
-using Made = std::function<void(int64_t slot, int64_t first, int64_t count, const T* pixels)>;
+struct Made {
+  int64_t slots = 0;
+  std::function<void(int64_t thread, int64_t slot, int64_t first, int64_t count, const T* pixels)> take;
+};
 template <class T>
 NormGradient convolve_backward_norm(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,

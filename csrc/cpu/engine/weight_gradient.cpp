@@ -1,7 +1,6 @@
 #include "weight_gradient.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <bit>
@@ -9,6 +8,7 @@
 #include "../../block/integer_division.h"
 #include "../../block/kernel_layout.h"
 #include "../isa.h"
+#include "../share_out.h"
 #include "memory.h"
 
 namespace resnet_fused::cpu::engine {
@@ -22,8 +22,10 @@ constexpr int64_t kLongSteps = 28;
 constexpr int64_t kPackBytes = 1 << 20, kSumBytes = 1 << 18;
 // Packed parts of all threads; more are packed and multiplied in rounds.
 constexpr int64_t kRoundBytes = int64_t{64} << 20;
-// Sums that each thread may have for itself.
-constexpr int64_t kApartBytes = 1 << 20;
+// Sums that a slot may have for itself, and those of all slots where there are more than threads.
+constexpr int64_t kApartBytes = 1 << 20, kAllApartBytes = 4 << 20;
+// At most, for each thread: which thread has time for one shows while they run.
+constexpr int64_t kSlots = 4;
 // Images that lie side by side: fewer positions are padding than one behind the other.
 constexpr int64_t kImages = 8;
 
@@ -36,14 +38,6 @@ at::Tensor working_memory(int64_t bytes) {
 bool folds(const at::Tensor& weight, const Stage& stage) {
   const int64_t taps = weight.size(3);
   return stage.groups == 1 && stage.dilation[1] == 1 && taps > 1 && taps * weight.size(1) <= kPanel;
-}
-
-// As work(slot).
-template <class Work>
-void for_each_slot(int64_t slots, const Work& work) {
-  at::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t slot = begin; slot < end; ++slot) work(slot);
-  });
 }
 
 }  // namespace
@@ -68,12 +62,14 @@ WeightGradient::WeightGradient(
   at_once_ = apart_ ? pairs : std::clamp<int64_t>(kSumBytes / bytes, 1, ceil_div(pairs, threads_));
   cut();
   const int64_t parts = static_cast<int64_t>(parts_.size());
-  slots_ = apart_ ? std::min(threads_, parts) : threads_;
-  finite_.assign(slots_, 1);
+  slots_ = threads_;
+  if (apart_ && threads_ > 1) slots_ *= std::clamp<int64_t>(kAllApartBytes / (threads_ * pairs * bytes), 1, kSlots);
+  if (apart_) slots_ = std::min(slots_, parts);
+  finite_.assign(threads_, 1);
   begun_.assign(slots_, 0);
   const int64_t pack_bytes = format_.elements() * static_cast<int64_t>(sizeof(bf16));
   round_ = std::clamp<int64_t>(kRoundBytes / pack_bytes, 1, parts);
-  packs_ = working_memory((apart_ ? slots_ : round_) * pack_bytes);
+  packs_ = working_memory((apart_ ? threads_ : round_) * pack_bytes);
   sums_ = working_memory((apart_ || round_ == parts ? slots_ * at_once_ : pairs) * bytes);
   TORCH_INTERNAL_ASSERT(result == at::kFloat || result == at::kBFloat16);
   result_ = at::empty_like(weight, weight.options().dtype(result), kLayout);
@@ -142,19 +138,20 @@ void WeightGradient::multiply(const Slab& part, const bf16* packed, int64_t from
   }
 }
 
-void WeightGradient::add(int64_t slot, const Slab& part, const Operand<bf16>& dy, const Operand<bf16>& p) {
-  bf16* packed = pack_at(slot);
-  finite_[slot] &= pack(layout_, part, Side::gradient, dy, format_, 0, 1, packed);
-  finite_[slot] &= pack(layout_, part, Side::input, p, format_, 0, 1, packed);
+void WeightGradient::add(
+    int64_t thread, int64_t slot, const Slab& part, const Operand<bf16>& dy, const Operand<bf16>& p) {
+  bf16* packed = pack_at(thread);
+  finite_[thread] &= pack(layout_, part, Side::gradient, dy, format_, 0, 1, packed);
+  finite_[thread] &= pack(layout_, part, Side::input, p, format_, 0, 1, packed);
   multiply(part, packed, 0, static_cast<int64_t>(pairs_.size()), sums_of(slot), begun_[slot]);
   begun_[slot] = 1;
 }
 
 void WeightGradient::add_rows(
-    int64_t slot, int64_t begin, int64_t end, const Operand<bf16>& dy, const Operand<bf16>& p) {
+    int64_t thread, int64_t slot, int64_t begin, int64_t end, const Operand<bf16>& dy, const Operand<bf16>& p) {
   int64_t most = 1;  // rows that the packed operands have room for
   for (const Slab& part : parts_) most = std::max(most, part.end - part.begin);
-  for (int64_t row = begin; row < end; row += most) add(slot, {0, 1, row, std::min(end, row + most)}, dy, p);
+  for (int64_t row = begin; row < end; row += most) add(thread, slot, {0, 1, row, std::min(end, row + most)}, dy, p);
 }
 
 at::Tensor WeightGradient::finish() {
@@ -162,17 +159,18 @@ at::Tensor WeightGradient::finish() {
   for (int64_t slot = 0; slot < slots_; ++slot)
     if (!begun_[slot]) std::fill_n(sums_of(slot), at_once_ * pair_floats(), 0.0f);
   const int64_t pairs = static_cast<int64_t>(pairs_.size());
-  at::parallel_for(0, pairs, ceil_div(pairs, threads_), [&](int64_t begin, int64_t end) {
-    for (int64_t pair = begin; pair < end; ++pair) write(pair, sums_of(0) + pair * pair_floats(), slots_);
-  });
+  for_each_job(pairs, [&](int64_t pair) { write(pair, sums_of(0) + pair * pair_floats(), slots_); });
   return result();
 }
 
 at::Tensor WeightGradient::compute(const Operand<bf16>& dy, const Operand<bf16>& p) {
   const int64_t parts = static_cast<int64_t>(parts_.size());
   if (apart_) {
-    for_each_slot(slots_, [&](int64_t slot) {
-      for (int64_t i = slot * parts / slots_; i < (slot + 1) * parts / slots_; ++i) add(slot, parts_[i], dy, p);
+    share_out(slots_, [&](int64_t thread) {
+      return [&, thread](int64_t slot) {
+        for (int64_t i = slot * parts / slots_; i < (slot + 1) * parts / slots_; ++i)
+          add(thread, slot, parts_[i], dy, p);
+      };
     });
     return finish();
   }
@@ -185,13 +183,13 @@ at::Tensor WeightGradient::compute(const Operand<bf16>& dy, const Operand<bf16>&
 }
 
 bool WeightGradient::pack_together(int64_t first, int64_t count, const Operand<bf16>& dy, const Operand<bf16>& p) {
-  const int64_t shares = ceil_div(4 * slots_, count), jobs = count * shares;
-  for_each_slot(slots_, [&](int64_t slot) {
-    for (int64_t job = slot * jobs / slots_; job < (slot + 1) * jobs / slots_; ++job) {
+  const int64_t shares = ceil_div(4 * threads_, count);
+  share_out(count * shares, [&](int64_t thread) {
+    return [&, thread](int64_t job) {
       const int64_t i = job / shares, share = job % shares;
       for (const auto& [side, operand] : {std::pair(Side::gradient, &dy), std::pair(Side::input, &p)})
-        finite_[slot] &= pack(layout_, parts_[first + i], side, *operand, format_, share, shares, pack_at(i));
-    }
+        finite_[thread] &= pack(layout_, parts_[first + i], side, *operand, format_, share, shares, pack_at(i));
+    };
   });
   return is_sound();
 }
@@ -199,14 +197,14 @@ bool WeightGradient::pack_together(int64_t first, int64_t count, const Operand<b
 void WeightGradient::multiply_together(int64_t first, int64_t count) {
   const int64_t pairs = static_cast<int64_t>(pairs_.size());
   const bool begins = first == 0, ends = first + count == static_cast<int64_t>(parts_.size());
-  for_each_slot(slots_, [&](int64_t slot) {
-    const int64_t end = (slot + 1) * pairs / slots_;
-    for (int64_t from = slot * pairs / slots_; from < end; from += at_once_) {
-      const int64_t to = std::min(end, from + at_once_);
-      float* sums = begins && ends ? sums_of(slot) : sums_of(0) + from * pair_floats();
+  const int64_t jobs = round_up(ceil_div(pairs, at_once_), threads_);
+  share_out(jobs, [&](int64_t thread) {
+    return [&, thread](int64_t job) {
+      const int64_t from = job * pairs / jobs, to = (job + 1) * pairs / jobs;
+      float* sums = begins && ends ? sums_of(thread) : sums_of(0) + from * pair_floats();
       for (int64_t i = 0; i < count; ++i) multiply(parts_[first + i], pack_at(i), from, to, sums, !begins || i > 0);
       for (int64_t pair = from; ends && pair < to; ++pair) write(pair, sums + (pair - from) * pair_floats(), 1);
-    }
+    };
   });
 }
 

@@ -1,8 +1,8 @@
 // The gradient of a convolution's weight: products by tiles over positions, summed in float and rounded once.
 //
-// Few weights: each thread packs and multiplies parts of its own and has sums of its own, which are added in the order
-// of the threads. Many weights: all threads pack all parts, then each makes a share of the sums, as many at a time as
-// stay in its second cache.
+// Few weights: the parts are dealt out in slots, and each slot, which one thread packs and multiplies, has sums of its
+// own, which are added in the order of the slots. Many weights: all threads pack all parts, then each makes a share of
+// the sums, as many at a time as stay in its second cache.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -35,19 +35,15 @@ class WeightGradient {
   WeightGradient(
       const at::Tensor& weight, const Stage& stage, int64_t images, Size input, Size output, at::ScalarType result);
 
-  // Whether each thread has sums of its own. Then `parts` may be added by `slots` threads at once, each its own, and
-  // `finish` follows; otherwise `compute` does all.
-  bool is_apart() const { return apart_; }
-  const std::vector<Slab>& parts() const { return parts_; }
-  int64_t slots() const { return slots_; }
-  void add(int64_t slot, const Slab& part, const Operand<bf16>& dy, const Operand<bf16>& p);
-  // For a window of one pixel the parts may be cut otherwise: output rows [begin, end) of all images one behind the
-  // other, by any of the threads.
-  bool takes_rows() const { return apart_ && !layout_.mixes_zeros() && slots_ == threads_; }
-  void add_rows(int64_t slot, int64_t begin, int64_t end, const Operand<bf16>& dy, const Operand<bf16>& p);
-  at::Tensor finish();
-
   at::Tensor compute(const Operand<bf16>& dy, const Operand<bf16>& p);
+
+  // A window of one pixel, and few weights: rows may also be given as somebody makes them, output rows [begin, end) of
+  // all images one behind the other, those of a slot by one thread; `finish` follows.
+  bool takes_rows() const { return apart_ && !layout_.mixes_zeros(); }
+  int64_t slots() const { return slots_; }
+  void add_rows(
+      int64_t thread, int64_t slot, int64_t begin, int64_t end, const Operand<bf16>& dy, const Operand<bf16>& p);
+  at::Tensor finish();
 
  private:
   struct Groups {
@@ -61,11 +57,11 @@ class WeightGradient {
   std::vector<PanelPair> pairs_;
   int64_t threads_, slots_;
   bool apart_;
-  int64_t at_once_;  // pairs whose sums a slot has
+  int64_t at_once_;  // pairs whose sums a slot has, or a thread
   std::vector<Slab> parts_;
   int64_t round_;  // parts that are packed together
   at::Tensor packs_, sums_, result_;
-  std::vector<char> finite_, begun_;  // of each slot
+  std::vector<char> finite_, begun_;  // of each thread; of each slot
 
   int64_t pair_floats() const { return layout_.taps() * kBlock; }
   bf16* pack_at(int64_t index);
@@ -73,6 +69,7 @@ class WeightGradient {
   bool is_sound() const;
   int64_t longest() const;  // steps of a product
   void cut();
+  void add(int64_t thread, int64_t slot, const Slab& part, const Operand<bf16>& dy, const Operand<bf16>& p);
   void find_pairs();
   void multiply(const Slab& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds);
   void write(int64_t pair, const float* sums, int64_t partials);
