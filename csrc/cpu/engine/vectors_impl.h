@@ -36,6 +36,11 @@ struct Vector {
   static inline Type add(Type a, Type b) { return _mm512_add_ps(a, b); }
   static inline Type subtract(Type a, Type b) { return _mm512_sub_ps(a, b); }
   static inline Type multiply_add(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
+  // *a, which the product itself loads; by itself GCC would load it once for two products
+  static inline Type multiply_add(const float* a, Type b, Type c) {
+    asm("vfmadd231ps %1%{1to16%}, %2, %0" : "+v"(c) : "m"(*a), "v"(b));
+    return c;
+  }
   // v, zero where z <= 0
   static inline Type where_positive(Type z, Type v) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
