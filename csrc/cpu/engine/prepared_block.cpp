@@ -267,8 +267,8 @@ class Prepared final : public PreparedBlock {
             lay_out_input(call, buffers, item, share, step.begin);
           });
         const int64_t panels = convs_[step.conv].shape.panels;
-        for_each_job(std::min(threads, panels), [&](int64_t t) {
-          const int64_t shares = std::min(threads, panels);
+        const int64_t shares = std::min(kShares * threads, panels);
+        for_each_job(shares, [&](int64_t t) {
           multiply(call, buffers, item, step, t * panels / shares, (t + 1) * panels / shares);
         });
       }

@@ -14,6 +14,9 @@ constexpr int64_t kUnlimited = int64_t{1} << 40;
 constexpr double kBytesPerCycle = 8, kMeeting = 6000;
 // The part of the second cache in which a block's weights stay from image to image.
 constexpr double kHeldWeights = 0.6;
+// Cores that others use are not equally fast: of a thread's jobs the last one is waited for by this part of its time;
+// where all threads meet behind each convolution, by this part of all.
+constexpr double kWaiting = 0.3, kWaitingTogether = 0.2;
 
 std::pair<int64_t, int64_t> as_pair(std::array<int64_t, 2> range) { return {range[0], range[1]}; }
 
@@ -230,11 +233,12 @@ class Planner {
       // each thread reads its share of the weights once, and from the other cores everything that they have written
       streamed = weights / static_cast<double>(threads) + 3 * inside + (m_.whole_tiles ? 0 : again);
       const double item = products + streamed / kBytesPerCycle + static_cast<double>(chain_.size()) * kMeeting;
-      return item * static_cast<double>(s.items);
+      return item * static_cast<double>(s.items) * (1 + kWaitingTogether);
     }
     streamed = weights * (weights > kHeldWeights * cache ? each : 1.0);
     streamed += again * each;
-    return products / static_cast<double>(s.parts.size()) * each + streamed / kBytesPerCycle + kMeeting;
+    const double cycles = products / static_cast<double>(s.parts.size()) * each + streamed / kBytesPerCycle;
+    return cycles * (threads > 1 ? 1 + kWaiting / each : 1) + kMeeting;
   }
 };
 

@@ -213,7 +213,7 @@ class Pass {
   void together() {
     T* buffer = reinterpret_cast<T*>(scratch(s_.scratch));
     clear_padding(buffer);
-    const int64_t threads = at::get_num_threads(), shares = std::min(threads, packed_.panels);
+    const int64_t threads = at::get_num_threads(), shares = std::min(kShares * threads, packed_.panels);
     for (int64_t item = 0; item < s_.items; ++item) {
       const Part& part = s_.parts[0];
       for (size_t index = 0; index < part.size(); ++index) {
