@@ -103,7 +103,12 @@ static bool interleave(const bf16* const* pixels, int64_t channels, int64_t pane
   return finite.all();
 }
 
-static inline void store_some(float* to, __mmask16 which, __m512 values) { _mm512_mask_storeu_ps(to, which, values); }
+static inline void store_some(float* to, __mmask16 which, __m512 values) {
+  if (which == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+    _mm512_stream_ps(to, values);
+  else
+    _mm512_mask_storeu_ps(to, which, values);
+}
 static inline void store_some(bf16* to, __mmask16 which, __m512 values) {
   _mm256_mask_storeu_epi16(to, which, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
 }
@@ -131,6 +136,7 @@ static void store(const BlockSums& sums, T* out) {
         if (row + i >= sums.row && row + i < sums.row_end)
           store_some(to + i * sums.pitch, which, _mm512_castsi512_ps(values[i]));
     }
+  _mm_sfence();
 }
 
 #else

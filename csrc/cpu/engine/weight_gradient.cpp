@@ -59,8 +59,12 @@ WeightGradient::WeightGradient(
   const int64_t pairs = static_cast<int64_t>(pairs_.size()),
                 bytes = pair_floats() * static_cast<int64_t>(sizeof(float));
   apart_ = pairs * bytes <= kApartBytes;
-  at_once_ = apart_ ? pairs : std::clamp<int64_t>(kSumBytes / bytes, 1, ceil_div(pairs, threads_));
   cut();
+  if (apart_ && static_cast<int64_t>(parts_.size()) < threads_) {  // there is nothing for some threads
+    apart_ = false;
+    cut();
+  }
+  at_once_ = apart_ ? pairs : std::clamp<int64_t>(kSumBytes / bytes, 1, ceil_div(pairs, threads_));
   const int64_t parts = static_cast<int64_t>(parts_.size());
   slots_ = threads_;
   if (apart_ && threads_ > 1) slots_ *= std::clamp<int64_t>(kAllApartBytes / (threads_ * pairs * bytes), 1, kSlots);
@@ -92,6 +96,7 @@ int64_t WeightGradient::longest() const { return apart_ || layout_.taps() > 1 ? 
 
 // Cuts all outputs into parts.
 void WeightGradient::cut() {
+  parts_.clear();
   int64_t images = 1, rows = std::max<int64_t>(1, longest() * kPositions / layout_.width());
   if (layout_.mixes_zeros()) {
     images = std::min({kImages, layout_.images(), apart_ ? ceil_div(layout_.images(), threads_) : kImages});
