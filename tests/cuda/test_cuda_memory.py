@@ -49,6 +49,8 @@ def test_memory_is_free_after_the_last_phase_that_reads_it(
     skip: Any, memory: Any, mode: Any, library: Any, share: float, check: Checks
 ) -> None:
     """share: of what a backward pass allocates in all, how much lives at the same time. A launch of all needs all."""
+    if library == "all" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("on this processor the library's bfloat16 convolutions make copies in float32")
     case = block(3, skip, memory=memory, channels=64, width=16, out_channels=64, size=(8, 8))
     x, params, spec = case.build(torch.bfloat16, torch.channels_last)
     tensors, dout = (

@@ -79,7 +79,7 @@ def replaced(params: BlockParams, given: dict[str, Tensor]) -> BlockParams:
 def test_as_accurate_as_eager(act: str, order: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     """Outputs, gradients and statistics; near a kink as far as rounding tells the side."""
     case = case_of(act, order, "identity")
-    seeds = range(8)
+    seeds = range(16 if dtype == torch.float32 else 8)  # of a few digits the largest error is chance
     given = [case.build(dtype, memory_format, seed, torch.float32) for seed in seeds]
     assert_equivalent(given, [case.upstream(dtype, seed) for seed in seeds], "native")
 

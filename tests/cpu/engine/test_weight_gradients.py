@@ -44,6 +44,8 @@ def test_as_exact_as_eager(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("poisoned")
 def test_sums_of_small_integers_are_exact(name: str) -> None:
+    if not has_tiles():
+        pytest.skip("this machine has no AMX, and the library's own sums in bfloat16 are rounded")
     assert_exact(CASES[name])
 
 
