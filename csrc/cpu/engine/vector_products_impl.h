@@ -135,11 +135,12 @@ static void multiply_tile(
     }
 #endif
     RowsOfInput<T> x(input, run->pitch);
+    const int column = kColumns == kPanel ? 0 : tile.column;  // addresses need every register that there is
     const auto take = [&](int steps) __attribute__((always_inline)) {
       __builtin_prefetch(next, 0, 2);
       _Pragma("GCC unroll 2") for (int s = 0; s < steps; ++s, w += 32) {
         Vector::Type b[kVectors];
-        for (int v = 0; v < kVectors; ++v) b[v] = weights_of(w, tile.column + v * Vector::lanes);
+        for (int v = 0; v < kVectors; ++v) b[v] = weights_of(w, column + v * Vector::lanes);
         EACH_ROW multiply_row(r, x.at(r, s), b, sum[r]);
       }
       next += steps * stride;
