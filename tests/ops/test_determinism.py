@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support import engine_runs
 from support.block_equivalence import assert_equivalent
 from support.blocks import block
 from support.matrix import BACKENDS, FORMATS
@@ -45,6 +46,18 @@ def test_bitwise_repeatable(
     x, params, spec = CASES[name].build(dtype, memory_format)
     spec = spec.with_memory(memory)  # type: ignore[arg-type]
     first, *others = (run(x, params, spec, backend, CASES[name].upstream(dtype)) for _ in range(4))
+    for other in others:
+        for result, value in first.items():
+            assert torch.equal(value, other[result]), result  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_which_thread_helps(dtype: torch.dtype) -> None:
+    """Of more threads than cores some always wait, and others take their jobs."""
+    case = block(3, "projection", channels=64, width=64, out_channels=128, size=(28, 31), batch=16)
+    x, params, spec = case.build(dtype, torch.channels_last)
+    with engine_runs.threads(7):
+        first, *others = (run(x, params, spec, "native", case.upstream(dtype)) for _ in range(8))
     for other in others:
         for result, value in first.items():
             assert torch.equal(value, other[result]), result  # type: ignore[arg-type]
