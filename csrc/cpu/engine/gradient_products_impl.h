@@ -103,6 +103,7 @@ static bool interleave(const bf16* const* pixels, int64_t channels, int64_t pane
   return finite.all();
 }
 
+// Whole lines past the caches: nobody reads them before the step is over, and each would be read to be written.
 static inline void store_some(float* to, __mmask16 which, __m512 values) {
   if (which == 0xffff && reinterpret_cast<uintptr_t>(to) % 64 == 0)
     _mm512_stream_ps(to, values);
