@@ -1,5 +1,6 @@
 // Training, backward: docs/architecture.md lists the passes.
 #include "block.h"
+#include "engine/memory.h"
 #include "engine/weight_gradient.h"
 #include "residual_block.h"
 
@@ -44,7 +45,7 @@ class OutputGradient {
   // Made now, over dz where that is `owned`.
   const at::Tensor& tensor(bool owned = false) {
     if (!made_) {
-      auto result = owned ? dz_ : at::empty_like(dz_, kLayout);
+      auto result = owned ? dz_ : engine::reused_like(dz_);
       backward_apply<S>(dz_, reads_, y_, norm_, k_, {}, result);
       *this = OutputGradient(result);
     }
@@ -149,7 +150,7 @@ class Backward {
     // The branch's gradient: dz itself, unless the activation stands before the addition.
     const bool before_addition = spec.join == JoinReads::branch;
     const bool keeps = reads == Reads::output || keeps_dz(join.act);
-    at::Tensor dz_n = keeps ? at::empty_like(dout, kLayout) : dout;
+    at::Tensor dz_n = keeps ? engine::reused_like(dout) : dout;
     dz = before_addition ? dout : dz_n;
     TORCH_INTERNAL_ASSERT(reads_y || reads != Reads::argument);
 
@@ -372,7 +373,7 @@ class Backward {
     if (processed && !differentiated) {
       // One pass gives P_i for the weight gradient and the sums of its norm.
       ReduceInput in{dp, reads, {}, block.input(i)};
-      if (!p.defined()) in.p = p = at::empty_like(block.input(i), kLayout);
+      if (!p.defined()) in.p = p = engine::reused_like(block.input(i));
       if (keeps_dz(act)) in.dz = dp;
       in.sums_slope = needs.slopes[n];
       sums = backward_reduce<S>(in, block.norms[n], act);

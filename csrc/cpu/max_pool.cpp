@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../block/kernel_layout.h"
+#include "engine/memory.h"
 #include "passes.h"
 #include "share_out.h"
 
@@ -23,7 +24,7 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& x_in, const Pool
   const int64_t n = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const auto length = [&](int64_t in) { return (in + 2 * win.padding - win.kernel) / win.stride + 1; };
   const int64_t out_h = length(height), out_w = length(width);
-  auto out = at::empty({n, channels, out_h, out_w}, x.options().memory_format(kLayout));
+  auto out = engine::reused_empty(n, channels, out_h, out_w, x.scalar_type());
   auto positions = at::empty({n, channels, out_h, out_w}, x.options().dtype(at::kByte).memory_format(kLayout));
   DISPATCH(x, [&] {
     using T = element_t<scalar_t>;
@@ -56,7 +57,7 @@ at::Tensor max_pool2d_backward(
     const at::Tensor& dout_in, const at::Tensor& positions, int64_t height, int64_t width, const PoolWindow& win) {
   const auto dout = dout_in.contiguous(kLayout);
   const int64_t n = dout.size(0), channels = dout.size(1), out_h = dout.size(2), out_w = dout.size(3);
-  auto dx = at::empty({n, channels, height, width}, dout.options().memory_format(kLayout));
+  auto dx = engine::reused_empty(n, channels, height, width, dout.scalar_type());
   DISPATCH(dout, [&] {
     using T = element_t<scalar_t>;
     const auto& kernels = row_kernels<T>();

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "../block/integer_division.h"
+#include "engine/memory.h"
 #include "merged_statistics.h"
 #include "share_out.h"
 
@@ -218,7 +219,7 @@ template <class S>
 at::Tensor normalize(
     const at::Tensor& y, const NormVectors<acc_t<S>>& norm, const ActVectors<acc_t<S>>& act,
     const ResidualInput<acc_t<S>>& residual, const at::Tensor& bits) {
-  auto out = at::empty(y.sizes(), y.options().memory_format(at::MemoryFormat::ChannelsLast));
+  auto out = engine::reused_like(y);
   normalize_into<S>(out, y, norm, act, residual, bits);
   return out;
 }

@@ -116,6 +116,8 @@ def _table() -> dict[str, Entry]:
         "wide": block(2, channels=256, width=256, size=(2, 2)),
         "wide bottleneck": bottleneck("projection", channels=512, width=128, size=(4, 4)),
         "wide stem": chain(3, ((3, 3), 512, StageSpec(1, 1)), size=(4, 3)),
+        "pixels a page apart": bottleneck("identity", channels=2048, width=32, size=(5, 4)),
+        "pixels a page apart, projection": bottleneck("projection", channels=2048, width=32, size=(5, 4)),
     }
     entries |= {name: Entry(frozen(case), few) for name, case in large.items()}
     entries["stem and pooling"] = Entry(entries["stem"].case, (1, 5), POOL)

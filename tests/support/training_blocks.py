@@ -55,6 +55,8 @@ def _table() -> dict[str, Case]:
         "two images side by side": block(2, channels=32, width=64, size=(7, 7), batch=8),
         "outputs shared": replace(WIDE, batch=1),
         "parts of an image": bottleneck("projection", channels=64, width=64, size=(40, 41), batch=1),
+        "pixels a page apart": bottleneck("identity", channels=2048, width=64, size=(5, 4)),
+        "pixels a page apart, projection": bottleneck("projection", channels=2048, width=64, size=(5, 4)),
         "one pixel": bottleneck("projection", channels=64, width=64, stride=1, size=(1, 1), batch=9),
         "row": block(2, channels=32, width=64, size=(1, 19)),
         "column": bottleneck("identity", channels=32, width=64, size=(19, 1)),

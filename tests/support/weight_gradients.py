@@ -1,4 +1,4 @@
-"""Convolutions whose weight gradient the engine's tiles compute, beside eager and fp64.
+"""Convolutions whose weight gradient the engine computes, beside eager and fp64.
 
 As a program, in the instruction set that RESNET_FUSED_ISA names: ``python -m support.weight_gradients``.
 """
@@ -102,7 +102,7 @@ def exact(case: Convolution, x: Tensor, weight: Tensor, dy: Tensor) -> Tensor:
     return eager(case, x.double(), weight.double(), dy.double())
 
 
-def by_tiles(case: Convolution) -> bool:
+def by_engine(case: Convolution) -> bool:
     """Whether none of PyTorch's operations computed the gradient."""
     x, weight, dy = tensors(case)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -115,7 +115,7 @@ def assert_exact(case: Convolution) -> None:
     """Small integers: the exact sums, rounded once, or not at all for a float32 weight; in any number of threads."""
     x, weight, dy = tensors(case, integers=True)
     truth = exact(case, x, weight, dy)
-    weights = (weight, weight.float()) if by_tiles(case) else (weight,)
+    weights = (weight, weight.float()) if by_engine(case) else (weight,)
     for count in THREADS:
         for given in weights:
             with threads(count), torch.autocast("cpu", torch.bfloat16):
@@ -139,7 +139,7 @@ def assert_accurate(case: Convolution) -> None:
 
 def main() -> None:
     for name, case in (CASES | FORCED).items():
-        assert by_tiles(case), name
+        assert by_engine(case), name
         try:
             assert_exact(case)
             assert_accurate(case)

@@ -25,7 +25,7 @@ for shape, changes, dtype in json.loads(sys.argv[1]):
     print(json.dumps(operators.engine_reasons_against_training(spec, [torch.empty(shape, dtype=dtype)], dtype)[0]))
 """
 ISAS = {
-    "baseline": "the engine trains by AMX, which this processor lacks",
+    "baseline": "the engine trains by AMX or AVX512-BF16, which this processor lacks",
     "amx_portable": None,
 }
 QUESTIONS: dict[str, tuple[list[int], dict[str, Any], str, list[str | None]]] = {
@@ -86,7 +86,11 @@ explain(fuse(nn.Sequential(Bottleneck({channels}, 32, stride=2, downsample=proje
             "convolution 1 (24 to 32 channels, no multiples of 32), forward of the projection and data gradient of the "
             "projection (24 to 128 channels, no multiples of 32)",
         ),
-        ("baseline", 64, "training runs oneDNN's convolutions: the engine trains by AMX, which this processor lacks"),
+        (
+            "baseline",
+            64,
+            "training runs oneDNN's convolutions: the engine trains by AMX or AVX512-BF16, which this processor lacks",
+        ),
     ],
 )
 def test_a_block_in_training(isa: str, channels: int, said: str) -> None:

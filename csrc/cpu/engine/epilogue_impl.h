@@ -31,7 +31,8 @@ struct InRegisters {
     inline void row(const Vector::Type* sums, int32_t target) const {
       if (target < 0) return;
       const int64_t at = target * e_.pitch + channel_;
-      if constexpr (adds) __builtin_prefetch(e_.out + at + e_.ahead, 1);
+      if constexpr (adds)
+        for (int64_t c = 0; c < kPanel; c += 64 / sizeof(T)) __builtin_prefetch(e_.out + at + e_.ahead + c, 1);
       typename Vector::Type z[vectors];
       for (int v = 0; v < vectors; ++v) {
         z[v] = Vector::multiply_add(sums[v], scale_[v], shift_[v]);

@@ -75,9 +75,9 @@ Positions GradientLayout::positions(const Slab& part, Side side) const {
   return p;
 }
 
-std::vector<Run> GradientLayout::runs(const Slab& part, bool transposes_gradient) const {
+std::vector<TapRun> GradientLayout::runs(const Slab& part, bool transposes_gradient) const {
   const Positions dy = positions(part, Side::gradient), p = positions(part, Side::input);
-  std::vector<Run> runs;
+  std::vector<TapRun> runs;
   for (const Tap& tap : taps_) {
     const auto& plane = p.planes[tap.plane];
     // the part's rows for which the tap reads a row of the plane

@@ -60,7 +60,7 @@ class GradientLayout {
   Positions positions(const Slab& part, Side side) const;
   int64_t planes() const { return static_cast<int64_t>(phases_.size()); }
   // Where each tap begins in these positions; transposes_gradient: which operand is which.
-  std::vector<Run> runs(const Slab& part, bool transposes_gradient) const;
+  std::vector<TapRun> runs(const Slab& part, bool transposes_gradient) const;
 
   // The first pixel in memory of a plane's row; -1: beyond the last image.
   int64_t row(Side side, const Positions::Plane& plane, int64_t image, int64_t row) const;

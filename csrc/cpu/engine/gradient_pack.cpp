@@ -93,7 +93,7 @@ void PackFormat::widen(const GradientLayout& layout, const Slab& part) {
 bool pack(
     const GradientLayout& layout, const Slab& part, Side side, const Operand<bf16>& operand, const PackFormat& format,
     int64_t share, int64_t shares, bf16* to) {
-  const auto& kernels = gradient_kernels();
+  const auto& kernels = *gradient_kernels();
   const bool transposes = format.transposes_gradient == (side == Side::gradient);
   Reader reader(layout, part, side, operand);
   const bf16* pixels[kPositions];

@@ -12,15 +12,26 @@ const engine::GradientKernels& gradient_kernels();
 namespace amx {
 const engine::GradientKernels& gradient_kernels();
 }
+namespace avx512_bf16 {
+const engine::GradientKernels& gradient_kernels();
+}
 #endif
 
 namespace engine {
 
-const GradientKernels& gradient_kernels() {
+const GradientKernels* gradient_kernels() {
+  switch (isa()) {
+    case Isa::amx_portable:
+      return &amx_portable::gradient_kernels();
 #if defined(RESNET_FUSED_X86)
-  if (isa() == Isa::amx) return amx::gradient_kernels();
+    case Isa::amx:
+      return &amx::gradient_kernels();
+    case Isa::avx512_bf16:
+      return &avx512_bf16::gradient_kernels();
 #endif
-  return amx_portable::gradient_kernels();
+    default:
+      return nullptr;
+  }
 }
 
 }  // namespace engine

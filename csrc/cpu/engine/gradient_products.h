@@ -1,8 +1,8 @@
 // Products of a convolution's weight gradient: sums over positions of one operand's channels times the other's, by
-// tiles. Single-threaded and torch-free.
+// tiles or vectors. Single-threaded and torch-free.
 //
 // One operand lies transposed, [panel][32 channels][pitch positions], so that a tap of the window is a shift by whole
-// elements. The other lies in pairs of positions, [panel][position / 2][32 channels][2], as a tile wants it.
+// elements. The other lies in pairs of positions, [panel][position / 2][32 channels][2], as products of pairs want it.
 #pragma once
 
 #include "products.h"
@@ -13,7 +13,7 @@ constexpr int64_t kPositions = 32;           // that a product sums, and that ar
 constexpr int64_t kBlock = kPanel * kPanel;  // sums of a panel times a panel
 
 // Where a tap's positions begin in both operands; that of `interleaved` is even.
-struct Run {
+struct TapRun {
   int64_t transposed, interleaved;
   int64_t steps;  // of kPositions
 };
@@ -28,7 +28,7 @@ struct GradientTask {
   const bf16* interleaved;
   int64_t pitch;              // positions of a channel of `transposed`
   int64_t interleaved_panel;  // elements of a panel
-  const Run* runs;            // of each tap
+  const TapRun* runs;         // of each tap
   int64_t taps;
   const PanelPair* pairs;
   int64_t pair_count;
@@ -47,6 +47,8 @@ struct BlockSums {
 };
 
 struct GradientKernels {
+  // Steps that a product sums at once: those that are taken again for other taps, and those of one tap alone.
+  int64_t steps, long_steps;
   // Pack kPositions pixels of `channels` channels; zeros fill the last panel. Whether all values are finite.
   bool (*transpose)(const bf16* const* pixels, int64_t channels, int64_t pitch, bf16* out);
   bool (*interleave)(const bf16* const* pixels, int64_t channels, int64_t panel, bf16* out);
@@ -56,7 +58,7 @@ struct GradientKernels {
   void (*store_float)(const BlockSums&, float* out);
 };
 
-// The table of an instruction set with tiles (isa.h).
-const GradientKernels& gradient_kernels();
+// The table of an instruction set (isa.h); nullptr: it has none.
+const GradientKernels* gradient_kernels();
 
 }  // namespace resnet_fused::cpu::engine

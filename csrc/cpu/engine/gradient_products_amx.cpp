@@ -8,5 +8,5 @@
 #define VECTOR_BYTES 64
 #include "tiles_amx.h"
 
-#include "gradient_products_impl.h"
+#include "gradient_tile_products_impl.h"
 #endif

@@ -6,4 +6,4 @@
 #include "../kernels/elementwise_impl.h"
 #include "tiles_portable.h"
 
-#include "gradient_products_impl.h"
+#include "gradient_tile_products_impl.h"

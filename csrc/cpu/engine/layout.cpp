@@ -7,6 +7,8 @@
 namespace resnet_fused::cpu::engine {
 namespace {
 
+constexpr int64_t kLinesApart = 64;  // of a page, which crowding is
+
 // One dimension of planes: the coordinates of phase a are those of padded inputs a, a + stride, a + 2 stride, ...
 struct Dimension {
   int64_t extent;               // coordinates of every plane; neighbours share their padding
@@ -108,7 +110,7 @@ std::array<int64_t, 2> Window::reads(int64_t begin, int64_t end, int64_t height)
 
 Layout lay_out(
     Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step,
-    int64_t rows_at_once) {
+    int64_t rows_at_once, int64_t crowding) {
   Layout l{};
   l.kind = kind;
   l.images = images;
@@ -120,6 +122,7 @@ Layout lay_out(
                          : kind == Layout::Kind::folded ? window.kernel[1]
                                                         : 1;
   l.pitch = l.depth = round_up(across * channels, step);
+  if (kind == Layout::Kind::columns && crowding > 0 && l.pitch % crowding == 0) l.pitch += crowding / kLinesApart;
   l.row = l.output.width;
   switch (kind) {
     case Layout::Kind::planes:
@@ -142,8 +145,9 @@ Layout lay_out(
   return l;
 }
 
-Layout columns_like(const Layout& other, const Window& window, Size input, int64_t channels, int64_t step) {
-  Layout l = lay_out(Layout::Kind::columns, window, input, channels, other.images, step);
+Layout columns_like(
+    const Layout& other, const Window& window, Size input, int64_t channels, int64_t step, int64_t crowding) {
+  Layout l = lay_out(Layout::Kind::columns, window, input, channels, other.images, step, 0, crowding);
   l.positions = std::max(l.positions, other.positions);  // the other's, of folded rows, hold a band
   l.row = other.row;
   l.pixel = other.pixel;

@@ -60,12 +60,14 @@ struct Layout {
   std::vector<Rows> tiles(int64_t begin, int64_t end, int64_t tile_rows, bool whole, int64_t readable) const;
 };
 
-// channels: of the input; step: depth is a multiple of it; rows_at_once: the most output rows that a band has.
+// channels: of the input; step: depth is a multiple of it; rows_at_once: the most output rows that a band has;
+// crowding: multiples of it are no pitch of columns, unless it is 0.
 Layout lay_out(
     Layout::Kind kind, const Window& window, Size input, int64_t channels, int64_t images, int64_t step,
-    int64_t rows_at_once = 0);
+    int64_t rows_at_once = 0, int64_t crowding = 0);
 
 // Columns for the outputs of another layout, which has the same outputs.
-Layout columns_like(const Layout& other, const Window& window, Size input, int64_t channels, int64_t step);
+Layout columns_like(
+    const Layout& other, const Window& window, Size input, int64_t channels, int64_t step, int64_t crowding = 0);
 
 }  // namespace resnet_fused::cpu::engine

@@ -73,16 +73,28 @@ class Pool {
         auto* memory = found->second;
         free_.erase(found);
         held_ -= bytes;
+        used_ += bytes;
         return memory;
       }
+      used_ += bytes;
+      // other sizes than before: what is held gives way to them
+      while (held_ > kKept && held_ + used_ > most_used_) release(std::prev(free_.end()));
+      most_used_ = std::max(most_used_, used_);
     }
-    return allocate_raw(bytes);
+    try {
+      return allocate_raw(bytes);
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      used_ -= bytes;
+      throw;
+    }
   }
 
   void give(unsigned char* memory, int64_t bytes) {
     {
       const std::lock_guard lock(mutex_);
-      if (held_ + bytes <= kKept) {
+      used_ -= bytes;
+      if (held_ + bytes <= std::max(kKept, most_used_ - used_)) {
         free_.emplace(bytes, memory);
         held_ += bytes;
         return;
@@ -92,9 +104,16 @@ class Pool {
   }
 
  private:
+  using Free = std::multimap<int64_t, unsigned char*>;
   std::mutex mutex_;
-  std::multimap<int64_t, unsigned char*> free_;
-  int64_t held_ = 0;
+  Free free_;
+  int64_t held_ = 0, used_ = 0, most_used_ = 0;
+
+  void release(Free::iterator block) {
+    held_ -= block->first;
+    free_raw(block->second);
+    free_.erase(block);
+  }
 };
 
 Pool& pool() {
@@ -154,6 +173,10 @@ at::Tensor reused_empty(int64_t images, int64_t channels, int64_t height, int64_
       memory, {images, channels, height, width}, {height * width * channels, 1, width * channels, channels},
       [bytes](void* given) { pool().give(static_cast<unsigned char*>(given), bytes); },
       at::TensorOptions().dtype(type));
+}
+
+at::Tensor reused_like(const at::Tensor& t) {
+  return reused_empty(t.size(0), t.size(1), t.size(2), t.size(3), t.scalar_type());
 }
 
 }  // namespace resnet_fused::cpu::engine

@@ -24,8 +24,10 @@ Memory reuse(int64_t bytes);
 unsigned char* scratch(int64_t bytes);
 
 // A channels_last tensor in memory that an earlier result has left: the first touch of fresh memory costs as much as
-// half the block. At most kKept bytes are held back.
+// half the block. Held back are at most kKept bytes, or with those in use as many as were ever in use at once: what a
+// training step keeps for backward serves the next step.
 constexpr int64_t kKept = int64_t{512} << 20;
 at::Tensor reused_empty(int64_t images, int64_t channels, int64_t height, int64_t width, at::ScalarType type);
+at::Tensor reused_like(const at::Tensor& t);
 
 }  // namespace resnet_fused::cpu::engine

@@ -15,12 +15,12 @@
 #include "../isa.h"
 #include "../kernels/row_kernels.h"
 #include "../share_out.h"
+#include "caches.h"
 #include "fill.h"
 #include "memory.h"
 #include "pack.h"
 #include "rounding.h"
 #include "schedule.h"
-#include "second_cache.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
@@ -224,9 +224,7 @@ class Prepared final : public PreparedBlock {
     return kept;
   }
   std::shared_ptr<const Schedule> make(int64_t images, Size input) const {
-    const Machine machine{at::get_num_threads(),           second_cache(),
-                          products<P>().tile_rows,         products<P>().reads_whole_tiles,
-                          static_cast<int64_t>(sizeof(P)), kDepthStep<P>};
+    const Machine machine = machine_for<P>(at::get_num_threads());
     const Shape* projection = spec_.has_projection() ? &convs_[spec_.projection()].shape : nullptr;
     return std::make_shared<Schedule>(
         make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, transforms_x_ || kWidens, machine));
@@ -522,9 +520,9 @@ std::optional<std::string> faster_elsewhere(
   if (is_forced() || !has_post_ops(dtype)) return std::nullopt;
   if (dtype == at::kHalf)
     return "this processor multiplies float16 itself, which oneDNN's convolutions use and the engine does not";
-  const bool pairs = dtype == at::kBFloat16, as_floats = isa() == Isa::avx512_bf16 && has_slow_pairs();
+  const bool pairs = dtype == at::kBFloat16;
   if (pairs && isa() == Isa::amx) return std::nullopt;
-  if (pairs && !as_floats) return "without AMX oneDNN's bfloat16 convolutions are as fast";
+  if (pairs && isa() != Isa::avx512_bf16) return "without AVX512-BF16 oneDNN's bfloat16 convolutions are as fast";
   if (weights.size() == 1 && weights[0][2] * weights[0][3] == 1)
     return "a pointwise convolution on its own is faster in oneDNN";
   for (size_t i = 0; i < weights.size(); ++i) {

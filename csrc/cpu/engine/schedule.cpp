@@ -67,6 +67,8 @@ class Planner {
   bool transforms_x_;
   Machine m_;
 
+  bool crowds(int64_t pitch) const { return m_.crowding > 0 && pitch % m_.crowding == 0; }
+
   void lay_out_all(Schedule& s) const {
     Size size = input_;
     for (int64_t i = 0; i <= last(); ++i) {
@@ -74,20 +76,22 @@ class Planner {
       Layout::Kind kind = shape.kind;
       // a tile that reads whole must not read beyond x
       const bool fits = !m_.whole_tiles || s.images * input_.pixels() >= m_.tile_rows;
-      if (i == 0) s.reads_x = kind == Layout::Kind::pixels && !transforms_x_ && shape.in % m_.step == 0 && fits;
+      if (i == 0)
+        s.reads_x =
+            kind == Layout::Kind::pixels && !transforms_x_ && shape.in % m_.step == 0 && fits && !crowds(shape.in);
       if (i == 0 && kind == Layout::Kind::pixels && !s.reads_x) kind = Layout::Kind::columns;
-      s.layouts.push_back(lay_out(kind, shape.window, size, shape.in, s.images, m_.step));
+      s.layouts.push_back(lay_out(kind, shape.window, size, shape.in, s.images, m_.step, 0, m_.crowding));
       size = s.layouts.back().output;
     }
     if (projection_) {
       const Layout& beside = s.layouts[last()];
       s.projection_reads_x = projection_->kind == Layout::Kind::pixels && beside.kind == Layout::Kind::pixels &&
-                             !transforms_x_ && projection_->in % m_.step == 0 &&
+                             !transforms_x_ && projection_->in % m_.step == 0 && !crowds(projection_->in) &&
                              (!m_.whole_tiles || s.images * input_.pixels() >= m_.tile_rows);
       s.layouts.push_back(
           s.projection_reads_x
               ? lay_out(Layout::Kind::pixels, projection_->window, input_, projection_->in, s.images, m_.step)
-              : columns_like(beside, projection_->window, input_, projection_->in, m_.step));
+              : columns_like(beside, projection_->window, input_, projection_->in, m_.step, m_.crowding));
     }
     for (int64_t i = 0; i <= last(); ++i) {
       std::vector<int32_t> target = s.layouts[i].pixel;

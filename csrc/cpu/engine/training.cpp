@@ -11,17 +11,16 @@
 #include "../isa.h"
 #include "../merged_statistics.h"
 #include "../share_out.h"
+#include "caches.h"
 #include "fill.h"
 #include "memory.h"
 #include "pack.h"
+#include "rounding.h"
 #include "schedule.h"
-#include "second_cache.h"
+#include "weight_gradient.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
-
-at::ScalarType scalar_type(float) { return at::kFloat; }
-at::ScalarType scalar_type(bf16) { return at::kBFloat16; }
 
 Window window_of(const at::Tensor& weight, const Stage& stage) {
   return {{weight.size(2), weight.size(3)}, stage.stride, stage.padding, stage.dilation};
@@ -82,8 +81,7 @@ std::shared_ptr<const Schedule> schedule_of(const Shape& shape, const Batch& bat
   const std::lock_guard lock(mutex);
   if (const auto found = kept.find(key); found != kept.end()) return found->second;
   if (kept.size() > 512) kept.clear();
-  const Machine machine{threads,   second_cache(), products<T>().tile_rows, products<T>().reads_whole_tiles,
-                        sizeof(T), kDepthStep<T>};
+  const Machine machine = machine_for<T>(threads);
   return kept[key] = std::make_shared<Schedule>(
              make_schedule({shape}, nullptr, nullptr, batch.images, batch.size, made, machine));
 }
@@ -135,6 +133,7 @@ class Pass {
   // Whether `made` will be given all rows that are made.
   bool hand_to(const Made<T>& made) {
     if (s_.reads_x || s_.splits_outputs || from_.kept() || !shape_.window.is_pixel()) return false;
+    if (layout().pitch != layout().channels) return false;
     made_ = &made;
     return true;
   }
@@ -320,8 +319,7 @@ std::vector<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t le
 
 std::optional<std::string> reason_against_convolving(
     const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
-  if (dtype != at::kBFloat16) return std::string("the engine trains in bfloat16, x is ") + c10::toString(dtype);
-  if (isa() != Isa::amx && isa() != Isa::amx_portable) return "the engine trains by AMX, which this processor lacks";
+  if (const auto reason = reason_against_training(dtype)) return reason;
   if (weight.scalar_type() != dtype || weight.layout() != at::kStrided) return "the weight is no bfloat16 tensor";
   if (stage.groups != 1) return "groups";
   if (stage.pads_values()) return "the engine pads with zeros only";

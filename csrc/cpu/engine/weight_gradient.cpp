@@ -14,10 +14,6 @@
 namespace resnet_fused::cpu::engine {
 namespace {
 
-// Steps of a product: both operands' panels stay in the first cache for all taps. Measured: 8 to 16 are equal.
-constexpr int64_t kSteps = 14;
-// Of one tap, whose operands are read once, for sums that are written once: 14 took 1 to 10 % longer.
-constexpr int64_t kLongSteps = 28;
 // Packed operands and sums that are to stay in the second cache.
 constexpr int64_t kPackBytes = 1 << 20, kSumBytes = 1 << 18;
 // Packed parts of all threads; more are packed and multiplied in rounds.
@@ -92,7 +88,9 @@ void WeightGradient::find_pairs() {
         pairs_.push_back({static_cast<int32_t>(t / kPanel), static_cast<int32_t>(i / kPanel)});
 }
 
-int64_t WeightGradient::longest() const { return apart_ || layout_.taps() > 1 ? kSteps : kLongSteps; }
+int64_t WeightGradient::longest() const {
+  return apart_ || layout_.taps() > 1 ? gradient_kernels()->steps : gradient_kernels()->long_steps;
+}
 
 // Cuts all outputs into parts.
 void WeightGradient::cut() {
@@ -127,17 +125,17 @@ bool WeightGradient::is_sound() const {
 
 // The products of pairs [from, to).
 void WeightGradient::multiply(const Slab& part, const bf16* packed, int64_t from, int64_t to, float* sums, bool adds) {
-  const std::vector<Run> runs = layout_.runs(part, format_.transposes_gradient);
+  const std::vector<TapRun> runs = layout_.runs(part, format_.transposes_gradient);
   int64_t steps = 1;
-  for (const Run& run : runs) steps = std::max(steps, run.steps);
+  for (const TapRun& run : runs) steps = std::max(steps, run.steps);
   const int64_t chunks = ceil_div(steps, longest());
-  std::vector<Run> some(runs.size());
+  std::vector<TapRun> some(runs.size());
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (size_t t = 0; t < runs.size(); ++t) {
       const int64_t begin = chunk * runs[t].steps / chunks, end = (chunk + 1) * runs[t].steps / chunks;
       some[t] = {runs[t].transposed + begin * kPositions, runs[t].interleaved + begin * kPositions, end - begin};
     }
-    gradient_kernels().multiply(
+    gradient_kernels()->multiply(
         {packed, packed + format_.interleaved(), format_.pitch, format_.panel(), some.data(), layout_.taps(),
          pairs_.data() + from, to - from, sums, adds || chunk > 0});
   }
@@ -215,10 +213,10 @@ void WeightGradient::multiply_together(int64_t first, int64_t count) {
 
 void WeightGradient::write(int64_t pair, const float* sums, int64_t partials) {
   if (result_.scalar_type() == at::kFloat)
-    write_to(result_.mutable_data_ptr<float>(), gradient_kernels().store_float, pair, sums, partials);
+    write_to(result_.mutable_data_ptr<float>(), gradient_kernels()->store_float, pair, sums, partials);
   else
     write_to(
-        reinterpret_cast<bf16*>(result_.mutable_data_ptr<at::BFloat16>()), gradient_kernels().store, pair, sums,
+        reinterpret_cast<bf16*>(result_.mutable_data_ptr<at::BFloat16>()), gradient_kernels()->store, pair, sums,
         partials);
 }
 
@@ -251,18 +249,29 @@ void WeightGradient::write_to(T* dw, const Store& store, int64_t pair, const flo
 
 at::Tensor WeightGradient::result() const { return result_.contiguous(weight_.suggest_memory_format()); }
 
+// Measured on a Zen 4, 2 threads, ResNet-50 under autocast: docs/performance.md, "Training by AVX512-BF16".
+std::optional<std::string> reason_against_training(at::ScalarType dtype) {
+  if (dtype != at::kBFloat16) return std::string("the engine trains in bfloat16, x is ") + c10::toString(dtype);
+  if (!gradient_kernels()) return "the engine trains by AMX or AVX512-BF16, which this processor lacks";
+  if (isa() == Isa::avx512_bf16 && has_slow_pairs() && !is_forced())
+    return "this processor multiplies pairs of bfloat16 slowly";
+  return std::nullopt;
+}
+
 // Measured on one core of a Sapphire Rapids with AMX, oneDNN's time over ours: ResNet-50's convolutions 1.1 to 5.0;
 // ResNeXt-50's groups of 4 to 32 channels 1.03 to 19.7; 32 to 64 channels, 3x3, 1.15; 4 to 64, 3x3, folded, 1.10. Fewer
 // channels fill tiles with zeros: 16 to 96 channels, 1x1, 0.79; 32 to 32, 1x1, 0.78; 16 to 16, 3x3, 0.64.
 std::optional<std::string> reason_against_weight_gradient(
     const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
-  if (dtype != at::kBFloat16) return std::string("the engine trains in bfloat16, x is ") + c10::toString(dtype);
-  if (isa() != Isa::amx && isa() != Isa::amx_portable) return "the engine trains by AMX, which this processor lacks";
+  if (const auto reason = reason_against_training(dtype)) return reason;
   if (weight.scalar_type() != at::kFloat && weight.scalar_type() != at::kBFloat16)
     return std::string("the weight is ") + c10::toString(weight.scalar_type());
   if (stage.pads_values()) return "the engine pads with zeros only";
   if (is_forced()) return std::nullopt;
   const int64_t out = weight.size(0), in = weight.size(1) * stage.groups;
+  // Zen 4, 2 threads, oneDNN's time over ours by vectors: the stem 0.65
+  if (isa() == Isa::avx512_bf16 && (stage.groups > 1 || folds(weight, stage)))
+    return std::string(stage.groups > 1 ? "groups" : "few channels") + " leave its vectors half empty";
   const bool fills_groups = stage.groups == 1 || (out / stage.groups >= 4 && weight.size(1) >= 4);
   const bool fills_tiles = folds(weight, stage) ? out >= 64 && in * weight.size(3) >= 12
                                                 : std::min(out, in) >= 32 && std::max(out, in) >= 64 && fills_groups;

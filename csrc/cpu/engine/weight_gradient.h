@@ -1,4 +1,4 @@
-// The gradient of a convolution's weight: products by tiles over positions, summed in float and rounded once.
+// The gradient of a convolution's weight: products over positions, summed in float and rounded once.
 //
 // Few weights: the parts are dealt out in slots, and each slot, which one thread packs and multiplies, has sums of its
 // own, which are added in the order of the slots. Many weights: all threads pack all parts, then each makes a share of
@@ -15,6 +15,9 @@
 #include "gradient_pack.h"
 
 namespace resnet_fused::cpu::engine {
+
+// Why the engine does not train in this dtype on this machine; nullopt where it does.
+std::optional<std::string> reason_against_training(at::ScalarType dtype);
 
 // Why this machine's kernels do not compute it for inputs of this dtype, or others do so faster; nullopt where they do.
 std::optional<std::string> reason_against_weight_gradient(

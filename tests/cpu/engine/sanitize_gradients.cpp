@@ -1,4 +1,4 @@
-// Weight gradients of random convolutions through layouts, packing and the products by tiles, each buffer alone on the
+// Weight gradients of random convolutions through layouts, packing and products, each buffer alone on the
 // heap and exactly as large as its format says; compiled by `make sanitize` as sanitize.cpp is. Operands lie in memory
 // or are made by the row kernels while they are packed. Torch-free; the tables are chosen here, not by isa.cpp.
 #include "../../../csrc/cpu/x86.h"
@@ -31,6 +31,9 @@ const engine::GradientKernels& gradient_kernels();
 }
 #if defined(RESNET_FUSED_X86)
 namespace amx {
+const engine::GradientKernels& gradient_kernels();
+}
+namespace avx512_bf16 {
 const engine::GradientKernels& gradient_kernels();
 }
 #endif
@@ -162,15 +165,16 @@ void check(const char* isa) {
 }
 
 #if defined(RESNET_FUSED_X86)
+bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
 bool has_tiles() {
   constexpr long request_permission = 0x1023, tile_data = 18;
-  return __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return has_pairs() && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
 
 }  // namespace
 
-const GradientKernels& gradient_kernels() { return *chosen; }
+const GradientKernels* gradient_kernels() { return chosen; }
 
 }  // namespace engine
 }  // namespace resnet_fused::cpu
@@ -181,6 +185,10 @@ int main(int argc, char** argv) {
     engine::chosen = &amx_portable::gradient_kernels();
     engine::check("amx_portable");
 #if defined(RESNET_FUSED_X86)
+    if (engine::has_pairs()) {
+      engine::chosen = &avx512_bf16::gradient_kernels();
+      engine::check("avx512_bf16");
+    }
     if (!engine::has_tiles()) continue;
     engine::chosen = &amx::gradient_kernels();
     engine::check("amx");

@@ -1,4 +1,4 @@
-"""Weight gradients by tiles: csrc/cpu/engine/weight_gradient.h."""
+"""Weight gradients by the engine: csrc/cpu/engine/weight_gradient.h."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from support.weight_gradients import (
     Convolution,
     assert_accurate,
     assert_exact,
-    by_tiles,
+    by_engine,
     eager,
     exact,
     fused,
     tensors,
 )
 
+from resnet_fused.ops import operators
+
 LAST = -1
 
 
-def has_tiles() -> bool:
-    return by_tiles(CASES["3x3"])
+VECTORS = operators.load_error() is None and operators.build_info()["instruction set"] == "avx512_bf16"
 
 
-@pytest.mark.parametrize("isa", ["amx", "amx_portable"])
-def test_every_case_in_every_instruction_set_with_tiles(isa: str) -> None:
+def trains() -> bool:
+    return by_engine(CASES["3x3"])
+
+
+@pytest.mark.parametrize("isa", ["amx", "amx_portable", "avx512_bf16"])
+def test_every_case_in_every_instruction_set(isa: str) -> None:
     done = in_process(isa, ["-m", "support.weight_gradients"])
     if "accepted on this processor" in done.stderr:
         pytest.skip(f"this machine has no {isa}")
@@ -44,16 +49,16 @@ def test_as_exact_as_eager(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("poisoned")
 def test_sums_of_small_integers_are_exact(name: str) -> None:
-    if not has_tiles():
-        pytest.skip("this machine has no AMX, and eager's sums, which run instead, may be rounded to bfloat16")
+    if not trains():
+        pytest.skip("the engine trains by AMX or AVX512-BF16; eager's sums may be rounded to bfloat16")
     assert_exact(CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_large_ones_run_unforced(name: str) -> None:
-    if not has_tiles():
-        pytest.skip("this machine has no AMX")
-    assert by_tiles(CASES[name])
+    if not trains():
+        pytest.skip("the engine trains by AMX or AVX512-BF16")
+    assert by_engine(CASES[name]) == (not VECTORS or not ("groups" in name or "few channels" in name))
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (1, 2), (2, 1)], ids=str)
