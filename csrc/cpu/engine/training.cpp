@@ -319,7 +319,7 @@ std::vector<float> padded_bias(const std::optional<at::Tensor>& bias, int64_t le
 
 std::optional<std::string> reason_against_convolving(
     const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
-  if (const auto reason = reason_against_training(dtype)) return reason;
+  if (const auto reason = reason_against_training(weight, dtype)) return reason;
   if (weight.scalar_type() != dtype || weight.layout() != at::kStrided) return "the weight is no bfloat16 tensor";
   if (stage.groups != 1) return "groups";
   if (stage.pads_values()) return "the engine pads with zeros only";

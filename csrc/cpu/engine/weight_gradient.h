@@ -16,8 +16,8 @@
 
 namespace resnet_fused::cpu::engine {
 
-// Why the engine does not train in this dtype on this machine; nullopt where it does.
-std::optional<std::string> reason_against_training(at::ScalarType dtype);
+// Why the engine does not train such a weight in this dtype on this machine; nullopt where it does.
+std::optional<std::string> reason_against_training(const at::Tensor& weight, at::ScalarType dtype);
 
 // Why this machine's kernels do not compute it for inputs of this dtype, or others do so faster; nullopt where they do.
 std::optional<std::string> reason_against_weight_gradient(

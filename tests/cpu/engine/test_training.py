@@ -37,18 +37,8 @@ from resnet_fused.spec import BlockSpec, StageSpec
 
 NAN, INF = math.nan, math.inf
 BF16 = torch.bfloat16
-LOADED = operators.load_error() is None
-HAS_TILES = LOADED and operators.build_info()["instruction set"].startswith("amx")
-
-
-def _trains() -> bool:
-    weight = torch.empty(32, 32, 1, 1, dtype=BF16)
-    return operators.engine_reasons_against_training(BlockSpec((StageSpec(),)), [weight], BF16)[0][0] is None
-
-
-TRAINS = LOADED and _trains()
-tiles = pytest.mark.skipif(not HAS_TILES, reason="this machine has no AMX")
-trains = pytest.mark.skipif(not TRAINS, reason="the engine trains by AMX or AVX512-BF16")
+has_tiles = operators.load_error() is None and operators.build_info()["instruction set"].startswith("amx")
+tiles = pytest.mark.skipif(not has_tiles, reason="this machine has no AMX")
 formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["contiguous", "channels_last"])
 # By what convolves: a kernel of its own for each of these in both directions
 KINDS = ("bottleneck, projection", "basic, projection", "pre", "strides behind a norm", "padding of a pixel", "no norm")
@@ -77,7 +67,7 @@ def test_portable_tiles_compute_what_the_processor_does(tmp_path: Path) -> None:
             assert torch.equal(value, portable[name][result]), f"{name}: {result}"
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("name", TABLE)
 def test_pytorch_convolves_nothing(name: str) -> None:
     assert not convolutions_of_pytorch(TABLE[name])
@@ -86,7 +76,7 @@ def test_pytorch_convolves_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", FORWARD_ONLY)
 def test_what_has_no_gradient_here(name: str) -> None:
     assert_accurate(FORWARD_ONLY[name])
-    assert convolutions_of_pytorch(FORWARD_ONLY[name]) == {"aten::convolution_backward"} or not TRAINS
+    assert convolutions_of_pytorch(FORWARD_ONLY[name]) == {"aten::convolution_backward"} or not has_tiles
 
 
 @formats
@@ -192,7 +182,7 @@ def test_a_constant_gradient_vanishes_behind_its_norm() -> None:
     assert float(got["grad of x"].abs().max()) <= 1e-4 * float(dz)  # type: ignore[union-attr]
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("count", THREADS)
 @pytest.mark.parametrize("name", TABLE)
 def test_the_same_bits_again(name: str, count: int) -> None:
@@ -203,7 +193,7 @@ def test_the_same_bits_again(name: str, count: int) -> None:
             assert torch.equal(value, second[key]), key  # type: ignore[arg-type]
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("count", THREADS)
 def test_nothing_leaks_from_earlier_calls(count: int) -> None:
     """Every thread's scratch and the memory of weights and results full of NaN: of this size, of larger ones."""
@@ -220,7 +210,7 @@ def test_nothing_leaks_from_earlier_calls(count: int) -> None:
                 assert value is None or torch.equal(value, expected[name][key]), f"{name}: {key}"  # type: ignore[arg-type]
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_strides_of_x_and_of_the_gradient_from_above(name: str) -> None:
     for case in (TABLE["bottleneck, projection"], TABLE["pre"], TABLE["no norm"]):
@@ -232,7 +222,7 @@ def test_strides_of_x_and_of_the_gradient_from_above(name: str) -> None:
             assert value is None or torch.equal(value, got[key]), key  # type: ignore[arg-type]
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("name", ["bottleneck", "bottleneck, projection", "pre, projection", "scales", "bias"])
 def test_gradients_asked_for_one_by_one(name: str) -> None:
     """As when all are asked for together: the same bits."""
@@ -248,7 +238,7 @@ def test_gradients_asked_for_one_by_one(name: str) -> None:
         assert torch.equal(got, everything[f"grad of {wanted}"]), wanted  # type: ignore[arg-type]
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("name", ["low", "low, projection"])
 def test_what_is_computed_again_is_the_same(name: str) -> None:
     """memory="low" computes a convolution again in backward: the same bits as if it had been kept."""
@@ -284,7 +274,7 @@ def test_what_is_not_finite_comes_out_where_eager_has_it(name: str, statistics: 
     assert_same_is_lost(run(x, params, spec, "native", dout), run(x, params, spec, "eager", dout), f"{bad} in {where}")
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_weights_that_are_not_finite_are_left_to_pytorch(bad: float) -> None:
     case = TABLE["no norm"]
@@ -297,7 +287,7 @@ def test_weights_that_are_not_finite_are_left_to_pytorch(bad: float) -> None:
     assert names.count("aten::convolution") == 1 and "aten::convolution_backward" in names
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("stride", [(1, 1), (1, 2), (2, 1), (3, 2)], ids=str)
 def test_each_tap_reaches_its_own_pixel(stride: tuple[int, int], kernel: int) -> None:
@@ -319,7 +309,7 @@ def test_each_tap_reaches_its_own_pixel(stride: tuple[int, int], kernel: int) ->
         assert torch.equal(got["out"], expected) and torch.equal(got["grad of x"], gradient), tap  # type: ignore[arg-type]
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("count", THREADS)
 @pytest.mark.parametrize(
     ("size", "batch"),
@@ -354,7 +344,7 @@ def test_every_row_counts_in_the_statistics_and_sums(size: tuple[int, int], batc
             assert torch.equal(gradient, sums.bfloat16()), (image, row, column)
 
 
-@trains
+@tiles
 @pytest.mark.parametrize("count", THREADS)
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_the_gradient_that_is_kept_is_each_images_own(kernel: int, count: int) -> None:
@@ -384,7 +374,7 @@ def test_an_empty_batch() -> None:
     assert all(t is None or not t.any() for n, t in got.items() if n.startswith("grad of stages"))
 
 
-@trains
+@tiles
 def test_calls_of_several_threads_at_once() -> None:
     """Each with threads and scratch of its own: the same bits as one after the other."""
     from concurrent.futures import ThreadPoolExecutor
