@@ -29,10 +29,9 @@ static void multiply(const GradientTask& task) {
       const Run<bf16> run{a + tap.transposed, task.pitch, b + tap.interleaved * kPanel, tap.steps * kPositions};
       for (int i = 0; i < kTiles; ++i) {
         const int first = i * kPanel / kTiles, end = (i + 1) * kPanel / kTiles;
+        const auto multiply_rows = kMultiplyTile<bf16, Unfinished, Halves::together>[end - first];
         const Tile tile{0, task.adds, sums + first * kPanel};
-        kMultiplyTile<
-            bf16, Unfinished,
-            Halves::together>[end - first](&run, & run + 1, first, tile, reinterpret_cast<const char*>(run.weights), 0);
+        multiply_rows(&run, &run + 1, first, tile, reinterpret_cast<const char*>(run.weights), 0);
       }
     }
   }

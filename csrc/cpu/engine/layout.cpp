@@ -7,7 +7,7 @@
 namespace resnet_fused::cpu::engine {
 namespace {
 
-constexpr int64_t kLinesApart = 64;  // of a page, which crowding is
+constexpr int64_t kLinesOfPage = 64;  // a page is what crowds
 
 // One dimension of planes: the coordinates of phase a are those of padded inputs a, a + stride, a + 2 stride, ...
 struct Dimension {
@@ -122,7 +122,7 @@ Layout lay_out(
                          : kind == Layout::Kind::folded ? window.kernel[1]
                                                         : 1;
   l.pitch = l.depth = round_up(across * channels, step);
-  if (kind == Layout::Kind::columns && crowding > 0 && l.pitch % crowding == 0) l.pitch += crowding / kLinesApart;
+  if (kind == Layout::Kind::columns && crowding > 0 && l.pitch % crowding == 0) l.pitch += crowding / kLinesOfPage;
   l.row = l.output.width;
   switch (kind) {
     case Layout::Kind::planes:
