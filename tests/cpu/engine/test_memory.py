@@ -168,15 +168,17 @@ before = resident()
 kept = results(1024, 6)
 del kept
 held = resident() - before
-kept = results(768, 6)
+for height in 3 * (768, 1024, 896, 640):
+    kept = None
+    kept = results(height, 6)
 print(held, resident() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_as_much_is_held_as_was_in_use_and_no_more() -> None:
-    """768 MiB, which is more than the 512 that are held in any case; beside 576 of other sizes only these stay."""
+    """768 MiB, more than the 512 that are held in any case; beside results of other sizes no more than these stay."""
     done = in_process("baseline", ["-c", PROGRAM])
     assert done.returncode == 0, done.stderr[-4000:]
     held, later = map(float, done.stdout.split())
-    assert 740 < held < 850 and later < 1250, done.stdout
+    assert 740 < held < 850 and later < 1450, done.stdout
