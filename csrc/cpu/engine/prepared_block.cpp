@@ -512,9 +512,10 @@ std::optional<std::string> reason_against(
 // Measured with torch 2.13 on a Sapphire Rapids processor, 2 threads, ResNet-50 at 224 x 224 (oneDNN's time / ours, the
 // range of its blocks): AMX 1.2 to 2.1 at batch 16, 1.3 to 1.8 at batch 1. float32 by AVX-512 1.0 to 1.6 at batch
 // 16, 1.06 to 1.21 at batch 1. bfloat16 by AVX512-BF16 0.94 to 1.10 at batch 16; its products as floats (products.cpp)
-// take 0.83 of that time. A pointwise convolution on its own has nothing to keep in a cache: with those of timm's
-// efficientnet_b0 in oneDNN its evaluation takes 0.82 of the time (float32, median of 60 in turns, batch 4, torch 2.13
-// on Zen 5, 2 threads).
+// take 0.83 of that time. By AVX512-BF16 on Zen 4, where it multiplies at twice float32's rate: the network 1.11 at
+// batch 16 and 1, the worst block beside eager 1.03 to 1.13. A pointwise convolution on its own has nothing to keep in
+// a cache: with those of timm's efficientnet_b0 in oneDNN its evaluation takes 0.82 of the time (float32, median of 60
+// in turns, batch 4, torch 2.13 on Zen 5, 2 threads).
 std::optional<std::string> faster_elsewhere(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
   if (is_forced() || !has_post_ops(dtype)) return std::nullopt;

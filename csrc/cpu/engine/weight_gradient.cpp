@@ -250,7 +250,7 @@ void WeightGradient::write_to(T* dw, const Store& store, int64_t pair, const flo
 at::Tensor WeightGradient::result() const { return result_.contiguous(weight_.suggest_memory_format()); }
 
 // By vectors, on a Zen 4, 2 threads, bfloat16 autocast, a block's training step, its time with oneDNN's convolutions /
-// with the engine's: ResNet-50's layer4 1.16 to 1.24, its other layers 0.96 to 1.03 (docs/performance.md).
+// with the engine's: ResNet-50's layer4 1.17 to 1.22, its other layers 0.91 to 1.04 (docs/performance.md).
 std::optional<std::string> reason_against_training(const at::Tensor& weight, at::ScalarType dtype) {
   constexpr int64_t many = int64_t{1} << 20;
   if (dtype != at::kBFloat16) return std::string("the engine trains in bfloat16, x is ") + c10::toString(dtype);

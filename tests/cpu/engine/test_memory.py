@@ -6,7 +6,6 @@ import gc
 import io
 import itertools
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
@@ -175,7 +174,6 @@ print(held, resident() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 def test_as_much_is_held_as_was_in_use_and_no_more() -> None:
     """768 MiB, more than the 512 that are held in any case; beside results of other sizes no more than these stay."""
     done = in_process("baseline", ["-c", PROGRAM])
