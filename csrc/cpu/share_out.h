@@ -54,9 +54,6 @@ void share_out(int64_t count, const Start& start) {
   });
 }
 
-// Jobs for each thread into which one piece of work is cut.
-constexpr int64_t kShares = 4;
-
 // The same where threads have nothing of their own.
 template <class Run>
 void for_each_job(int64_t count, const Run& run) {

@@ -72,6 +72,9 @@ def _table() -> dict[str, Entry]:
         "no padding": chain(16, ((3, 3), 24, StageSpec()), ((3, 3), 8, StageSpec()), size=(8, 7)),
         "padding of 2 and 3": chain(16, ((3, 3), 24, StageSpec(1, 2)), ((3, 3), 8, StageSpec(2, 3)), size=(5, 4)),
         "padding of a pixel": chain(32, ((1, 1), 32, StageSpec(1, 1)), ((1, 1), 8, StageSpec(1, (0, 2)))),
+        "patches": chain(32, ((3, 3), 40, same), ((3, 3), 72, same), size=(7, 9)),
+        "patches, no padding": chain(40, ((3, 3), 33, StageSpec()), ((3, 3), 32, StageSpec(1, 2)), size=(6, 8)),
+        "patches of a bottleneck": bottleneck("identity", channels=64, width=40, size=(10, 11)),
         "1x1 with stride": chain(32, ((1, 1), 40, StageSpec(2)), ((1, 1), 16, StageSpec((1, 3)))),
         "5x5": block(2, channels=16, width=24, kernel=5),
         "1x3 and 3x1": chain(
@@ -113,6 +116,8 @@ def _table() -> dict[str, Entry]:
     large = {
         "bands": block(2, channels=16, width=16, size=(72, 101)),
         "bands with projection": bottleneck("projection", channels=32, width=16, size=(91, 78)),
+        "bands of patches": block(2, channels=32, width=48, size=(61, 75)),
+        "patches a page apart": chain(1024, ((3, 3), 32, same), size=(5, 6)),
         "wide": block(2, channels=256, width=256, size=(2, 2)),
         "wide bottleneck": bottleneck("projection", channels=512, width=128, size=(4, 4)),
         "wide stem": chain(3, ((3, 3), 512, StageSpec(1, 1)), size=(4, 3)),

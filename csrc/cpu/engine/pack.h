@@ -23,8 +23,11 @@ struct Packed {
 template <class T, class P = T>
 Packed pack(const at::Tensor& weight, const float* factor, Layout::Kind kind, int64_t groups);
 
-// The same of one group, as it is, of these taps of the window in this order. backward: for the gradient of the input,
-// whose outputs are the inputs. weight is of type T.
+// U of 3×3 windows packed with one tap each (winograd.h): [panel][16][depth][32].
+Packed pack_winograd(const Packed& windows);
+
+// The same as `pack` of one group, as it is, of these taps of the window in this order. backward: for the gradient of
+// the input, whose outputs are the inputs. weight is of type T.
 using Tap = std::array<int64_t, 2>;
 template <class T>
 Packed pack_taps(const at::Tensor& weight, const std::vector<Tap>& taps, bool backward);

@@ -9,6 +9,7 @@
 #include <map>
 #include <mutex>
 
+#include "../../block/integer_division.h"
 #include "../../block/kernel_layout.h"
 #include "../../block/result_format.h"
 #include "../convolution.h"
@@ -21,6 +22,7 @@
 #include "pack.h"
 #include "rounding.h"
 #include "schedule.h"
+#include "winograd.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
@@ -52,9 +54,18 @@ bool all_finite(const std::vector<float>& values) {
 struct Conv {
   Shape shape;
   Packed packed;
+  Packed winograd{};  // made when a schedule first asks for it
   std::vector<float> scale, shift, slope;
   Activation act;
 };
+
+// Whether winograd.h computes it. Narrow convolutions have too few products for what surrounds them.
+bool may_be_winograd(const Shape& shape) {
+  const auto& w = shape.window;
+  const auto is = [](std::array<int64_t, 2> pair, int64_t value) { return pair == std::array{value, value}; };
+  return shape.kind == Layout::Kind::planes && shape.groups == 1 && is(w.kernel, 3) && is(w.stride, 1) &&
+         is(w.dilation, 1) && shape.in >= kPanel;
+}
 
 // T: of tensors, to which weights are rounded. P: of what is multiplied, and of values between convolutions.
 template <class T, class P = T>
@@ -80,6 +91,9 @@ class Prepared final : public PreparedBlock {
       conv.packed = pack<T, P>(weight, factor.empty() ? nullptr : factor.data(), conv.shape.kind, stage.groups);
       conv.shape.panels = conv.packed.panels;
       conv.shape.products = conv.packed.taps * conv.packed.depth;
+      // a projection's products are added to the last convolution's
+      const bool alone = !projects && !(spec_.has_projection() && static_cast<int64_t>(i) == last);
+      conv.shape.winograd = std::is_same_v<P, float> && alone && may_be_winograd(conv.shape);
       const int64_t padded = conv.packed.panels * kPanel;
       finite_ = finite_ && conv.packed.finite;
       if (!projects) {
@@ -123,10 +137,10 @@ class Prepared final : public PreparedBlock {
 
   std::string describe(int64_t images, int64_t height, int64_t width) override {
     const auto s = schedule(images, {height, width});
-    const std::string products = kWidens ? "products of float32, " : "";
-    if (s->splits_outputs) return products + "threads share the outputs of each convolution";
-    std::string text =
-        products + (s->images > 1 ? "groups of " + std::to_string(s->images) + " images" : "image by image");
+    std::string text = kWidens ? "products of float32, " : "";
+    if (std::find(s->winograd.begin(), s->winograd.end(), true) != s->winograd.end()) text += "3×3 by Winograd, ";
+    if (s->splits_outputs) return text + "threads share the outputs of each convolution";
+    text += s->images > 1 ? "groups of " + std::to_string(s->images) + " images" : "image by image";
     if (s->parts.size() > 1) text += ", each in " + std::to_string(s->parts.size()) + " parts";
     return text;
   }
@@ -176,8 +190,8 @@ class Prepared final : public PreparedBlock {
     std::atomic<bool> wild{false};
   };
 
-  // The weights of other groups' channels are zeros here, and a zero times a value that is not finite is NaN. Where
-  // there is such a value PyTorch computes the block.
+  // The weights of other groups' channels are zeros here, and a zero times a value that is not finite is NaN; Winograd
+  // subtracts infinities. Where there is such a value PyTorch computes the block.
   bool watches(int64_t conv) const { return convs_[conv].shape.groups > 1; }
   bool watches_x() const { return watches(0) || (spec_.has_projection() && watches(spec_.projection())); }
   void watch(Call& call) const {
@@ -223,11 +237,14 @@ class Prepared final : public PreparedBlock {
     }
     return kept;
   }
-  std::shared_ptr<const Schedule> make(int64_t images, Size input) const {
+  std::shared_ptr<const Schedule> make(int64_t images, Size input) {
     const Machine machine = machine_for<P>(at::get_num_threads());
     const Shape* projection = spec_.has_projection() ? &convs_[spec_.projection()].shape : nullptr;
-    return std::make_shared<Schedule>(
+    auto made = std::make_shared<Schedule>(
         make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, transforms_x_ || kWidens, machine));
+    for (size_t i = 0; i < chain_.size(); ++i)
+      if (made->winograd[i] && !convs_[i].winograd.memory) convs_[i].winograd = pack_winograd(convs_[i].packed);
+    return made;
   }
 
   void run_apart(Call& call) const {
@@ -239,7 +256,10 @@ class Prepared final : public PreparedBlock {
       return [&, buffers](int64_t i) {
         for (const Step& step : s.parts[i % parts]) {
           lay_out_input(call, buffers, i / parts, step, step.begin);
-          multiply(call, buffers, i / parts, step, 0, convs_[step.conv].shape.panels);
+          if (s.winograd[step.conv])
+            multiply_patches(call, buffers, i / parts, step);
+          else
+            multiply(call, buffers, i / parts, step, 0, convs_[step.conv].shape.panels);
           if (step.pool_end > 0) pool(call, buffers, i / parts, step);
         }
       };
@@ -264,6 +284,10 @@ class Prepared final : public PreparedBlock {
             share.end = step.begin + (t + 1) * (step.end - step.begin) / threads;
             lay_out_input(call, buffers, item, share, step.begin);
           });
+        if (s.winograd[step.conv]) {
+          multiply_patches(call, buffers, item, step);
+          continue;
+        }
         const int64_t panels = convs_[step.conv].shape.panels;
         const int64_t shares = std::min(kShares * threads, panels);
         for_each_job(shares, [&](int64_t t) {
@@ -424,13 +448,83 @@ class Prepared final : public PreparedBlock {
       multiply_to<P, false>(call, buffers, item, step, panel_begin, panel_end);
   }
 
+  // The step by patches of 4×4 inputs: by this thread or, where the outputs are split, by all.
+  void multiply_patches(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
+    if constexpr (std::is_same_v<P, float>) {
+      if (step.conv == spec_.last())
+        multiply_patches_to<T, true>(call, buffers, item, step);
+      else
+        multiply_patches_to<P, false>(call, buffers, item, step);
+    }
+  }
+
+  template <class Out, bool last>
+  void multiply_patches_to(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
+    const Schedule& s = call.schedule;
+    const Patches& patches = s.patches[step.conv];
+    const Layout& l = s.layouts[step.conv];
+    const Conv& conv = convs_[step.conv];
+    const auto& steps = *products<P, Out>().winograd;
+    const int64_t all = static_cast<int64_t>(step.patches.size()), chunks = ceil_div(all, patches.at_once);
+    float* memory = reinterpret_cast<float*>(buffers + s.winograd_buffer);
+    const auto task_of = [&](int64_t chunk, bool& wild) {
+      const int64_t first = chunk * patches.at_once;
+      WinogradTask<Out> task{};
+      task.input = buffer(s, buffers, step.conv);
+      task.pitch = l.pitch;
+      task.right = l.images * l.pitch;
+      task.below = l.row * task.right;
+      task.channels = l.depth;
+      task.weights = reinterpret_cast<const float*>(conv.winograd.memory.get());
+      task.first = step.patches.data() + first;
+      task.targets = step.patch_targets.data() + kOutputs * first;
+      task.count = std::min(patches.at_once, all - first);
+      task.panel_end = conv.shape.panels;
+      task.transformed = memory + (s.splits_outputs ? chunk * patches.transformed() : 0);
+      task.v_pitch = patches.pitch;
+      task.v_plane = patches.plane();
+      task.sums = memory + (s.splits_outputs ? chunks : 1) * patches.transformed();
+      task.epilogue = epilogue<Out, last>(call, buffers, item, step, wild);
+      task.not_finite = &wild;
+      return task;
+    };
+    if (!s.splits_outputs) {
+      bool wild = false;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const auto task = task_of(chunk, wild);
+        steps.transform(task, 0, task.count);
+        steps.multiply(task);
+      }
+      if (wild) call.wild = true;
+      return;
+    }
+    const int64_t threads = at::get_num_threads(), panels = conv.shape.panels;
+    for_each_job(chunks * threads, [&](int64_t i) {
+      bool unused;
+      const auto task = task_of(i / threads, unused);
+      steps.transform(task, i % threads * task.count / threads, (i % threads + 1) * task.count / threads);
+    });
+    const int64_t shares = std::min(kShares * threads, panels);
+    for_each_job(shares, [&](int64_t t) {
+      bool wild = false;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        auto task = task_of(chunk, wild);
+        task.sums += t * patches.sums();
+        task.panel_begin = t * panels / shares;
+        task.panel_end = (t + 1) * panels / shares;
+        steps.multiply(task);
+      }
+      if (wild) call.wild = true;
+    });
+  }
+
   // Out: the element type of the results. last: whether they are the block's.
   template <class Out, bool last>
   void multiply_to(
       Call& call, unsigned char* buffers, int64_t item, const Step& step, int64_t panel_begin,
       int64_t panel_end) const {
     const Schedule& s = call.schedule;
-    const Conv& conv = convs_[step.conv];
+    bool wild = false;
     Task<P, Out> task{};
     task.factors[0] = factor(call, buffers, item, step, step.conv);
     if (last && spec_.has_projection()) task.factors[1] = factor(call, buffers, item, step, spec_.projection());
@@ -443,13 +537,21 @@ class Prepared final : public PreparedBlock {
     task.panels_inner =
         depth * kPanel * (panel_end - panel_begin) * static_cast<int64_t>(sizeof(P)) <= second_cache() * 3 / 4;
     task.prefetches = s.buffers[step.conv] < 0;
-    auto& e = task.epilogue;
+    task.epilogue = epilogue<Out, last>(call, buffers, item, step, wild);
+    products<P, Out>().multiply(task);
+    if (wild) call.wild = true;
+  }
+
+  template <class Out, bool last>
+  Epilogue<Out> epilogue(Call& call, unsigned char* buffers, int64_t item, const Step& step, bool& wild) const {
+    const Schedule& s = call.schedule;
+    const Conv& conv = convs_[step.conv];
+    Epilogue<Out> e;
     e.scale = conv.scale.data();
     e.shift = conv.shift.data();
     e.act = conv.act;
     e.slope = conv.slope.empty() ? nullptr : conv.slope.data();
     e.target = s.targets[step.conv].data();
-    bool wild = false;
     if constexpr (last) {
       const int64_t outputs = s.layouts[step.conv].output.pixels() * s.images;
       if (pool_)
@@ -472,8 +574,7 @@ class Prepared final : public PreparedBlock {
       // padded channels are sums of zeros times the input: an infinity would make them NaN
       if (watches(step.conv + 1) || next.pitch > conv.shape.out) e.not_finite = &wild;
     }
-    products<P, Out>().multiply(task);
-    if (wild) call.wild = true;
+    return e;
   }
 
   static constexpr bool kWidens = !std::is_same_v<T, P>;

@@ -31,9 +31,9 @@ class PreparedBlock : public torch::CustomClassHolder {
   static c10::intrusive_ptr<PreparedBlock> prepare(Ingredients ingredients, BlockSpec spec, at::ScalarType dtype);
 
   // x: [N, C, H, W] of the block's dtype, in any layout; the stem also takes float32 instead. Returns channels_last, or
-  // an undefined tensor where PyTorch has to compute the block, because a value between grouped convolutions, or
-  // between convolutions with padded channels, is not finite. residual: added in place of a skip path, of the result's
-  // shape and the block's dtype.
+  // an undefined tensor where PyTorch has to compute the block, because a value between grouped convolutions,
+  // between convolutions with padded channels, or at one by Winograd is not finite. residual: added in place of a skip
+  // path, of the result's shape and the block's dtype.
   virtual at::Tensor run(const at::Tensor& x, const std::optional<at::Tensor>& residual) = 0;
   // Whether every weight and vector is finite; otherwise the block must not run.
   virtual bool finite() const = 0;

@@ -86,11 +86,15 @@ struct Task {
   Epilogue<Out> epilogue;
 };
 
+template <class Out>
+struct Winograd;  // winograd.h
+
 template <class T, class Out = T>
 struct Products {
   int64_t tile_rows;
   bool reads_whole_tiles;  // also where fewer rows are asked for
   void (*multiply)(const Task<T, Out>&);
+  const Winograd<Out>* winograd = nullptr;  // of floats
 };
 
 // The tables of an instruction set (isa.h).

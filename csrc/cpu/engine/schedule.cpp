@@ -18,6 +18,14 @@ constexpr double kHeldWeights = 0.6;
 // where all threads meet behind each convolution, by this part of all.
 constexpr double kWaiting = 0.3, kWaitingTogether = 0.2;
 
+// Winograd (winograd.h): the part of the second cache for V and the sums of the patches that are multiplied at once,
+// and how many they are at least, since weights are read again for the next ones. From 14 to 100 made no difference on
+// Zen 4.
+constexpr double kPatchesCache = 0.5;
+constexpr int64_t kFewestPatches = 28;
+// Cycles of a patch beside its products, for each panel and for each input channel.
+constexpr double kPatchOfPanel = 100, kPatchOfChannel = 3;
+
 std::pair<int64_t, int64_t> as_pair(std::array<int64_t, 2> range) { return {range[0], range[1]}; }
 
 class Planner {
@@ -41,7 +49,8 @@ class Planner {
     lay_out_all(s);
     s.pooled = pool_ ? pool_->output(s.layouts[last()].output) : s.layouts[last()].output;
     const int64_t height = s.pooled.height;
-    const int64_t band = images > 1 || splits_outputs ? height : band_rows(s);
+    int64_t band = images > 1 || splits_outputs ? height : band_rows(s);
+    if (any_winograd(s)) band = std::min(height, round_up(band, 2));  // a patch has two rows
     if (s.layouts[0].kind == Layout::Kind::folded) {
       // for the first convolution: as many rows as a band can ask for, and the rows that two of its windows share
       int64_t from = 0, to = band;
@@ -52,6 +61,7 @@ class Planner {
     }
     for (int64_t p = 0; p < parts; ++p) s.parts.push_back(part(s, p * height / parts, (p + 1) * height / parts, band));
     place_buffers(s, band);
+    place_patches(s);
     s.cost = cost(s);
     return s;
   }
@@ -82,6 +92,7 @@ class Planner {
       if (i == 0 && kind == Layout::Kind::pixels && !s.reads_x) kind = Layout::Kind::columns;
       s.layouts.push_back(lay_out(kind, shape.window, size, shape.in, s.images, m_.step, 0, m_.crowding));
       size = s.layouts.back().output;
+      s.winograd.push_back(shape.winograd && is_faster_by_winograd(shape, size));
     }
     if (projection_) {
       const Layout& beside = s.layouts[last()];
@@ -110,7 +121,7 @@ class Planner {
   // The number of output rows for which a band's reads and writes fill half the second cache.
   int64_t band_rows(const Schedule& s) const {
     // Each band reads all weights. Vectors gain less from bands than weights cost that leave the cache between them.
-    if (!m_.whole_tiles && weights() > kHeldWeights * static_cast<double>(m_.second_cache)) return s.pooled.height;
+    if (!m_.whole_tiles && weights(s) > kHeldWeights * static_cast<double>(m_.second_cache)) return s.pooled.height;
     double row = 0;  // bytes of one output row in everything that lives as long as the band
     const Layout& end = s.layouts[last()];
     const double height = static_cast<double>(s.pooled.height);
@@ -143,7 +154,11 @@ class Planner {
         const Layout& l = s.layouts[i];
         const bool reads_x = i == 0 && s.reads_x;
         const int64_t readable = reads_x ? s.images * input_.pixels() : kUnlimited;
-        Step step{i, from, to, 0, 0, 0, 0, 0, l.tiles(from, to, m_.tile_rows, m_.whole_tiles, readable)};
+        Step step{i, from, to, 0, 0, 0, 0, 0, {}, {}, {}};
+        if (s.winograd[i])
+          add_patches(l, s.targets[i], step);
+        else
+          step.tiles = l.tiles(from, to, m_.tile_rows, m_.whole_tiles, readable);
         const auto [first, beyond] = l.window.reads(from, to, l.input.height);
         if (i == 0) {
           step.x_begin = row > begin ? std::max(first, laid_out) : first;
@@ -165,6 +180,59 @@ class Planner {
       for (auto each = reversed.rbegin(); each != reversed.rend(); ++each) steps.push_back(std::move(*each));
     }
     return steps;
+  }
+
+  static bool any_winograd(const Schedule& s) {
+    return std::find(s.winograd.begin(), s.winograd.end(), true) != s.winograd.end();
+  }
+
+  static int64_t patches(Size output) { return ceil_div(output.height, 2) * ceil_div(output.width, 2); }
+
+  // Cycles of all panels.
+  static double winograd_cycles(const Shape& shape, int64_t patches) {
+    const double of_panel = kPatch * static_cast<double>(shape.in + 8) + kPatchOfPanel;
+    return static_cast<double>(patches) *
+           (of_panel * static_cast<double>(shape.panels) + kPatchOfChannel * static_cast<double>(shape.in));
+  }
+
+  // Only the sizes decide, not the threads, so that these do not change a bit.
+  bool is_faster_by_winograd(const Shape& shape, Size output) const {
+    const double direct = static_cast<double>(output.pixels() * (shape.products + 8) * shape.panels);
+    return winograd_cycles(shape, patches(output)) < direct;
+  }
+
+  // Patches begin with even rows and columns, wherever the step does: so it does not change a bit.
+  static void add_patches(const Layout& l, const std::vector<int32_t>& targets, Step& step) {
+    for (int64_t y = step.begin / 2 * 2; y < step.end; y += 2)
+      for (int64_t x = 0; x < l.output.width; x += 2)
+        for (int64_t n = 0; n < l.images; ++n) {
+          step.patches.push_back(static_cast<int32_t>(l.position(n, y, x)));
+          for (int64_t i = 0; i < kOutputs; ++i) {
+            const int64_t row = y + i / 2, column = x + i % 2;
+            const bool exists = row >= step.begin && row < step.end && column < l.output.width;
+            step.patch_targets.push_back(exists ? targets[l.position(n, row, column)] : -1);
+          }
+        }
+  }
+
+  void place_patches(Schedule& s) const {
+    s.winograd_buffer = s.scratch = round_up(s.scratch, 64);
+    int64_t floats = 0;
+    for (int64_t i = 0; i <= last(); ++i) {
+      Patches& patches = s.patches.emplace_back();
+      if (!s.winograd[i]) continue;
+      const int64_t channels = s.layouts[i].pitch, bytes = (kPatch * channels + kPatch * kPanel) * 4;
+      int64_t count = 0;
+      for (const Part& part : s.parts)
+        for (const Step& step : part)
+          if (step.conv == i) count = std::max(count, static_cast<int64_t>(step.patches.size()));
+      const int64_t most = std::max(kFewestPatches, static_cast<int64_t>(kPatchesCache * m_.second_cache) / bytes);
+      const int64_t chunks = ceil_div(count, most);
+      patches = {ceil_div(count, chunks), crowds(channels) ? channels + 16 : channels};
+      const int64_t jobs = s.splits_outputs ? std::min(kShares * m_.threads, chain_[i].panels) : 1;
+      floats = std::max(floats, (s.splits_outputs ? chunks : 1) * patches.transformed() + jobs * patches.sums());
+    }
+    s.scratch += floats * 4;
   }
 
   void place_buffers(Schedule& s, int64_t band) const {
@@ -197,9 +265,12 @@ class Planner {
   }
 
   // Bytes of all weights.
-  double weights() const {
+  double weights(const Schedule& s) const {
     int64_t count = 0;
-    for (const Shape& shape : chain_) count += shape.products * shape.panels * kPanel;
+    for (size_t i = 0; i < chain_.size(); ++i) {
+      const Shape& shape = chain_[i];
+      count += (s.winograd[i] ? kPatch * shape.in : shape.products) * shape.panels * kPanel;
+    }
     if (projection_) count += projection_->products * projection_->panels * kPanel;
     return static_cast<double>(count * m_.element);
   }
@@ -217,13 +288,16 @@ class Planner {
         // a pair of tiles takes 64 cycles for 32 channels; a vector kernel one for each row and channel; and an
         // epilogue
         double cycles = 0;
-        if (m_.whole_tiles)
+        if (s.winograd[step.conv])
+          cycles =
+              winograd_cycles(shape, static_cast<int64_t>(step.patches.size())) / static_cast<double>(shape.panels);
+        else if (m_.whole_tiles)
           cycles = static_cast<double>((step.tiles.size() + 1) / 2) * (2 * depth + 100);
         else
           for (const Rows& t : step.tiles) cycles += (t.end - t.begin + 1) * (depth + 8);
         products += cycles * panels;
       }
-    const double cache = static_cast<double>(m_.second_cache), weights = this->weights();
+    const double cache = static_cast<double>(m_.second_cache), weights = this->weights(s);
     const auto count = static_cast<double>(s.items * static_cast<int64_t>(s.parts.size()));
     const double each = std::max(1.0, static_cast<double>(ceil_div(static_cast<int64_t>(count), threads)));
     double inside = 0;  // bytes between the convolutions of one item

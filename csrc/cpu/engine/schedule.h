@@ -7,8 +7,12 @@
 
 #include "caches.h"
 #include "layout.h"
+#include "winograd.h"
 
 namespace resnet_fused::cpu::engine {
+
+// Jobs for each thread into which one piece of work is cut.
+constexpr int64_t kShares = 4;
 
 // What a schedule needs to know of a convolution.
 struct Shape {
@@ -17,6 +21,7 @@ struct Shape {
   int64_t in, out;           // channels
   Layout::Kind kind;         // of its input; the projection's is columns, or pixels where the last one's is
   int64_t panels, products;  // of weights; channels that are multiplied for each output, padded
+  bool winograd;             // whether it may be computed as winograd.h does
 };
 
 // One convolution of some output rows, after the input rows it reads have been laid out.
@@ -27,11 +32,20 @@ struct Step {
   int64_t target_row;            // the output buffer begins with this row
   int64_t pool_begin, pool_end;  // rows of the pooling behind the last convolution
   std::vector<Rows> tiles;
+  std::vector<int32_t> patches, patch_targets;  // instead, by Winograd (winograd.h)
 };
 
 // What one thread computes without waiting for another: rows of some images, band by band through all convolutions, so
 // that the tensors between them stay in its cache.
 using Part = std::vector<Step>;
+
+// How many patches of a convolution are multiplied at once, so that they stay in the second cache (winograd.h).
+struct Patches {
+  int64_t at_once, pitch;
+  int64_t plane() const { return at_once * pitch + 16; }  // a line apart
+  int64_t transformed() const { return kPatch * plane(); }
+  int64_t sums() const { return kPatch * at_once * kPanel; }
+};
 
 struct Schedule {
   int64_t images;  // of an item, laid out side by side
@@ -41,12 +55,15 @@ struct Schedule {
   bool reads_x;             // the first convolution reads x itself
   bool projection_reads_x;
   std::vector<Layout> layouts;                // of each convolution of the chain, then the projection
+  std::vector<bool> winograd;                 // which convolutions of the chain are computed so
   std::vector<std::vector<int32_t>> targets;  // of each convolution of the chain: where its positions go
   std::vector<int64_t> buffers;  // byte offset of each layout's buffer in a thread's scratch; of x itself: -1
   Size pooled;                   // the result's size
   int64_t pool_buffer;           // byte offset of what is pooled
-  int64_t scratch;               // bytes
-  double cost;                   // cycles of the slowest thread, estimated
+  std::vector<Patches> patches;  // of each convolution of the chain
+  int64_t winograd_buffer;  // byte offset of all V of a step where outputs are split, else of one; then of the sums
+  int64_t scratch;          // bytes
+  double cost;              // cycles of the slowest thread, estimated
 };
 
 struct Machine {

@@ -5,16 +5,12 @@
 // chunk's arrive in the second meanwhile.
 
 #include "vector_tile_impl.h"
+#include "winograd_impl.h"
 
 namespace resnet_fused::cpu::KERNELS_ISA {
 
 using engine::Factor;
 using engine::Task;
-
-// The channels of a chunk. Their products are summed in registers, then the sums are added: one long sum rounds more.
-template <class T>
-constexpr int64_t kChunk = 256 * kStep<T>;
-constexpr int64_t kBytesOfStep = 128;  // of weights
 
 constexpr int64_t kBlockTiles = 16;         // at most, so that their sums stay in the first cache
 constexpr int64_t kBlockBytes = 768 << 10;  // of their input, which stays in the second
@@ -119,7 +115,12 @@ static void multiply(const Task<T, Out>& task) {
   });
 }
 
+template <class T, class Out>
+static constexpr const engine::Winograd<Out>* kWinogradOf = nullptr;
+template <class Out>
+static constexpr const engine::Winograd<Out>* kWinogradOf<float, Out> = &kWinograd<Out>;
+
 template <class T, class Out = T>
-static constexpr engine::Products<T, Out> kVectorProducts{kVectorRows, false, &multiply<T, Out>};
+static constexpr engine::Products<T, Out> kVectorProducts{kVectorRows, false, &multiply<T, Out>, kWinogradOf<T, Out>};
 
 }  // namespace resnet_fused::cpu::KERNELS_ISA

@@ -1,3 +1,5 @@
+#pragma once
+
 // A tile of positions times a panel of 32 outputs, or a part of one, which stays in registers while a run of channels
 // is multiplied. Included once per instruction set, by the products of a convolution and by those of its weight
 // gradient.
@@ -19,6 +21,10 @@ constexpr int kColumns = kVectors * Vector::lanes;        // of a tile
 // One step multiplies a channel of float, or a pair of bfloat16, by a row of the panel as it is packed (pack.h).
 template <class T>
 constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;
+// The channels of a chunk. Their products are summed in registers, then the sums are added: one long sum rounds more.
+template <class T>
+constexpr int64_t kChunk = 256 * kStep<T>;
+constexpr int64_t kBytesOfStep = 128;  // of weights
 
 // Neighbouring channels, multiplied by neighbouring rows of a panel.
 template <class T>
@@ -111,7 +117,7 @@ struct FinishedTile : Tile {
 };
 
 // The products of `rows` positions with some columns of a panel become sums or, finished, results.
-// next: weights to fetch meanwhile, `stride` bytes at each step.
+// next: what to fetch meanwhile, `stride` bytes at each step.
 template <class T, class Finish, int rows, Halves halves>
 static void multiply_tile(
     const Run<T>* run, const Run<T>* end, int64_t first, const Tile& tile, const char* next, int64_t stride) {
@@ -134,8 +140,15 @@ static void multiply_tile(
 #endif
     RowsOfInput<T> x(input, run->pitch);
     const int column = kColumns == kPanel ? 0 : tile.column;  // addresses need every register that there is
+    constexpr int at_once = sizeof(T) == 4 && VECTOR_BYTES == 64 ? 2 : 1;
+    const bool two_lines = at_once * stride > 64, four_lines = at_once * stride > 128;  // few tiles pass the weights
     const auto take = [&](int steps) __attribute__((always_inline)) {
       __builtin_prefetch(next, 0, 2);
+      if (two_lines) __builtin_prefetch(next + 64, 0, 2);
+      if (four_lines) {
+        __builtin_prefetch(next + 128, 0, 2);
+        __builtin_prefetch(next + 192, 0, 2);
+      }
       _Pragma("GCC unroll 2") for (int s = 0; s < steps; ++s, w += row) {
         Vector::Type b[kVectors];
         for (int v = 0; v < kVectors; ++v) b[v] = weights_of<halves>(w, column + v * Vector::lanes);
@@ -145,11 +158,10 @@ static void multiply_tile(
       x.advance(steps);
     };
     const int64_t group = grouped ? 32 : left, gap = grouped ? 512 : 0;
-    constexpr int steps = sizeof(T) == 4 && VECTOR_BYTES == 64 ? 2 : 1;
     for (; left > 0; left -= group, w += gap) {
       const int64_t count = group / kStep<T>;
-      for (const T* beyond = w + count / steps * steps * row; w != beyond;) take(steps);
-      if (count % steps != 0) take(1);
+      for (const T* beyond = w + count / at_once * at_once * row; w != beyond;) take(at_once);
+      if (count % at_once != 0) take(1);
     }
   }
   float* sums = tile.sums + tile.column;

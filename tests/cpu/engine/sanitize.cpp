@@ -55,6 +55,7 @@ namespace engine {
 namespace {
 
 std::mt19937 generator(1);
+int64_t by_winograd = 0;  // convolutions
 int64_t any(int64_t from, int64_t to) { return std::uniform_int_distribution<int64_t>(from, to)(generator); }
 
 float to_float(float v) { return v; }
@@ -99,7 +100,7 @@ struct Convolution {
   Size input, output;
   int64_t images, in, out;
   Gathers gathers = Gathers::nothing;
-  bool relu = true;
+  bool relu = true, winograd = false;
   std::unique_ptr<T[]> x, weight;  // [N, H, W, C], [O, R, S, C]
   std::unique_ptr<Out[]> u;        // where gradients are gathered, laid out as the output
 
@@ -118,7 +119,13 @@ struct Convolution {
     images = any(1, 6);
     in = any(0, 2) == 0 ? 32 * any(1, 2) : any(1, 40);
     out = any(1, 70);
-    if (any(0, 1)) {
+    winograd = std::is_same_v<T, float> && any(0, 2) == 0;
+    if (winograd) {
+      window = {{3, 3}, {1, 1}, {any(0, 2), any(0, 2)}, {1, 1}};
+      input = {any(3, 9), any(3, 12)};
+      output = window.output(input);
+      in = any(kPanel, 50);
+    } else if (any(0, 1)) {
       out = 32 * any(1, 3);
       gathers = any(0, 1) ? Gathers::statistics : Gathers::gradient;
       relu = gathers == Gathers::gradient && any(0, 1);
@@ -140,6 +147,7 @@ struct Convolution {
   }
 
   Layout::Kind kind() const {
+    if (winograd) return Layout::Kind::planes;
     if (window.is_pixel()) return Layout::Kind::pixels;
     if (window.kernel[1] > 1 && window.kernel[1] * in <= 32) return Layout::Kind::folded;
     return any(0, 1) ? Layout::Kind::planes : Layout::Kind::columns;
@@ -184,6 +192,22 @@ std::unique_ptr<T[]> pack(const Convolution<T, Out>& c, const Layout& l, int64_t
               c.weight[((o * height + r) * width + s) * c.in + k];
         }
   return packed;
+}
+
+// GgG' of each window (winograd.h), from weights packed with a tap for each of its values.
+std::unique_ptr<float[]> transformed(const float* windows, int64_t depth, int64_t panels) {
+  constexpr float g[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  const int64_t plane = depth * kPanel;
+  auto all = exactly<float>(panels * kPatch * plane);
+  for (int64_t panel = 0; panel < panels; ++panel)
+    for (int64_t i = 0; i < kPatch; ++i)
+      for (int64_t at = 0; at < plane; ++at) {
+        float sum = 0;
+        for (int64_t tap = 0; tap < 9; ++tap)
+          sum += g[i / 4][tap / 3] * g[i % 4][tap % 3] * windows[(panel * 9 + tap) * plane + at];
+        all[(panel * kPatch + i) * plane + at] = sum;
+      }
+  return all;
 }
 
 // What is gathered of all steps, added up, is what the results are.
@@ -274,11 +298,15 @@ void check(const char* isa, const Products<T, Out>& products) {
                         sizeof(T), kDepthStep<T>};
   const bool columns = kind == Layout::Kind::columns;
   const int64_t all_taps = c.window.kernel[0] * c.window.kernel[1];
-  const Shape shape{c.window, 1, c.in, c.out, kind, panels, round_up(all_taps * c.in, kDepthStep<T>)};
+  const Shape shape{c.window, 1, c.in, c.out, kind, panels, round_up(all_taps * c.in, kDepthStep<T>), c.winograd};
   const Schedule s = make_schedule({shape}, nullptr, nullptr, c.images, c.input, false, machine);
   const Layout& l = s.layouts[0];
   const int64_t taps = columns ? 1 : static_cast<int64_t>(l.taps.size());
   const auto weights = pack(c, l, taps, panels);
+  std::unique_ptr<float[]> u;
+  if constexpr (std::is_same_v<T, float>)
+    if (s.winograd[0]) u = transformed(weights.get(), l.depth, panels);
+  by_winograd += s.winograd[0];
   auto out = exactly<Out>(c.images * c.output.pixels() * c.out);
   const std::vector<float> scale(panels * kPanel, 1.0f), shift(panels * kPanel, 0.0f);
   const std::vector<float> center(panels * kPanel, -1.0f), twice(panels * kPanel, 2.0f), less(panels * kPanel, -4.0f);
@@ -289,7 +317,55 @@ void check(const char* isa, const Products<T, Out>& products) {
   std::vector<float> sums(steps * panels * 3 * kPanel, c.gathers == Gathers::statistics ? std::nanf("") : 0.0f);
   std::vector<int32_t> rows(steps * panels, 0);
 
+  const auto epilogue = [&](int64_t item, int64_t at) {
+    Epilogue<Out> e;
+    e.scale = scale.data();
+    e.shift = shift.data();
+    if (c.gathers == Gathers::nothing) e.act.kind = ActivationKind::relu;
+    e.gathers = c.gathers;
+    e.sums = sums.data() + at * panels * (c.gathers == Gathers::statistics ? 3 : 2) * kPanel;
+    e.rows = rows.data() + at * panels;
+    if (c.u)
+      e.behind = {
+          c.u.get() + item * s.images * c.output.pixels() * c.out, center.data(), twice.data(), less.data(), c.relu};
+    e.target = s.targets[0].data();
+    e.out = out.get() + item * s.images * c.output.pixels() * c.out;
+    e.pitch = e.channels = c.out;
+    return e;
+  };
+  const auto run_patches = [&](int64_t item, const Step& step, const T* input, int64_t begin, int64_t end) {
+    const Patches& patches = s.patches[0];
+    const auto v = exactly<float>(patches.transformed()), patch_sums = exactly<float>(patches.sums());
+    const int64_t all = static_cast<int64_t>(step.patches.size());
+    for (int64_t first = 0; first < all; first += patches.at_once) {
+      bool not_finite = false;
+      WinogradTask<Out> task{};
+      if constexpr (std::is_same_v<T, float>) task.input = input;
+      task.pitch = l.pitch;
+      task.right = l.images * l.pitch;
+      task.below = l.row * task.right;
+      task.channels = l.depth;
+      task.weights = u.get();
+      task.first = step.patches.data() + first;
+      task.targets = step.patch_targets.data() + kOutputs * first;
+      task.count = std::min(patches.at_once, all - first);
+      task.panel_begin = begin;
+      task.panel_end = end;
+      task.transformed = v.get();
+      task.v_pitch = patches.pitch;
+      task.v_plane = patches.plane();
+      task.sums = patch_sums.get();
+      task.epilogue = epilogue(item, 0);
+      task.not_finite = &not_finite;
+      products.winograd->transform(task, 0, task.count);
+      products.winograd->multiply(task);
+      if (!not_finite) continue;
+      std::printf("%s: a sum by Winograd is not finite\n", isa);
+      std::exit(1);
+    }
+  };
   const auto run = [&](int64_t item, int64_t at, const Step& step, const T* input, int64_t begin, int64_t end) {
+    if (s.winograd[0]) return run_patches(item, step, input, begin, end);
     Task<T, Out> task{};
     auto& f = task.factors[0];
     f.input = input;
@@ -303,19 +379,7 @@ void check(const char* isa, const Products<T, Out>& products) {
     task.panel_begin = begin;
     task.panel_end = end;
     task.panels_inner = item % 2 == 0;
-    auto& e = task.epilogue;
-    e.scale = scale.data();
-    e.shift = shift.data();
-    if (c.gathers == Gathers::nothing) e.act.kind = ActivationKind::relu;
-    e.gathers = c.gathers;
-    e.sums = sums.data() + at * panels * (c.gathers == Gathers::statistics ? 3 : 2) * kPanel;
-    e.rows = rows.data() + at * panels;
-    if (c.u)
-      e.behind = {
-          c.u.get() + item * s.images * c.output.pixels() * c.out, center.data(), twice.data(), less.data(), c.relu};
-    e.target = s.targets[0].data();
-    e.out = out.get() + item * s.images * c.output.pixels() * c.out;
-    e.pitch = e.channels = c.out;
+    task.epilogue = epilogue(item, at);
     products.multiply(task);
   };
   // a thread for each part, or for each share of the outputs: none waits for another
@@ -382,6 +446,10 @@ int main_of(int64_t each) {
     }
     if (has_tiles()) check("amx", amx::products(bf16{}));
 #endif
+  }
+  if (by_winograd < each / 2) {
+    std::printf("only %ld convolutions were computed by Winograd\n", static_cast<long>(by_winograd));
+    return 1;
   }
   std::puts("clean");
   return 0;

@@ -1,0 +1,110 @@
+// The two steps of winograd.h; included once per instruction set.
+
+#include "vector_tile_impl.h"
+#include "winograd.h"
+
+namespace resnet_fused::cpu::KERNELS_ISA {
+
+using engine::WinogradTask;
+
+// V of some patches.
+template <class Out>
+static void transform_patches(const WinogradTask<Out>& task, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p) {
+    const float* patch = task.input + task.first[p] * task.pitch;
+    float* to = task.transformed + p * task.v_pitch;
+    for (int64_t at = 0; at < task.channels; at += Vector::lanes) {
+      // the last vector may overlap the one before
+      const int64_t c = at + Vector::lanes <= task.channels ? at : task.channels - Vector::lanes;
+      typename Vector::Type rows[4][4];
+      _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {
+        const float* d = patch + c + s * task.right;
+        const auto d0 = Vector::load(d), d1 = Vector::load(d + task.below), d2 = Vector::load(d + 2 * task.below),
+                   d3 = Vector::load(d + 3 * task.below);
+        rows[0][s] = Vector::subtract(d0, d2);
+        rows[1][s] = Vector::add(d1, d2);
+        rows[2][s] = Vector::subtract(d2, d1);
+        rows[3][s] = Vector::subtract(d1, d3);
+      }
+      float* v = to + c;
+      _Pragma("GCC unroll 4") for (int r = 0; r < 4; ++r, v += 4 * task.v_plane) {
+        const auto* d = rows[r];
+        Vector::store(v, Vector::subtract(d[0], d[2]));
+        Vector::store(v + task.v_plane, Vector::add(d[1], d[2]));
+        Vector::store(v + 2 * task.v_plane, Vector::subtract(d[2], d[1]));
+        Vector::store(v + 3 * task.v_plane, Vector::subtract(d[1], d[3]));
+      }
+    }
+  }
+}
+
+// The outputs of patches [begin, end), of one panel, from the sums of its products.
+template <class Finish, class Out>
+static void transform_sums(const WinogradTask<Out>& task, int64_t channel, int64_t begin, int64_t end) {
+  constexpr int64_t at_once = 8;
+  const int64_t plane = task.count * kPanel;
+  typename Vector::Type wild = Vector::zero();
+  const auto zero = Vector::zero();
+  alignas(64) float out[at_once * engine::kOutputs][kPanel];
+  for (int64_t first = begin; first < end; first += at_once) {
+    const int64_t count = end - first < at_once ? end - first : at_once;
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t c = 0; c < kPanel; c += Vector::lanes) {
+        const float* sums = task.sums + (first + p) * kPanel + c;
+        typename Vector::Type rows[2][4];
+        _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {
+          const auto m0 = Vector::load(sums + s * plane), m1 = Vector::load(sums + (4 + s) * plane),
+                     m2 = Vector::load(sums + (8 + s) * plane), m3 = Vector::load(sums + (12 + s) * plane);
+          rows[0][s] = Vector::add(m0, Vector::add(m1, m2));
+          rows[1][s] = Vector::subtract(Vector::subtract(m1, m2), m3);
+        }
+        _Pragma("GCC unroll 2") for (int r = 0; r < 2; ++r) {
+          const auto* m = rows[r];
+          const auto left = Vector::add(m[0], Vector::add(m[1], m[2])),
+                     right = Vector::subtract(Vector::subtract(m[1], m[2]), m[3]);
+          Vector::store(out[4 * p + 2 * r] + c, left);
+          Vector::store(out[4 * p + 2 * r + 1] + c, right);
+          const int32_t* target = task.targets + 4 * (first + p) + 2 * r;
+          if (target[0] >= 0) wild = Vector::multiply_add(left, zero, wild);
+          if (target[1] >= 0) wild = Vector::multiply_add(right, zero, wild);
+        }
+      }
+    const int rows = static_cast<int>(engine::kOutputs * count);
+    finish_rows<Finish>(out[0], task.epilogue, channel, task.targets + engine::kOutputs * first, 0, rows);
+  }
+  if (!Vector::all_finite(wild)) *task.not_finite = true;
+}
+
+// What becomes of V.
+template <class Out>
+static void multiply_patches(const WinogradTask<Out>& task) {
+  with_finish(task.epilogue, [&](auto finish) {
+    using Finish = decltype(finish);
+    constexpr int64_t passes = kPanel / kColumns;
+    const int64_t tiles = (task.count + kVectorRows - 1) / kVectorRows;
+    for (int64_t panel = task.panel_begin; panel < task.panel_end; ++panel) {
+      for (int64_t i = 0; i < engine::kPatch; ++i) {
+        const float* weights = task.weights + (panel * engine::kPatch + i) * task.channels * kPanel;
+        for (int64_t c = 0; c < task.channels; c += kChunk<float>) {
+          const int64_t rest = task.channels - c, channels = rest < kChunk<float> ? rest : kChunk<float>;
+          const Run<float> run{task.transformed + i * task.v_plane + c, task.v_pitch, weights + c * kPanel, channels};
+          // all tiles pass these weights, and meanwhile the next ones are fetched
+          const char* next = reinterpret_cast<const char*>(run.weights + channels * kPanel);
+          const int64_t stride = (kBytesOfStep + tiles * passes - 1) / (tiles * passes);
+          for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t first = t * task.count / tiles, rows = (t + 1) * task.count / tiles - first;
+            Tile tile{0, c > 0, task.sums + (i * task.count + first) * kPanel};
+            for (; tile.column < kPanel; tile.column += kColumns, next += stride * channels)
+              kMultiplyTile<float, Unfinished>[rows](&run, & run + 1, first, tile, next, stride);
+          }
+        }
+      }
+      transform_sums<Finish>(task, panel * kPanel, 0, task.count);
+    }
+  });
+}
+
+template <class Out>
+static constexpr engine::Winograd<Out> kWinograd{&transform_patches<Out>, &multiply_patches<Out>};
+
+}  // namespace resnet_fused::cpu::KERNELS_ISA
