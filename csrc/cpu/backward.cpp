@@ -277,12 +277,14 @@ class Backward {
     const auto& like = block.input(conv);
     if constexpr (kEngine<S>) {
       if (convolves_backward(conv)) {
+        // Where a sum of floats is not finite the result is dropped, so nothing is written over.
+        constexpr bool in_place = !std::is_same_v<T, float>;
         auto dp = engine::convolve_backward<T>(
-            gradient.kept_operand(owns(gradient)), engine::batch_of(like), tensors.weights[conv], spec.convs[conv],
-            accumulated);
+            gradient.kept_operand(in_place && owns(gradient)), engine::batch_of(like), tensors.weights[conv],
+            spec.convs[conv], in_place ? accumulated : at::Tensor());
         if (dp.defined()) {
           gradient.keep();
-          return dp;
+          return in_place || !accumulated.defined() ? dp : accumulated.add_(dp);
         }
       }
     }
@@ -298,7 +300,7 @@ class Backward {
   // The gradient of a convolution's input behind the ReLU, if there is one, and norm that make it, with the norm's
   // sums; undefined where no kernel computes all of them.
   engine::NormGradient norm_gradient(int64_t conv, OutputGradient<S>& gradient, const ActVectors<A>& act) {
-    if constexpr (kEngine<S>) {
+    if constexpr (std::is_same_v<T, bf16>) {
       const int64_t n = spec.convs[conv].input_stage;
       if (!convolves_backward(conv) || keeps_dz(act) || needs.slopes[n]) return {};
       const auto& u = block.input(conv);
@@ -308,29 +310,26 @@ class Backward {
           norm.shift.data(), act.pointers().is_relu()};
       std::optional<engine::WeightGradient> of_weight;
       engine::Made<T> made;
-      if constexpr (std::is_same_v<T, bf16>) {
-        // both gradients while dy is in the cache
-        if (needs.weights[conv] && has_weight_gradient(conv) && !gradient.is_made()) {
-          const auto batch = engine::batch_of(u);
-          of_weight.emplace(
-              tensors.weights[conv], spec.convs[conv], batch.images, batch.size, gradient.size(), gradient_dtype(conv));
-          if (of_weight->takes_rows())
-            made = {of_weight->slots(), [&](int64_t thread, int64_t slot, int64_t first, int64_t count, const T* dy) {
-                      const int64_t channels = tensors.weights[conv].size(0), width = u.size(3);
-                      of_weight->add_rows(
-                          thread, slot, first / width, (first + count) / width,
-                          engine::Operand<T>(dy - first * channels, channels), block.operand(conv, act));
-                    }};
-        }
+      // both gradients while dy is in the cache
+      if (needs.weights[conv] && has_weight_gradient(conv) && !gradient.is_made()) {
+        const auto batch = engine::batch_of(u);
+        of_weight.emplace(
+            tensors.weights[conv], spec.convs[conv], batch.images, batch.size, gradient.size(), gradient_dtype(conv));
+        if (of_weight->takes_rows())
+          made = {of_weight->slots(), [&](int64_t thread, int64_t slot, int64_t first, int64_t count, const T* dy) {
+                    const int64_t channels = tensors.weights[conv].size(0), width = u.size(3);
+                    of_weight->add_rows(
+                        thread, slot, first / width, (first + count) / width,
+                        engine::Operand<T>(dy - first * channels, channels), block.operand(conv, act));
+                  }};
       }
       auto found = engine::convolve_backward_norm<T>(
           gradient.kept_operand(owns(gradient)), engine::batch_of(u), tensors.weights[conv], spec.convs[conv], behind,
           made);
       if (found.dz.defined()) gradient.keep();
-      if constexpr (std::is_same_v<T, bf16>)
-        if (found.dz.defined() && of_weight)
-          grads.weights[conv] =
-              found.handed ? of_weight->finish() : of_weight->compute(gradient.operand(), block.operand(conv, act));
+      if (found.dz.defined() && of_weight)
+        grads.weights[conv] =
+            found.handed ? of_weight->finish() : of_weight->compute(gradient.operand(), block.operand(conv, act));
       return found;
     }
     return {};

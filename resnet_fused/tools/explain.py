@@ -193,8 +193,8 @@ def _who_trains(x: Tensor, params: BlockParams, spec: BlockSpec) -> str:
                 left.setdefault(reason, []).append(f"{part} of {conv}")
     if not left:
         return "training runs the engine's convolutions"
-    if sum(map(len, left.values())) == 3 * len(reasons) and len(left) == 1:
-        return f"training runs oneDNN's convolutions: {next(iter(left))}"
+    if sum(map(len, left.values())) == 3 * len(reasons):
+        return f"training runs oneDNN's convolutions: {'; '.join(left)}"
     others = ", ".join(f"{' and '.join(parts)} ({reason})" for reason, parts in left.items())
     return f"training runs the engine's convolutions, and oneDNN's for {others}"
 

@@ -119,6 +119,7 @@ def _table() -> dict[str, Entry]:
         "bands of patches": block(2, channels=32, width=48, size=(61, 75)),
         "patches a page apart": chain(1024, ((3, 3), 32, same), size=(5, 6)),
         "wide": block(2, channels=256, width=256, size=(2, 2)),
+        "wide patches": block(2, channels=256, width=256, size=(4, 4)),
         "wide bottleneck": bottleneck("projection", channels=512, width=128, size=(4, 4)),
         "wide stem": chain(3, ((3, 3), 512, StageSpec(1, 1)), size=(4, 3)),
         "pixels a page apart": bottleneck("identity", channels=2048, width=32, size=(5, 4)),

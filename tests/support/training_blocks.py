@@ -1,7 +1,8 @@
 """Blocks whose convolutions the engine computes in training: channels are multiples of 32.
 
 As a program, in the instruction set that RESNET_FUSED_ISA names: ``python -m support.training_blocks RESULTS
-[BLOCK ...]`` checks every block, or those, and writes what those compute to the file RESULTS.
+[BLOCK ...]`` checks every block, or those, and writes what those compute to the file RESULTS. ``float32`` in place of
+RESULTS checks those in float32 of which a convolution is computed by Winograd, in both directions.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def _table() -> dict[str, Case]:
         "no norm, bias": block(2, channels=32, width=64, norm=False, bias=True),
         "two images side by side": block(2, channels=32, width=64, size=(7, 7), batch=8),
         "outputs shared": replace(WIDE, batch=1),
+        "outputs shared, 4x4": replace(WIDE, size=(4, 4), batch=2),
         "parts of an image": bottleneck("projection", channels=64, width=64, size=(40, 41), batch=1),
         "pixels a page apart": bottleneck("identity", channels=2048, width=64, size=(5, 4)),
         "pixels a page apart, projection": bottleneck("projection", channels=2048, width=64, size=(5, 4)),
@@ -86,6 +88,17 @@ TABLE = _table()
 FORWARD_ONLY = {"strides and dilation": chain(32, ((3, 3), 64, StageSpec(2, 2, 2)), ((1, 1), 32, RELU), size=(11, 9))}
 
 
+# Of float32 the engine computes 3x3 convolutions with stride 1.
+WINOGRAD = tuple(
+    name
+    for name, case in TABLE.items()
+    if any(
+        kernel == (3, 3) and stage.geometry == ((1, 1),) * 3 and min(size) >= 4
+        for kernel, stage, size in zip(case.kernels, case.spec.convs, case.sizes, strict=True)
+    )
+)
+
+
 def convolutions_of_pytorch(case: Case) -> set[str]:
     """Which of PyTorch's operations a training step calls."""
     x, params, spec = case.build(torch.bfloat16)
@@ -94,9 +107,11 @@ def convolutions_of_pytorch(case: Case) -> set[str]:
     return {event.name for event in profiled.events()} & CONVOLVING
 
 
-def assert_accurate(case: Case, memory_format: torch.memory_format = torch.channels_last) -> None:
-    blocks = [case.build(torch.bfloat16, memory_format, seed) for seed in SEEDS]
-    assert_equivalent(blocks, [case.upstream(torch.bfloat16, seed) for seed in SEEDS], "native")
+def assert_accurate(
+    case: Case, memory_format: torch.memory_format = torch.channels_last, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    blocks = [case.build(dtype, memory_format, seed) for seed in SEEDS]
+    assert_equivalent(blocks, [case.upstream(dtype, seed) for seed in SEEDS], "native")
 
 
 def assert_same_from_masters(case: Case, memory_format: torch.memory_format = torch.channels_last) -> None:
@@ -127,6 +142,12 @@ def results(case: Case) -> Results:
 
 def main() -> None:
     to, *names = sys.argv[1:]
+    if to == "float32":
+        for number, name in enumerate(WINOGRAD):
+            with threads(THREADS[number % len(THREADS)]):
+                assert_accurate(TABLE[name], FORMATS[number % len(FORMATS)], torch.float32)
+        print(f"all {len(WINOGRAD)}")
+        return
     for number, name in enumerate(names or TABLE):
         case = TABLE[name]
         assert not convolutions_of_pytorch(case), name

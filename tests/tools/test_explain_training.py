@@ -28,9 +28,12 @@ ISAS = {
     "baseline": "the engine trains by AMX or AVX512-BF16, which this processor lacks",
     "amx_portable": None,
 }
+OTHERS = "the engine trains in bfloat16, and convolves 3×3 of float32 with stride 1 and padding 1; x is "
 QUESTIONS: dict[str, tuple[list[int], dict[str, Any], str, list[str | None]]] = {
     "none": ([64, 32, 3, 3], {"padding": 1, "stride": 2}, "bfloat16", [None] * 3),
-    "dtype": ([64, 32, 3, 3], {}, "float32", ["the engine trains in bfloat16, x is Float"] * 3),
+    "float32": ([64, 32, 3, 3], {"padding": 1}, "float32", [None, None, OTHERS + "Float"]),
+    "float32, another window": ([64, 32, 3, 3], {}, "float32", [OTHERS + "Float"] * 3),
+    "float64": ([64, 32, 3, 3], {"padding": 1}, "float64", [OTHERS + "Double"] * 3),
     "groups": ([64, 32, 3, 3], {"groups": 2}, "bfloat16", ["groups", "groups", None]),
     "channels": ([64, 24, 1, 1], {}, "bfloat16", [*["24 to 64 channels, no multiples of 32"] * 2, None]),
     "padding": (
@@ -104,7 +107,7 @@ def test_float32_is_told_where_x_is_given() -> None:
     (row,) = explain(model)
     assert row.reason == ""
     (row,) = explain(model, torch.zeros(1, 16, 4, 4))
-    assert row.reason == "training runs oneDNN's convolutions: the engine trains in bfloat16, x is Float"
+    assert row.reason == (f"training runs oneDNN's convolutions: {OTHERS}Float; 4 to 4 channels, no multiples of 32")
     (row,) = explain(model.eval(), torch.zeros(1, 16, 4, 4))
     assert "training" not in row.reason
 

@@ -74,38 +74,19 @@ Packed pack(const at::Tensor& given, const float* factor, Layout::Kind kind, int
   return packed;
 }
 
-Packed pack_winograd(const Packed& windows) {
+Packed pack_winograd(const Packed& windows, bool keeps) {
   Packed packed;
   packed.panels = windows.panels;
   packed.taps = kPatch;
   packed.depth = windows.depth;
-  packed.memory = allocate_together(packed.elements() * static_cast<int64_t>(sizeof(float)));
+  const int64_t bytes = packed.elements() * static_cast<int64_t>(sizeof(float));
+  packed.memory = keeps ? allocate_together(bytes) : reuse(bytes);
   const auto* all = reinterpret_cast<const float*>(windows.memory.get());
   auto* to = reinterpret_cast<float*>(packed.memory.get());
   const int64_t plane = packed.depth * kPanel;
-  // G of three values
-  const auto transform = [](const double* g, double* u) {
-    u[0] = g[0];
-    u[1] = (g[0] + g[1] + g[2]) / 2;
-    u[2] = (g[0] - g[1] + g[2]) / 2;
-    u[3] = g[2];
-  };
   for_each_job(packed.panels, [&](int64_t panel) {
-    const float* window = all + panel * windows.taps * plane;
-    float* result = to + panel * kPatch * plane;
-    for (int64_t at = 0; at < plane; ++at) {
-      double rows[3][4], columns[4][3], u[4];
-      for (int r = 0; r < 3; ++r) {
-        const double g[3] = {
-            window[3 * r * plane + at], window[(3 * r + 1) * plane + at], window[(3 * r + 2) * plane + at]};
-        transform(g, rows[r]);
-      }
-      for (int c = 0; c < 4; ++c) {
-        for (int r = 0; r < 3; ++r) columns[c][r] = rows[r][c];
-        transform(columns[c], u);
-        for (int r = 0; r < 4; ++r) result[(4 * r + c) * plane + at] = static_cast<float>(u[r]);
-      }
-    }
+    products<float>().winograd->transform_windows(
+        all + panel * windows.taps * plane, plane, to + panel * kPatch * plane);
   });
   return packed;
 }

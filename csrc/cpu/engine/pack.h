@@ -23,8 +23,8 @@ struct Packed {
 template <class T, class P = T>
 Packed pack(const at::Tensor& weight, const float* factor, Layout::Kind kind, int64_t groups);
 
-// U of 3×3 windows packed with one tap each (winograd.h): [panel][16][depth][32].
-Packed pack_winograd(const Packed& windows);
+// U of windows packed by their nine taps (winograd.h): [panel][16][depth][32]. keeps: for many calls.
+Packed pack_winograd(const Packed& windows, bool keeps);
 
 // The same as `pack` of one group, as it is, of these taps of the window in this order. backward: for the gradient of
 // the input, whose outputs are the inputs. weight is of type T.

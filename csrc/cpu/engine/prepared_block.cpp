@@ -22,7 +22,7 @@
 #include "pack.h"
 #include "rounding.h"
 #include "schedule.h"
-#include "winograd.h"
+#include "winograd_step.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
@@ -243,7 +243,7 @@ class Prepared final : public PreparedBlock {
     auto made = std::make_shared<Schedule>(
         make_schedule(chain_, projection, pool_ ? &*pool_ : nullptr, images, input, transforms_x_ || kWidens, machine));
     for (size_t i = 0; i < chain_.size(); ++i)
-      if (made->winograd[i] && !convs_[i].winograd.memory) convs_[i].winograd = pack_winograd(convs_[i].packed);
+      if (made->winograd[i] && !convs_[i].winograd.memory) convs_[i].winograd = pack_winograd(convs_[i].packed, true);
     return made;
   }
 
@@ -461,61 +461,11 @@ class Prepared final : public PreparedBlock {
   template <class Out, bool last>
   void multiply_patches_to(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
     const Schedule& s = call.schedule;
-    const Patches& patches = s.patches[step.conv];
-    const Layout& l = s.layouts[step.conv];
-    const Conv& conv = convs_[step.conv];
-    const auto& steps = *products<P, Out>().winograd;
-    const int64_t all = static_cast<int64_t>(step.patches.size()), chunks = ceil_div(all, patches.at_once);
-    float* memory = reinterpret_cast<float*>(buffers + s.winograd_buffer);
-    const auto task_of = [&](int64_t chunk, bool& wild) {
-      const int64_t first = chunk * patches.at_once;
-      WinogradTask<Out> task{};
-      task.input = buffer(s, buffers, step.conv);
-      task.pitch = l.pitch;
-      task.right = l.images * l.pitch;
-      task.below = l.row * task.right;
-      task.channels = l.depth;
-      task.weights = reinterpret_cast<const float*>(conv.winograd.memory.get());
-      task.first = step.patches.data() + first;
-      task.targets = step.patch_targets.data() + kOutputs * first;
-      task.count = std::min(patches.at_once, all - first);
-      task.panel_end = conv.shape.panels;
-      task.transformed = memory + (s.splits_outputs ? chunk * patches.transformed() : 0);
-      task.v_pitch = patches.pitch;
-      task.v_plane = patches.plane();
-      task.sums = memory + (s.splits_outputs ? chunks : 1) * patches.transformed();
-      task.epilogue = epilogue<Out, last>(call, buffers, item, step, wild);
-      task.not_finite = &wild;
-      return task;
-    };
-    if (!s.splits_outputs) {
-      bool wild = false;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const auto task = task_of(chunk, wild);
-        steps.transform(task, 0, task.count);
-        steps.multiply(task);
-      }
-      if (wild) call.wild = true;
-      return;
-    }
-    const int64_t threads = at::get_num_threads(), panels = conv.shape.panels;
-    for_each_job(chunks * threads, [&](int64_t i) {
-      bool unused;
-      const auto task = task_of(i / threads, unused);
-      steps.transform(task, i % threads * task.count / threads, (i % threads + 1) * task.count / threads);
-    });
-    const int64_t shares = std::min(kShares * threads, panels);
-    for_each_job(shares, [&](int64_t t) {
-      bool wild = false;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        auto task = task_of(chunk, wild);
-        task.sums += t * patches.sums();
-        task.panel_begin = t * panels / shares;
-        task.panel_end = (t + 1) * panels / shares;
-        steps.multiply(task);
-      }
-      if (wild) call.wild = true;
-    });
+    bool wild = false;
+    const auto e = epilogue<Out, last>(call, buffers, item, step, wild);
+    const bool finite = engine::multiply_patches(
+        s, step.conv, step, buffer(s, buffers, step.conv), convs_[step.conv].winograd, buffers, e);
+    if (!finite) call.wild = true;
   }
 
   // Out: the element type of the results. last: whether they are the block's.

@@ -195,8 +195,10 @@ class Planner {
            (of_panel * static_cast<double>(shape.panels) + kPatchOfChannel * static_cast<double>(shape.in));
   }
 
-  // Only the sizes decide, not the threads, so that these do not change a bit.
+  // Only the sizes decide, not the threads, so that these do not change a bit. Patches of smaller pictures would be
+  // mostly padding; their sums are then no more exact than plain ones.
   bool is_faster_by_winograd(const Shape& shape, Size output) const {
+    if (std::min(output.height, output.width) < 4) return false;
     const double direct = static_cast<double>(output.pixels() * (shape.products + 8) * shape.panels);
     return winograd_cycles(shape, patches(output)) < direct;
   }

@@ -1,5 +1,6 @@
 // Convolutions of a training step, forward and the gradient of their input: products of the engine whose operands are
-// made while they are read, and which gather what the norm around them needs.
+// made while they are read, and which, in bfloat16, gather what the norm around them needs. Of float32 those by
+// Winograd (winograd.h).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -38,16 +39,17 @@ Batch batch_of(const at::Tensor& p);
 
 struct Convolved {
   at::Tensor y;           // channels_last
-  at::Tensor statistics;  // [2, C]: mean and biased variance; undefined where not asked for
+  at::Tensor statistics;  // [2, C]: mean and biased variance; undefined where not asked for, or of float32
 };
-// y = conv(p) + bias. Undefined where the weights are not finite: padding is multiplied with them.
+// y = conv(p) + bias. Undefined where the weights are not finite, since padding is multiplied with them, where a sum by
+// Winograd is not, or where PyTorch's sums of float32 are more exact.
 template <class T>
 Convolved convolve(
     const Operand<T>& p, const Batch& batch, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const Stage& stage, bool statistics);
 
 // The gradient of p from dy, that of y; written over `accumulated`, where that is defined, and added to it. Undefined
-// as above.
+// as above; of float32 also if it has been written.
 template <class T>
 at::Tensor convolve_backward(
     const Operand<T>& dy, const Batch& batch, const at::Tensor& weight, const Stage& stage,

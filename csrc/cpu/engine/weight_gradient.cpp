@@ -253,7 +253,10 @@ at::Tensor WeightGradient::result() const { return result_.contiguous(weight_.su
 // with the engine's: ResNet-50's layer4 1.17 to 1.22, its other layers 0.91 to 1.04 (docs/performance.md).
 std::optional<std::string> reason_against_training(const at::Tensor& weight, at::ScalarType dtype) {
   constexpr int64_t many = int64_t{1} << 20;
-  if (dtype != at::kBFloat16) return std::string("the engine trains in bfloat16, x is ") + c10::toString(dtype);
+  if (dtype != at::kBFloat16)
+    return std::string(
+               "the engine trains in bfloat16, and convolves 3×3 of float32 with stride 1 and padding 1; x is ") +
+           c10::toString(dtype);
   if (!gradient_kernels()) return "the engine trains by AMX or AVX512-BF16, which this processor lacks";
   if (is_forced() || isa() != Isa::avx512_bf16) return std::nullopt;
   if (has_slow_pairs()) return "this processor multiplies pairs of bfloat16 slowly";

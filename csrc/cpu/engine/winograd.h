@@ -39,7 +39,11 @@ struct WinogradTask {
 
 template <class Out>
 struct Winograd {
-  void (*transform)(const WinogradTask<Out>&, int64_t patch_begin, int64_t patch_end);
+  // U of a panel, from its windows [9][values]: [16][values]
+  void (*transform_windows)(const float* windows, int64_t values, float* u);
+  // V of patches [begin, end)
+  void (*transform_patches)(const WinogradTask<Out>&, int64_t begin, int64_t end);
+  // The results, from all of V
   void (*multiply)(const WinogradTask<Out>&);
 };
 

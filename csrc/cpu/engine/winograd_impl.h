@@ -1,4 +1,4 @@
-// The two steps of winograd.h; included once per instruction set.
+// The steps of winograd.h; included once per instruction set.
 
 #include "vector_tile_impl.h"
 #include "winograd.h"
@@ -7,7 +7,33 @@ namespace resnet_fused::cpu::KERNELS_ISA {
 
 using engine::WinogradTask;
 
-// V of some patches.
+// values: a multiple of kPanel.
+static void transform_windows(const float* windows, int64_t values, float* u) {
+  const auto half = Vector::fill(0.5f), zero = Vector::zero();
+  // G of three values
+  const auto transform = [&](const Vector::Type* g, Vector::Type* to) __attribute__((always_inline)) {
+    const auto outer = Vector::add(g[0], g[2]);
+    to[0] = g[0];
+    to[1] = Vector::multiply_add(Vector::add(outer, g[1]), half, zero);
+    to[2] = Vector::multiply_add(Vector::subtract(outer, g[1]), half, zero);
+    to[3] = g[2];
+  };
+  for (int64_t at = 0; at < values; at += Vector::lanes) {
+    Vector::Type rows[3][4];
+    _Pragma("GCC unroll 3") for (int r = 0; r < 3; ++r) {
+      Vector::Type g[3];
+      _Pragma("GCC unroll 3") for (int s = 0; s < 3; ++s) g[s] = Vector::load(windows + (3 * r + s) * values + at);
+      transform(g, rows[r]);
+    }
+    _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {
+      const Vector::Type column[3] = {rows[0][s], rows[1][s], rows[2][s]};
+      Vector::Type to[4];
+      transform(column, to);
+      _Pragma("GCC unroll 4") for (int r = 0; r < 4; ++r) Vector::store(u + (4 * r + s) * values + at, to[r]);
+    }
+  }
+}
+
 template <class Out>
 static void transform_patches(const WinogradTask<Out>& task, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; ++p) {
@@ -75,7 +101,6 @@ static void transform_sums(const WinogradTask<Out>& task, int64_t channel, int64
   if (!Vector::all_finite(wild)) *task.not_finite = true;
 }
 
-// What becomes of V.
 template <class Out>
 static void multiply_patches(const WinogradTask<Out>& task) {
   with_finish(task.epilogue, [&](auto finish) {
@@ -105,6 +130,6 @@ static void multiply_patches(const WinogradTask<Out>& task) {
 }
 
 template <class Out>
-static constexpr engine::Winograd<Out> kWinograd{&transform_patches<Out>, &multiply_patches<Out>};
+static constexpr engine::Winograd<Out> kWinograd{&transform_windows, &transform_patches<Out>, &multiply_patches<Out>};
 
 }  // namespace resnet_fused::cpu::KERNELS_ISA

@@ -194,22 +194,6 @@ std::unique_ptr<T[]> pack(const Convolution<T, Out>& c, const Layout& l, int64_t
   return packed;
 }
 
-// GgG' of each window (winograd.h), from weights packed with a tap for each of its values.
-std::unique_ptr<float[]> transformed(const float* windows, int64_t depth, int64_t panels) {
-  constexpr float g[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
-  const int64_t plane = depth * kPanel;
-  auto all = exactly<float>(panels * kPatch * plane);
-  for (int64_t panel = 0; panel < panels; ++panel)
-    for (int64_t i = 0; i < kPatch; ++i)
-      for (int64_t at = 0; at < plane; ++at) {
-        float sum = 0;
-        for (int64_t tap = 0; tap < 9; ++tap)
-          sum += g[i / 4][tap / 3] * g[i % 4][tap % 3] * windows[(panel * 9 + tap) * plane + at];
-        all[(panel * kPatch + i) * plane + at] = sum;
-      }
-  return all;
-}
-
 // What is gathered of all steps, added up, is what the results are.
 template <class T, class Out>
 void check_gathered(
@@ -305,7 +289,13 @@ void check(const char* isa, const Products<T, Out>& products) {
   const auto weights = pack(c, l, taps, panels);
   std::unique_ptr<float[]> u;
   if constexpr (std::is_same_v<T, float>)
-    if (s.winograd[0]) u = transformed(weights.get(), l.depth, panels);
+    if (s.winograd[0]) {
+      const int64_t plane = l.depth * kPanel;
+      u = exactly<float>(panels * kPatch * plane);
+      for (int64_t panel = 0; panel < panels; ++panel)
+        products.winograd->transform_windows(
+            weights.get() + panel * taps * plane, plane, u.get() + panel * kPatch * plane);
+    }
   by_winograd += s.winograd[0];
   auto out = exactly<Out>(c.images * c.output.pixels() * c.out);
   const std::vector<float> scale(panels * kPanel, 1.0f), shift(panels * kPanel, 0.0f);
@@ -357,7 +347,7 @@ void check(const char* isa, const Products<T, Out>& products) {
       task.sums = patch_sums.get();
       task.epilogue = epilogue(item, 0);
       task.not_finite = &not_finite;
-      products.winograd->transform(task, 0, task.count);
+      products.winograd->transform_patches(task, 0, task.count);
       products.winograd->multiply(task);
       if (!not_finite) continue;
       std::printf("%s: a sum by Winograd is not finite\n", isa);

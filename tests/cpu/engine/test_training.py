@@ -24,6 +24,7 @@ from support.training_blocks import (
     FORWARD_ONLY,
     TABLE,
     THREADS,
+    WINOGRAD,
     assert_accurate,
     assert_same_from_masters,
     convolutions_of_pytorch,
@@ -50,6 +51,29 @@ def test_every_block_in_every_instruction_set(isa: str, tmp_path: Path) -> None:
     if "accepted on this processor" in done.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert done.stdout.strip().endswith("all"), done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_float32_in_every_instruction_set(isa: str) -> None:
+    done = in_process(isa, ["-m", "support.training_blocks", "float32"])
+    if "accepted on this processor" in done.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert done.stdout.strip().endswith(f"all {len(WINOGRAD)}"), done.stderr[-4000:]
+
+
+def calls_of_float32(case: Case) -> int:
+    """How many convolutions of PyTorch's a training step calls."""
+    x, params, spec = case.build(torch.float32, torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        run(x, params, spec, "native", case.upstream(torch.float32))
+    return sum(event.name == "aten::convolution" for event in profiled.events())
+
+
+def test_who_convolves_float32() -> None:
+    """A picture of 4 x 4 is a patch's; a small one alone is left to PyTorch."""
+    assert calls_of_float32(TABLE["basic"]) == 0
+    assert calls_of_float32(TABLE["bottleneck"]) == 2
+    assert calls_of_float32(replace(TABLE["basic"], batch=1)) == 2
 
 
 @tiles
@@ -258,14 +282,17 @@ def assert_same_is_lost(got: dict[str, Tensor | None], eager: dict[str, Tensor |
         assert ours is not None and torch.equal(ours.isfinite(), value.isfinite()), f"{what}: {name}"
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["x", "dout", "weight"])
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_not_finite_comes_out_where_eager_has_it(name: str, statistics: str, where: str, bad: float) -> None:
+def test_what_is_not_finite_comes_out_where_eager_has_it(
+    name: str, statistics: str, where: str, bad: float, dtype: torch.dtype
+) -> None:
     case = TABLE[name] if statistics == "batch" else frozen(TABLE[name])
-    x, params, spec = case.build(BF16, torch.channels_last)
-    dout = case.upstream(BF16)
+    x, params, spec = case.build(dtype, torch.channels_last)
+    dout = case.upstream(dtype)
     position = (0, 3, 1, 2)
     if where == "weight":
         params.stages[0].weight[1, 3, 0, 0] = bad
