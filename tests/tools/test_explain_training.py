@@ -28,7 +28,7 @@ ISAS = {
     "baseline": "the engine trains by AMX or AVX512-BF16, which this processor lacks",
     "amx_portable": None,
 }
-OTHERS = "the engine trains in bfloat16, and convolves 3×3 of float32 with stride 1 and padding 1; x is "
+OTHERS = "the engine trains in bfloat16, and convolves 3x3 of float32 with stride 1 and padding 1; x is "
 QUESTIONS: dict[str, tuple[list[int], dict[str, Any], str, list[str | None]]] = {
     "none": ([64, 32, 3, 3], {"padding": 1, "stride": 2}, "bfloat16", [None] * 3),
     "float32": ([64, 32, 3, 3], {"padding": 1}, "float32", [None, None, OTHERS + "Float"]),

@@ -138,7 +138,7 @@ class Prepared final : public PreparedBlock {
   std::string describe(int64_t images, int64_t height, int64_t width) override {
     const auto s = schedule(images, {height, width});
     std::string text = kWidens ? "products of float32, " : "";
-    if (std::find(s->winograd.begin(), s->winograd.end(), true) != s->winograd.end()) text += "3×3 by Winograd, ";
+    if (std::find(s->winograd.begin(), s->winograd.end(), true) != s->winograd.end()) text += "3x3 by Winograd, ";
     if (s->splits_outputs) return text + "threads share the outputs of each convolution";
     text += s->images > 1 ? "groups of " + std::to_string(s->images) + " images" : "image by image";
     if (s->parts.size() > 1) text += ", each in " + std::to_string(s->parts.size()) + " parts";

@@ -255,7 +255,7 @@ std::optional<std::string> reason_against_training(const at::Tensor& weight, at:
   constexpr int64_t many = int64_t{1} << 20;
   if (dtype != at::kBFloat16)
     return std::string(
-               "the engine trains in bfloat16, and convolves 3×3 of float32 with stride 1 and padding 1; x is ") +
+               "the engine trains in bfloat16, and convolves 3x3 of float32 with stride 1 and padding 1; x is ") +
            c10::toString(dtype);
   if (!gradient_kernels()) return "the engine trains by AMX or AVX512-BF16, which this processor lacks";
   if (is_forced() || isa() != Isa::avx512_bf16) return std::nullopt;

@@ -10,7 +10,7 @@ import torch
 from support.engine_blocks import TABLE, THREADS
 from support.engine_runs import on_engine, schedule_of, threads
 
-WIDENED, WINOGRAD = "products of floatN, ", "N×N by Winograd, "
+WIDENED, WINOGRAD = "products of floatN, ", "NxN by Winograd, "
 SIDE_BY_SIDE, SHARED = "image by image", "threads share the outputs of each convolution"
 
 
