@@ -131,10 +131,13 @@ class Backward {
       if (spec.convs[i].saved) block.y[i] = conv_outputs[output++];
       block.set_norm(i, spec.uses_batch(i) ? batch_stats[stats++] : at::Tensor());
     }
-    const auto missing = [&](int64_t i) { return spec.convs[i].read && !block.y[i].defined(); };
-    if (missing(spec.last())) block.y[spec.last()] = block.convolved(spec.last(), nullptr, &last_input);
-    const int64_t s = spec.projection();
-    if (spec.has_projection() && missing(s)) block.y[s] = block.convolved(s, nullptr, nullptr);
+    at::Tensor first_input;  // P_1, which the projection reads as well
+    // from the first on: in a chain of two, y_2 is made of y_1
+    for (int64_t i = 0; i < static_cast<int64_t>(spec.convs.size()); ++i) {
+      if (!spec.convs[i].read || spec.convs[i].saved) continue;
+      at::Tensor* const made = i == spec.last() ? &last_input : spec.from_x(i) ? &first_input : nullptr;
+      block.y[i] = block.convolved(i, nullptr, made);
+    }
   }
 
   // dz, the gradients of the scales and of both norms, dy_n and dy_s.

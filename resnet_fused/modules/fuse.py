@@ -52,7 +52,7 @@ def fuse(model: Model, *, backend: str = "auto", memory: Memory = "default", mat
     fused operators). Not supported: ``torch.jit.script`` of a fused model (unfuse it first).
 
     backend: "auto", or a name from `resnet_fused.backends()`; one that cannot run raises BackendError in forward.
-    memory:  "default", or "low" to recompute in backward instead of keeping (`BlockSpec.memory`).
+    memory:  "default", or "low": outputs that backward can compute again cheaply are not kept (`BlockSpec.memory`).
     match:   "class": known classes. "structure": then also blocks of other classes that `explain` lists. What their
              forward does is traced with torch.fx, in training and in evaluation; convolution, norm and activation in a
              row, additions, gates and constant scales become fused calls, everything else is called as it is. Then it

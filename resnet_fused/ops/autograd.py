@@ -1,7 +1,7 @@
 """The autograd Functions of the fused operators: what is saved, and which gradients come back.
 
 Saved for a block: x, the other tensors that it was given (under autocast its convolutions' rounded ones), each stage's
-convolution output (with memory="low" not the last stage's nor the projection's), and `out`, which is the next block's x
+convolution output (not those that memory="low" computes again, see `BlockSpec`), and `out`, which is the next block's x
 anyway, for the mask of the final activation. Batch statistics are [2, C].
 Saved for a batch norm with activation and residual: x, and a bit per value for the activation's mask.
 """

@@ -129,8 +129,8 @@ class BlockSpec:
     order:      "post", "pre" or "branch" activation.
     in_place_add: the sum is ``branch += skip``, as in torchvision and timm: under autocast, or with parameters that
                 widen the skip path, it keeps the branch's dtype where ``branch + skip`` takes the wider one.
-    memory:     what backward keeps: "default" the convolution outputs, "low" recomputes those of the
-                last stage and the projection.
+    memory:     what is kept for backward: "default" the convolution outputs. "low" computes again those of the last
+                stage and of the projection, and the first one's where the second convolution strides and it does not.
 
     Raises ValueError for parts that do not fit together.
     """

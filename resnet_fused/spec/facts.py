@@ -85,11 +85,20 @@ def _conv(spec: BlockSpec, needs: Needs, join: JoinReads, conv: int) -> ConvFact
     return ConvFacts(
         input_stage,
         output_stage,
-        saved=read and (conv < last or spec.memory == "default"),
+        saved=read and not (spec.memory == "low" and _is_cheap(spec, conv)),
         read=read,
         wants_dy=wants_dp or needs.weights[conv] or needs.biases[conv],
         wants_dp=wants_dp,
     )
+
+
+def _is_cheap(spec: BlockSpec, conv: int) -> bool:
+    """Whether memory="low" has backward compute the convolution's output again."""
+    if conv >= len(spec.stages) - 1:
+        return True
+    # Before a stride the output has several times the pixels of all that follows, for one convolution over x, which is
+    # kept anyway.
+    return conv == 0 and spec.stages[0].stride == (1, 1) and spec.stages[1].stride != (1, 1)
 
 
 def _end_is_read(spec: BlockSpec, needs: Needs, join: JoinReads, conv: int) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from emulator.emulated import EmulatedBackend, Emulator
 from emulator.faults import FAULTS
-from support.blocks import bottleneck, frozen
+from support.blocks import block, bottleneck, frozen
 from support.emulated_runs import RUNS, Run
 from support.equivalence import Results
 from support.launch_lines import phases
@@ -26,6 +26,7 @@ def test_runs_meet_what_they_are_for(emulator: Emulator, backend: EmulatedBacken
         "large tiles": ["of 128 rows"],
         "odd channels": ["2 cooperative: "],
         "reductions": ["6 cooperative: pass | pass"],
+        "computed again": ["table | convolution of 64 rows, 4 buffers | convolution"],
         "phases": ["2: convolution of 64 rows"],
     }
     for name, texts in expected.items():
@@ -61,13 +62,16 @@ def test_planted_fault_shows(
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("name", ["identity", "projection", "evaluation"])
+@pytest.mark.parametrize("name", ["identity", "projection", "chain of 2", "evaluation"])
 def test_each_barrier_of_the_plan_is_needed(name: str, emulator: Emulator, backend: EmulatedBackend) -> None:
     """Left out, it shows: so no other is missing where this block's phases wait for each other."""
     shape: Any = {"channels": 72, "width": 8, "size": (9, 9)}  # work for all workers, little of it in a phase
     chosen = {
         "identity": Run(bottleneck("identity", "pre", bias=True, **shape), (64, 3)),
         "projection": Run(bottleneck("projection", memory="low", stride=1, **shape), (64, 3)),
+        "chain of 2": Run(
+            block(2, "none", order="pre", memory="low", stride=2, strides_at=1, branch_scale="[C]", **shape), (64, 3)
+        ),
         "evaluation": Run(frozen(bottleneck("projection", "pre", stride=1, **shape)), (64, 3), False),
     }[name]
     honest = chosen.results(emulator, backend, 0)

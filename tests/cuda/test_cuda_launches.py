@@ -14,12 +14,15 @@ from support.runs import run
 from support.same_bits import assert_same_bits
 
 
-@pytest.mark.parametrize("skip", ["identity", "projection"])
-def test_launches(skip: str, check: Checks) -> None:
+@pytest.mark.parametrize(
+    ("skip", "memory"), [("identity", "default"), ("projection", "default"), ("identity", "low"), ("projection", "low")]
+)
+def test_launches(skip: str, memory: str, check: Checks) -> None:
     """One per direction in single mode; one per phase in phased mode; the library's convolutions in between."""
-    case = bottleneck(skip, channels=24, width=16)
+    case = bottleneck(skip, memory=memory, channels=24, width=16)
     given, dout = case.build(torch.bfloat16, torch.channels_last), case.upstream(torch.bfloat16)
     projects = int(skip == "projection")
+    again = (memory == "low") * (3 if projects else 1)
     gradients = ["weight gradient", "data gradient"]
 
     def launched(**how: Any) -> list[str]:
@@ -32,7 +35,8 @@ def test_launches(skip: str, check: Checks) -> None:
     forward, backward = map(phases, single)
     assert forward == ["convolution"] * (3 + projects) + ["pass"]
     middle = ["pass", *gradients]  # the 3x3 has its dy written out
-    assert backward == ["table", "table", "pass", *gradients * projects, *gradients, *middle, *gradients]
+    before = ["table", "table", *["convolution"] * again]
+    assert backward == [*before, "pass", *gradients * projects, *gradients, *middle, *gradients]
     phased = launched(mode="phased")
     assert not any("cooperative" in line for line in phased)
     assert [phases(line) for line in phased] == [[phase] for phase in forward + backward]

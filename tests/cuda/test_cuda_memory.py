@@ -73,6 +73,8 @@ def test_memory_is_free_after_the_last_phase_that_reads_it(
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("memory", ["default", "low"])
-@pytest.mark.parametrize("skip", ["none", "identity", "projection"])
-def test_frozen_blocks_keep_what_backward_reads(skip: str, memory: str) -> None:
-    check_frozen_block("emulated", skip, memory)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("skip", "stride"), [("none", 1), ("none", 2), ("identity", 1), ("projection", 1), ("projection", 2)]
+)
+def test_frozen_blocks_keep_what_backward_reads(skip: str, stride: int, memory: str) -> None:
+    check_frozen_block("emulated", skip, memory, stride)  # type: ignore[arg-type]

@@ -59,6 +59,8 @@ def test_in_16_bits(skip: str, order: str, dtype: torch.dtype, mode: str, check:
 def test_recomputed_outputs(order: str, act: str, mode: str, device: tuple[int, int], check: Checks) -> None:
     check.trains(bottleneck("projection", order, act, "low"), mode, device=device)
     check.trains(bottleneck("identity", order, act, "low", branch_scale="[C]", channels=24), mode, torch.bfloat16)
+    of_two = block(2, "projection", order=order, act=act, memory="low", stride=2, strides_at=1)  # type: ignore[arg-type]
+    check.trains(of_two, mode, device=device)
 
 
 @pytest.mark.parametrize("order", ["post", "pre"])

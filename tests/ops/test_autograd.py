@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from support.blocks import block
+from support.blocks import Case, block, bottleneck
 from support.matrix import BACKENDS
 from support.named_tensors import is_buffer, leaves, named_tensors
 from support.runs import run
@@ -19,9 +20,8 @@ from resnet_fused.spec import BlockSpec
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
-CASE = block(
-    3, "projection", channels=4, out_channels=6, stride=2, size=(7, 6), bias=True, branch_scale="[C]", skip_scale="0-d"
-)
+SCALED: dict[str, Any] = {"out_channels": 6, "size": (7, 6), "bias": True, "branch_scale": "[C]", "skip_scale": "0-d"}
+CASE, STRIDES_LATER = (block(3, "projection", channels=4, stride=2, strides_at=at, **SCALED) for at in (0, 1))
 IDENTITY = block(2, channels=4, size=(6, 5))
 PRE = block(2, "identity", order="pre", channels=4, size=(6, 5), branch_scale="0-d")
 
@@ -51,11 +51,15 @@ def outputs(
 
 
 @backends
-@pytest.mark.parametrize("memory", ["default", "low"])
+@pytest.mark.parametrize(
+    ("case", "memory"),
+    [(CASE, "default"), (CASE, "low"), (STRIDES_LATER, "low")],
+    ids=["default", "low", "low, strides later"],
+)
 @pytest.mark.parametrize("wanted", WANTED)
-def test_only_some_inputs_require_grad(wanted: str, memory: str, backend: str) -> None:
-    x, params, spec = CASE.build()
-    spec, dout = spec.with_memory(memory), CASE.upstream()  # type: ignore[arg-type]
+def test_only_some_inputs_require_grad(wanted: str, case: Case, memory: str, backend: str) -> None:
+    x, params, spec = case.build()
+    spec, dout = spec.with_memory(memory), case.upstream()  # type: ignore[arg-type]
     full = run(x, params, spec, "eager", dout)
     out, tensors = outputs(x, params, spec, backend, WANTED[wanted])
     out.backward(dout)
@@ -205,11 +209,17 @@ def test_checkpoint(use_reentrant: bool, backend: str) -> None:
 
 @backends
 @pytest.mark.parametrize(
-    ("memory", "expected"), [("default", {"x", "out", "y1", "y2", "y3"}), ("low", {"x", "out", "y1", "y2"})]
+    ("skip", "memory", "expected"),
+    [
+        ("identity", "default", {0, 1, 2}),
+        ("identity", "low", {0, 1}),
+        ("projection", "default", {0, 1, 2, 3}),
+        ("projection", "low", {1}),
+    ],
 )
-def test_saves_what_the_design_says(memory: str, expected: set[str], backend: str) -> None:
-    """An identity bottleneck keeps x, its convolution outputs and out; memory="low" recomputes the last of them."""
-    case = block(3, channels=16, width=4, size=(7, 7), memory=memory)  # type: ignore[arg-type]
+def test_saves_what_the_design_says(skip: str, memory: str, expected: set[int], backend: str) -> None:
+    """A bottleneck keeps x, convolution outputs and out; its second convolution strides beside a projection."""
+    case = bottleneck(skip, memory=memory, channels=16, width=4, size=(7, 7))
     x, params, spec = case.build(torch.float32, torch.channels_last)
     saved: dict[int, int] = {}
 
@@ -222,7 +232,7 @@ def test_saves_what_the_design_says(memory: str, expected: set[str], backend: st
         functional.residual_block(x.requires_grad_(), given, spec, backend=backend)
     own = {t.untyped_storage().data_ptr() for t in named_tensors(given).values()}
     activations = sum(size for pointer, size in saved.items() if pointer not in own)
-    wide, narrow = x.nbytes, x.nbytes // 4
-    statistics = 2 * 4 * (4 + 4 + 16)
-    wanted = sum(narrow if name in ("y1", "y2") else wide for name in expected)
-    assert activations <= wanted + 2 * statistics
+    outputs = [4 * case.batch * width * h * w for width, (h, w) in zip(case.widths, case.sizes, strict=True)]
+    wanted = x.nbytes + outputs[2] + sum(outputs[i] for i in expected)
+    statistics = 2 * 4 * sum(case.widths)
+    assert wanted <= activations <= wanted + 2 * statistics

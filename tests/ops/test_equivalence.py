@@ -9,8 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.block_equivalence import assert_equivalent, vanishing
-from support.blocks import Case, block, bottleneck
+from support.blocks import Case, block, bottleneck, frozen
 from support.eager_crashes import eager_may_crash
+from support.engine_blocks import chain
 from support.equivalence import FLOOR_ULPS, Results, pooled, root_mean_square_error
 from support.layouts import LAYOUTS, sliced
 from support.matrix import BACKENDS, FORMATS, LOW_PRECISION, family
@@ -87,6 +88,15 @@ def test_family(case: Case, last: bool, float_norms: bool, dtype: torch.dtype, b
         block(2, channels=6, width=12, groups=3, size=(8, 8)),
         block(2, channels=10, width=10, groups=10, size=(8, 8)),
         block(3, "projection", channels=6, width=6, out_channels=12, stride=2, size=(9, 9), batch_stats=False),
+        frozen(bottleneck("projection", channels=8, width=6, size=(9, 9))),
+        block(2, "projection", channels=6, width=8, out_channels=12, stride=2, strides_at=1, size=(9, 9)),
+        chain(
+            6,
+            ((1, 1), 12, StageSpec(act="relu6")),
+            ((3, 3), 12, StageSpec(2, 1, groups=12, act="relu6")),
+            ((1, 1), 8, StageSpec(act="identity")),
+            size=(9, 9),
+        ),
         block(2, channels=8, branch_scale="[C]", skip_scale="[C,1,1]", size=(8, 8)),
         block(2, "projection", channels=8, branch_scale="0-d", skip_scale="[1]", size=(8, 8)),
         block(2, channels=8, batch=1, size=(13, 9)),
@@ -100,6 +110,9 @@ def test_family(case: Case, last: bool, float_norms: bool, dtype: torch.dtype, b
         "groups",
         "depthwise",
         "frozen",
+        "frozen, strides later",
+        "chain of 2, strides at its end",
+        "inverted residual, strides",
         "channel scales",
         "scalar scales",
         "batch of 1",

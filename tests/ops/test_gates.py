@@ -55,12 +55,15 @@ def fixed_gates(images: int, channels: int, dtype: torch.dtype = torch.float64) 
 
 
 @pytest.mark.parametrize(
-    ("act", "order", "skip"), [("silu", *form) for form in FORMS] + [(act, *FORMS[0]) for act in ("relu", "prelu")]
+    ("act", "order", "skip", "changes"),
+    [("silu", *form, {}) for form in FORMS]
+    + [(act, *FORMS[0], {}) for act in ("relu", "prelu")]
+    + [("silu", *form, {"memory": "low", "stride": 2, "strides_at": 1}) for form in FORMS if form[1] != "identity"],
 )
 @pytest.mark.parametrize("batch_stats", [True, False], ids=["training", "frozen"])
-def test_gradient_check(act: str, order: str, skip: str, batch_stats: bool) -> None:
+def test_gradient_check(act: str, order: str, skip: str, changes: dict[str, Any], batch_stats: bool) -> None:
     """Of every tensor and of the gate's own weights, against finite differences in fp64."""
-    case = case_of(act, order, skip, batch_stats=batch_stats, channels=3, width=2, size=(2, 3))
+    case = case_of(act, order, skip, batch_stats=batch_stats, channels=3, width=2, size=(2, 3), **changes)
     x, params, spec = case.build()
     names = [name for name in named_tensors(params) if not is_buffer(name)]
     gate = SqueezeExcitation.of(case.out_shape[1])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.blocks import Case, block
+from support.blocks import Case, block, bottleneck, frozen
+from support.engine_blocks import chain
 from support.matrix import BACKENDS, FORMATS, family
 from support.named_tensors import is_buffer, leaves, named_tensors
 from support.random_blocks import EXACT, cases
@@ -35,6 +36,20 @@ CASES = {
         2, "projection", out_channels=3, stride=2, channels=2, width=2, size=(5, 4)
     ),
     "chain of 3, projection": block(3, "projection", out_channels=3, **SMALL),
+    "bottleneck, strides": bottleneck("projection", channels=3, width=2, size=(3, 4)),
+    "bottleneck, strides, branch": bottleneck("projection", "branch", channels=3, width=2, size=(3, 4)),
+    "bottleneck, strides, frozen norms": frozen(bottleneck("projection", channels=3, width=2, size=(3, 4))),
+    "chain of 2, strides at its end": block(
+        2, "projection", stride=2, strides_at=1, out_channels=3, channels=2, width=2, size=(3, 4)
+    ),
+    "chain of 2, strides at its end, no skip": block(2, "none", stride=(1, 2), strides_at=1, **SMALL),
+    "inverted residual, strides": chain(
+        2,
+        ((1, 1), 4, StageSpec()),
+        ((3, 3), 4, StageSpec(2, 1, groups=4)),
+        ((1, 1), 3, StageSpec(act="identity")),
+        size=(3, 4),
+    ),
     "uneven stride": block(2, "projection", stride=(1, 3), channels=2, width=2, size=(3, 7)),
     "groups": block(2, channels=4, width=4, groups=2, size=(3, 3)),
     "depthwise": block(2, channels=3, width=3, groups=3, size=(3, 4)),
@@ -80,6 +95,10 @@ CASES |= {
         "chain of 2": block(2, order="pre", **SMALL),
         "chain of 3, projection, stride": block(
             3, "projection", order="pre", out_channels=3, stride=2, channels=2, width=2, size=(5, 4)
+        ),
+        "bottleneck, strides": bottleneck("projection", "pre", channels=3, width=2, size=(3, 4)),
+        "chain of 2, strides at its end": block(
+            2, "projection", order="pre", out_channels=3, stride=2, strides_at=1, channels=2, width=2, size=(3, 4)
         ),
         "no skip": block(2, "none", order="pre", **SMALL),
         "frozen first norm": block(2, order="pre", batch_stats=(False, True), **SMALL),

@@ -73,9 +73,11 @@ def test_custom_functions_count_alike() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory", ["default", "low"])
-@pytest.mark.parametrize("skip", ["none", "identity", "projection"])
-def test_frozen_blocks_keep_what_backward_reads(skip: Skip, memory: Memory, backend: str) -> None:
-    check_frozen_block(backend, skip, memory)
+@pytest.mark.parametrize(
+    ("skip", "stride"), [("none", 1), ("none", 2), ("identity", 1), ("projection", 1), ("projection", 2)]
+)
+def test_frozen_blocks_keep_what_backward_reads(skip: Skip, stride: int, memory: Memory, backend: str) -> None:
+    check_frozen_block(backend, skip, memory, stride)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -124,6 +124,7 @@ def block(
     out_channels: int | None = None,
     kernel: int = 3,
     stride: int | IntPair = 1,
+    strides_at: int = 0,
     dilation: int | IntPair = 1,
     groups: int = 1,
     act: str = "relu",
@@ -139,7 +140,7 @@ def block(
     branch_scale: ScaleKind = "one",
     skip_scale: ScaleKind = "one",
 ) -> Case:
-    """A residual block of one kernel size with "same" padding and the stride on the first stage.
+    """A residual block of one kernel size with "same" padding and the stride on stage `strides_at`.
 
     `batch_stats` may be given for each convolution. A projection is a 1x1 convolution with the block's stride.
     """
@@ -148,7 +149,7 @@ def block(
     batches = (batch_stats,) * convs if isinstance(batch_stats, bool) else batch_stats
     padding = (pair[0] * (kernel // 2), pair[1] * (kernel // 2))
     chain = tuple(
-        StageSpec(stride if i == 0 else 1, padding, pair, groups, norm, batches[i], eps, act)  # type: ignore[arg-type]
+        StageSpec(stride if i == strides_at else 1, padding, pair, groups, norm, batches[i], eps, act)  # type: ignore[arg-type]
         for i in range(stages)
     )
     projection = None

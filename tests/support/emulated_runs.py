@@ -45,5 +45,6 @@ RUNS = {
     "reductions": Run(
         block(1, "none", order="pre", kernel=1, channels=256, out_channels=8, size=(13, 11)), (64, 6), library="all"
     ),
+    "computed again": Run(block(2, "none", memory="low", stride=2, strides_at=1, channels=72, size=(9, 9)), (64, 3)),
     "phases": Run(bottleneck("projection", "pre"), (64, 3), mode="phased"),
 }

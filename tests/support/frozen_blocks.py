@@ -20,20 +20,28 @@ UNIT = 2 * 4 * 6 * 8 * 4  # bytes of a float32 activation of the bottleneck's in
 
 
 def frozen_bottleneck(
-    skip: Skip, order: Order = "post", memory: Memory = "default", act: str = "relu", scale: ScaleKind = "one"
+    skip: Skip,
+    order: Order = "post",
+    memory: Memory = "default",
+    act: str = "relu",
+    scale: ScaleKind = "one",
+    stride: int = 1,
 ) -> Case:
     """With widths of 8 and 32."""
-    shape: dict[str, Any] = {"channels": 32, "width": 8, "stride": 1, "size": (6, 4)}
+    shape: dict[str, Any] = {"channels": 32, "width": 8, "stride": stride, "size": (6, 4)}
     return frozen(bottleneck(skip, order, act, memory, **shape, branch_scale=scale))
 
 
-def check_frozen_block(backend: str, skip: Skip, memory: Memory) -> None:
-    """No y that is read by nobody is kept, and every gradient is PyTorch's."""
-    case = frozen_bottleneck(skip, memory=memory)
+def check_frozen_block(backend: str, skip: Skip, memory: Memory, stride: int) -> None:
+    """No y that is read by nobody is kept, and every gradient is PyTorch's. stride: of the second convolution."""
+    case = frozen_bottleneck(skip, memory=memory, stride=stride)
     x, params, spec = case.build(torch.float32, torch.channels_last)
     kept = leaves(params, trains)
     # x 4, y_1 1, y_2 1; a plain chain keeps y_3, too, for the mask of its activation
-    assert units(x, kept, spec, backend) == (10 if skip == "none" and memory == "default" else 6)
+    wanted = 4 + (stride == 1 or memory == "default") + 1 / stride**2
+    if skip == "none" and memory == "default":
+        wanted += 4 / stride**2
+    assert units(x, kept, spec, backend) == wanted
     dout = case.upstream(torch.float32)
     got, expected = (gradients(x, params, spec, b, dout, trains) for b in (backend, "eager"))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -26,6 +26,7 @@ CASES = {
     "pre-activation": block(2, "projection", order="pre", channels=4, out_channels=6, branch_scale="[C]"),
     "pre-activation, identity": block(2, order="pre", channels=4, skip_scale="0-d"),
     "low memory": block(3, channels=4, memory="low", branch_scale="[C,1,1]", bias=True),
+    "low memory, strides": block(3, "projection", channels=4, memory="low", stride=2, strides_at=1, bias=True),
     "frozen": block(2, "projection", batch_stats=False, bias=True),
     "no norm": block(2, norm=False),
     "grouped": block(2, channels=4, width=4, groups=2),

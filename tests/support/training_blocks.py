@@ -42,6 +42,7 @@ def _table() -> dict[str, Case]:
         "basic, projection": block(2, "projection", channels=32, width=64, out_channels=64, stride=2, size=(9, 8)),
         "pre": block(2, order="pre", channels=32, width=64),
         "pre, projection": block(2, "projection", order="pre", channels=32, width=64, out_channels=64, stride=2),
+        "pre, strides later": bottleneck("projection", "pre", channels=64, width=64),
         "branch": block(2, order="branch", channels=32, width=64),
         "scales": bottleneck("identity", channels=32, width=64, branch_scale="[C]", skip_scale="0-d"),
         "scales, projection": bottleneck("projection", channels=64, width=64, branch_scale="[C,1,1]", skip_scale="[1]"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support.blocks import Case, block
 from support.matrix import family
@@ -109,6 +109,7 @@ def planned(case: Case, library: frozenset[int] = frozenset()) -> list[Launch]:
 
 
 @family
+@example(case=block(2, "projection", memory="low", stride=2, strides_at=1), library=frozenset())
 @given(case=cases(**EVERY), library=st.frozensets(st.integers(0, 3), max_size=2))
 def test_any_block_waits_where_it_must(case: Case, library: frozenset[int]) -> None:
     launches = planned(case, frozenset(i for i in library if i < len(case.spec.convs)))

@@ -114,6 +114,8 @@ def test_in_16_bits(skip: str, dtype: torch.dtype, mode: str) -> None:
 )
 def test_recomputed_outputs(order: str, act: str, mode: str) -> None:
     check(bottleneck("projection", order, act, "low"), mode)
+    of_two = block(2, "projection", order=order, act=act, memory="low", stride=2, strides_at=1)  # type: ignore[arg-type]
+    check(of_two, mode)
 
 
 @pytest.mark.parametrize(
@@ -437,6 +439,8 @@ def test_operators_pass_opcheck() -> None:
 
 
 @pytest.mark.parametrize("memory", ["default", "low"])
-@pytest.mark.parametrize("skip", ["none", "identity", "projection"])
-def test_frozen_blocks_keep_what_backward_reads(skip: str, memory: str) -> None:
-    check_frozen_block("triton", skip, memory)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("skip", "stride"), [("none", 1), ("none", 2), ("identity", 1), ("projection", 1), ("projection", 2)]
+)
+def test_frozen_blocks_keep_what_backward_reads(skip: str, stride: int, memory: str) -> None:
+    check_frozen_block("triton", skip, memory, stride)  # type: ignore[arg-type]

@@ -198,6 +198,8 @@ class _Backward(BlockPlan):
         if missing:
             self.plan.barrier()
             for i in missing:
+                if 0 < i < self.projection and i - 1 in missing:  # in a chain of two, y_2 is made of y_1
+                    self.plan.barrier()
                 self.y[i] = self.convolve(i, {}, EpilogueConfig())
         if missing or again:
             self.plan.barrier()

@@ -111,7 +111,10 @@ void Backward::restore(const std::vector<at::Tensor>& conv_outputs, const std::v
   block.write_tables(read);
   if (missing.empty()) return;
   block.plan.barrier();
-  for (int64_t i : missing) block.y[i] = block.convolve(i, {}, kNone);
+  for (int64_t i : missing) {
+    if (!spec.from_x(i) && !spec.convs[i - 1].saved) block.plan.barrier();  // in a chain of two, y_2 is made of y_1
+    block.y[i] = block.convolve(i, {}, kNone);
+  }
   block.plan.barrier();
 }
 
@@ -249,7 +252,7 @@ Input Backward::step(int64_t conv, const Input& dy) {
     set_act(e, act);
   }
   if (normed || e.mask == Mask::by_norm) {
-    e.y = u.const_data_ptr();  // x or a saved output, which live through the call
+    e.y = u.const_data_ptr();  // x or an output before the last, which live through the call
     e.y_norm = block.norm(norm);
   }
   e.reduction.first = gradients;

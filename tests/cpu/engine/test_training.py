@@ -263,7 +263,7 @@ def test_gradients_asked_for_one_by_one(name: str) -> None:
 
 
 @tiles
-@pytest.mark.parametrize("name", ["low", "low, projection"])
+@pytest.mark.parametrize("name", ["low", "low, projection", "pre, strides later", "strides behind a norm"])
 def test_what_is_computed_again_is_the_same(name: str) -> None:
     """memory="low" computes a convolution again in backward: the same bits as if it had been kept."""
     case = TABLE[name]
