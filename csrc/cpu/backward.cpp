@@ -2,6 +2,7 @@
 #include "block.h"
 #include "engine/memory.h"
 #include "engine/weight_gradient.h"
+#include "engine/winograd_gradient.h"
 #include "residual_block.h"
 
 namespace resnet_fused::cpu {
@@ -429,6 +430,12 @@ class Backward {
     }
     if (!needs_weight && !needs.biases[conv]) return;
     if (!p.defined()) p = block.conv_input(conv);
+    if constexpr (std::is_same_v<T, float>) {
+      if (needs_weight && engine::has_weight_gradient(tensors.weights[conv], spec.convs[conv], at::kFloat)) {
+        grads.weights[conv] = engine::winograd_weight_gradient(gradient.tensor(), p, tensors.weights[conv]);
+        needs_weight = !grads.weights[conv].defined();
+      }
+    }
     auto g = convolution_backward_weight(
         gradient.tensor(), p, tensors.weights[conv], spec.convs[conv], needs_weight, needs.biases[conv]);
     if (needs_weight) grads.weights[conv] = g.weight;

@@ -10,6 +10,7 @@
 #include "../isa.h"
 #include "../share_out.h"
 #include "memory.h"
+#include "training.h"
 
 namespace resnet_fused::cpu::engine {
 namespace {
@@ -269,6 +270,7 @@ std::optional<std::string> reason_against_training(const at::Tensor& weight, at:
 // channels fill tiles with zeros: 16 to 96 channels, 1x1, 0.79; 32 to 32, 1x1, 0.78; 16 to 16, 3x3, 0.64.
 std::optional<std::string> reason_against_weight_gradient(
     const at::Tensor& weight, const Stage& stage, at::ScalarType dtype) {
+  if (dtype == at::kFloat) return reason_against_convolving(weight, stage, dtype);  // by Winograd as well
   if (const auto reason = reason_against_training(weight, dtype)) return reason;
   if (weight.scalar_type() != at::kFloat && weight.scalar_type() != at::kBFloat16)
     return std::string("the weight is ") + c10::toString(weight.scalar_type());

@@ -37,6 +37,14 @@ struct WinogradTask {
   bool* not_finite;        // set where a sum is not finite
 };
 
+// The gradient of the window is the transpose of all that: dU, for each value the product of V and E = A dy A' over all
+// patches, and G' dU G.
+struct OuterTask {
+  const float *v, *e;  // one value of V [patch][v_pitch], of E [patch][32]
+  int64_t v_pitch, count, channels;
+  float* du;  // [channels][32], which is added to
+};
+
 template <class Out>
 struct Winograd {
   // U of a panel, from its windows [9][values]: [16][values]
@@ -45,6 +53,13 @@ struct Winograd {
   void (*transform_patches)(const WinogradTask<Out>&, int64_t begin, int64_t end);
   // The results, from all of V
   void (*multiply)(const WinogradTask<Out>&);
+  // V of one patch, whose values are `plane` apart; E of one of 2×2 gradients, likewise
+  void (*transform_patch)(const float* first, int64_t right, int64_t below, int64_t channels, float* v, int64_t plane);
+  void (*transform_outputs)(
+      const float* first, int64_t right, int64_t below, int64_t channels, float* e, int64_t panel, int64_t plane);
+  void (*multiply_outer)(const OuterTask&);
+  // The windows [9][values] of a panel, from dU [16] `plane` apart
+  void (*transform_gradient)(const float* du, int64_t plane, int64_t values, float* windows);
 };
 
 }  // namespace resnet_fused::cpu::engine

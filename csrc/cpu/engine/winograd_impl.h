@@ -1,10 +1,13 @@
 // The steps of winograd.h; included once per instruction set.
 
+#include <utility>
+
 #include "vector_tile_impl.h"
 #include "winograd.h"
 
 namespace resnet_fused::cpu::KERNELS_ISA {
 
+using engine::OuterTask;
 using engine::WinogradTask;
 
 // values: a multiple of kPanel.
@@ -34,34 +37,38 @@ static void transform_windows(const float* windows, int64_t values, float* u) {
   }
 }
 
-template <class Out>
-static void transform_patches(const WinogradTask<Out>& task, int64_t begin, int64_t end) {
-  for (int64_t p = begin; p < end; ++p) {
-    const float* patch = task.input + task.first[p] * task.pitch;
-    float* to = task.transformed + p * task.v_pitch;
-    for (int64_t at = 0; at < task.channels; at += Vector::lanes) {
-      // the last vector may overlap the one before
-      const int64_t c = at + Vector::lanes <= task.channels ? at : task.channels - Vector::lanes;
-      typename Vector::Type rows[4][4];
-      _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {
-        const float* d = patch + c + s * task.right;
-        const auto d0 = Vector::load(d), d1 = Vector::load(d + task.below), d2 = Vector::load(d + 2 * task.below),
-                   d3 = Vector::load(d + 3 * task.below);
-        rows[0][s] = Vector::subtract(d0, d2);
-        rows[1][s] = Vector::add(d1, d2);
-        rows[2][s] = Vector::subtract(d2, d1);
-        rows[3][s] = Vector::subtract(d1, d3);
-      }
-      float* v = to + c;
-      _Pragma("GCC unroll 4") for (int r = 0; r < 4; ++r, v += 4 * task.v_plane) {
-        const auto* d = rows[r];
-        Vector::store(v, Vector::subtract(d[0], d[2]));
-        Vector::store(v + task.v_plane, Vector::add(d[1], d[2]));
-        Vector::store(v + 2 * task.v_plane, Vector::subtract(d[2], d[1]));
-        Vector::store(v + 3 * task.v_plane, Vector::subtract(d[1], d[3]));
-      }
+static inline void transform_patch(
+    const float* first, int64_t right, int64_t below, int64_t channels, float* to, int64_t plane) {
+  for (int64_t at = 0; at < channels; at += Vector::lanes) {
+    // the last vector may overlap the one before
+    const int64_t c = at + Vector::lanes <= channels ? at : channels - Vector::lanes;
+    Vector::Type rows[4][4];
+    _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {
+      const float* d = first + c + s * right;
+      const auto d0 = Vector::load(d), d1 = Vector::load(d + below), d2 = Vector::load(d + 2 * below),
+                 d3 = Vector::load(d + 3 * below);
+      rows[0][s] = Vector::subtract(d0, d2);
+      rows[1][s] = Vector::add(d1, d2);
+      rows[2][s] = Vector::subtract(d2, d1);
+      rows[3][s] = Vector::subtract(d1, d3);
+    }
+    float* v = to + c;
+    _Pragma("GCC unroll 4") for (int r = 0; r < 4; ++r, v += 4 * plane) {
+      const auto* d = rows[r];
+      Vector::store(v, Vector::subtract(d[0], d[2]));
+      Vector::store(v + plane, Vector::add(d[1], d[2]));
+      Vector::store(v + 2 * plane, Vector::subtract(d[2], d[1]));
+      Vector::store(v + 3 * plane, Vector::subtract(d[1], d[3]));
     }
   }
+}
+
+template <class Out>
+static void transform_patches(const WinogradTask<Out>& task, int64_t begin, int64_t end) {
+  for (int64_t p = begin; p < end; ++p)
+    transform_patch(
+        task.input + task.first[p] * task.pitch, task.right, task.below, task.channels,
+        task.transformed + p * task.v_pitch, task.v_plane);
 }
 
 // The outputs of patches [begin, end), of one panel, from the sums of its products.
@@ -129,7 +136,93 @@ static void multiply_patches(const WinogradTask<Out>& task) {
   });
 }
 
+// channels: a multiple of 32; panel: from one panel of them to the next.
+static void transform_outputs(
+    const float* first, int64_t right, int64_t below, int64_t channels, float* to, int64_t panel, int64_t plane) {
+  for (int64_t c = 0; c < channels; c += Vector::lanes) {
+    Vector::Type rows[4][2];
+    _Pragma("GCC unroll 2") for (int s = 0; s < 2; ++s) {
+      const auto upper = Vector::load(first + c + s * right), lower = Vector::load(first + c + s * right + below);
+      rows[0][s] = upper;
+      rows[1][s] = Vector::add(upper, lower);
+      rows[2][s] = Vector::subtract(upper, lower);
+      rows[3][s] = Vector::subtract(Vector::zero(), lower);
+    }
+    float* e = to + c / kPanel * panel + c % kPanel;
+    _Pragma("GCC unroll 4") for (int r = 0; r < 4; ++r, e += 4 * plane) {
+      const auto left = rows[r][0], right_value = rows[r][1];
+      Vector::store(e, left);
+      Vector::store(e + plane, Vector::add(left, right_value));
+      Vector::store(e + 2 * plane, Vector::subtract(left, right_value));
+      Vector::store(e + 3 * plane, Vector::subtract(Vector::zero(), right_value));
+    }
+  }
+}
+
+template <int rows>
+static void multiply_outer_tile(const OuterTask& task, int64_t channel, int64_t column) {
+  Vector::Type sum[rows][kVectors];
+  EACH_ROW for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::zero();
+  const float *x = task.v + channel, *e = task.e + column;
+  for (int64_t p = 0; p < task.count; ++p, x += task.v_pitch, e += kPanel) {
+    Vector::Type b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = Vector::load(e + v * Vector::lanes);
+    EACH_ROW multiply_row(r, x + r, b, sum[r]);
+  }
+  float* to = task.du + channel * kPanel + column;
+  EACH_ROW for (int v = 0; v < kVectors; ++v) {
+    float* at = to + r * kPanel + v * Vector::lanes;
+    Vector::store(at, Vector::add(Vector::load(at), sum[r][v]));
+  }
+}
+
+using MultiplyOuter = void (*)(const OuterTask&, int64_t, int64_t);
+template <int... rows>
+struct OuterTiles {
+  static constexpr MultiplyOuter of[] = {nullptr, multiply_outer_tile<rows + 1>...};
+};
+template <int... rows>
+static constexpr OuterTiles<rows...> outer_tiles(std::integer_sequence<int, rows...>) {
+  return {};
+}
+
+static void multiply_outer(const OuterTask& task) {
+  constexpr auto tiles = outer_tiles(std::make_integer_sequence<int, kVectorRows>());
+  const int64_t count = (task.channels + kVectorRows - 1) / kVectorRows;
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t first = t * task.channels / count, rows = (t + 1) * task.channels / count - first;
+    for (int64_t column = 0; column < kPanel; column += kColumns) tiles.of[rows](task, first, column);
+  }
+}
+
+static void transform_gradient(const float* du, int64_t plane, int64_t values, float* windows) {
+  const auto half = Vector::fill(0.5f), zero = Vector::zero();
+  // G' of four values
+  const auto transform = [&](const Vector::Type* u, Vector::Type* to) __attribute__((always_inline)) {
+    const auto sum = Vector::multiply_add(Vector::add(u[1], u[2]), half, zero);
+    to[0] = Vector::add(u[0], sum);
+    to[1] = Vector::multiply_add(Vector::subtract(u[1], u[2]), half, zero);
+    to[2] = Vector::add(sum, u[3]);
+  };
+  for (int64_t at = 0; at < values; at += Vector::lanes) {
+    Vector::Type columns[4][3];
+    _Pragma("GCC unroll 4") for (int s = 0; s < 4; ++s) {
+      Vector::Type u[4];
+      _Pragma("GCC unroll 4") for (int r = 0; r < 4; ++r) u[r] = Vector::load(du + (4 * r + s) * plane + at);
+      transform(u, columns[s]);
+    }
+    _Pragma("GCC unroll 3") for (int r = 0; r < 3; ++r) {
+      const Vector::Type row[4] = {columns[0][r], columns[1][r], columns[2][r], columns[3][r]};
+      Vector::Type to[3];
+      transform(row, to);
+      _Pragma("GCC unroll 3") for (int s = 0; s < 3; ++s) Vector::store(windows + (3 * r + s) * values + at, to[s]);
+    }
+  }
+}
+
 template <class Out>
-static constexpr engine::Winograd<Out> kWinograd{&transform_windows, &transform_patches<Out>, &multiply_patches<Out>};
+static constexpr engine::Winograd<Out> kWinograd{&transform_windows, &transform_patches<Out>, &multiply_patches<Out>,
+                                                 &transform_patch,   &transform_outputs,      &multiply_outer,
+                                                 &transform_gradient};
 
 }  // namespace resnet_fused::cpu::KERNELS_ISA

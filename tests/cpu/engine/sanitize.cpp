@@ -408,6 +408,55 @@ void check(const char* isa, const Products<T, Out>& products) {
   if (c.gathers != Gathers::nothing) check_gathered(isa, c, out.get(), sums, rows, steps);
 }
 
+// The weight gradient of a picture by Winograd, every patch copied out with its padding, against plain sums.
+void check_winograd_gradient(const char* isa, const Winograd<float>& kernels) {
+  const int64_t height = any(1, 7), width = any(1, 7), in = any(kPanel, 50), out = kPanel * any(1, 2);
+  const int64_t columns = (width + 1) / 2, count = (height + 1) / 2 * columns;
+  const auto x = exactly<float>(height * width * in), dy = exactly<float>(height * width * out);
+  for (int64_t i = 0; i < height * width * in; ++i) x[i] = static_cast<float>(any(-2, 2));
+  for (int64_t i = 0; i < height * width * out; ++i) dy[i] = static_cast<float>(any(-2, 2));
+  const auto copy = [&](const float* from, int64_t channels, int64_t y, int64_t c, int64_t side, float* to) {
+    for (int64_t i = 0; i < side * side; ++i, to += channels) {
+      const int64_t row = y + i / side, column = c + i % side;
+      const bool within = row >= 0 && column >= 0 && row < height && column < width;
+      for (int64_t k = 0; k < channels; ++k) to[k] = within ? from[(row * width + column) * channels + k] : 0;
+    }
+  };
+  const auto v = exactly<float>(kPatch * count * in), e = exactly<float>(kPatch * count * out);
+  for (int64_t p = 0; p < count; ++p) {
+    const auto inputs = exactly<float>(16 * in), gradients = exactly<float>(4 * out);
+    copy(x.get(), in, p / columns * 2 - 1, p % columns * 2 - 1, 4, inputs.get());
+    copy(dy.get(), out, p / columns * 2, p % columns * 2, 2, gradients.get());
+    kernels.transform_patch(inputs.get(), in, 4 * in, in, v.get() + p * in, count * in);
+    kernels.transform_outputs(gradients.get(), out, 2 * out, out, e.get() + p * kPanel, count * kPanel, count * out);
+  }
+  const int64_t panels = out / kPanel, values = in * kPanel;
+  const auto du = exactly<float>(kPatch * panels * values), windows = exactly<float>(9 * values);
+  std::memset(du.get(), 0, kPatch * panels * values * sizeof(float));
+  for (int64_t i = 0; i < kPatch; ++i)
+    for (int64_t o = 0; o < panels; ++o)
+      kernels.multiply_outer(
+          {v.get() + i * count * in, e.get() + i * count * out + o * count * kPanel, in, count, in,
+           du.get() + (i * panels + o) * values});
+  for (int64_t o = 0; o < out; ++o) {
+    if (o % kPanel == 0) kernels.transform_gradient(du.get() + o * in, panels * values, values, windows.get());
+    for (int64_t tap = 0; tap < 9; ++tap)
+      for (int64_t k = 0; k < in; ++k) {
+        float expected = 0;
+        for (int64_t y = 0; y < height; ++y)
+          for (int64_t c = 0; c < width; ++c) {
+            const int64_t row = y + tap / 3 - 1, column = c + tap % 3 - 1;
+            if (row >= 0 && column >= 0 && row < height && column < width)
+              expected += dy[(y * width + c) * out + o] * x[(row * width + column) * in + k];
+          }
+        const float got = windows[tap * values + k * kPanel + o % kPanel];
+        if (got == expected) continue;
+        std::printf("%s: a weight gradient is %g instead of %g\n", isa, got, expected);
+        std::exit(1);
+      }
+  }
+}
+
 #if defined(RESNET_FUSED_X86)
 bool has_tiles() {
   constexpr long request_permission = 0x1023, tile_data = 18;
@@ -418,18 +467,21 @@ bool has_tiles() {
 int main_of(int64_t each) {
   for (int64_t i = 0; i < each; ++i) {
     check("baseline", baseline::products(float{}));
+    check_winograd_gradient("baseline", *baseline::products(float{}).winograd);
     check("baseline to half", baseline::products(float{}, f16{}));
     check("baseline", baseline::products(bf16{}));
     if (i % 4 == 0) check("amx_portable", amx_portable::products(bf16{}));
 #if defined(RESNET_FUSED_X86)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
       check("avx2", avx2::products(float{}));
+      check_winograd_gradient("avx2", *avx2::products(float{}).winograd);
       check("avx2 to half", avx2::products(float{}, f16{}));
       check("avx2", avx2::products(bf16{}));
     }
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       check("avx512", avx512::products(float{}));
+      check_winograd_gradient("avx512", *avx512::products(float{}).winograd);
       check("avx512 to half", avx512::products(float{}, f16{}));
       check("avx512", avx512::products(bf16{}));
       if (__builtin_cpu_supports("avx512bf16")) check("avx512_bf16", avx512_bf16::products(bf16{}));

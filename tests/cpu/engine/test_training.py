@@ -61,19 +61,34 @@ def test_float32_in_every_instruction_set(isa: str) -> None:
     assert done.stdout.strip().endswith(f"all {len(WINOGRAD)}"), done.stderr[-4000:]
 
 
-def calls_of_float32(case: Case) -> int:
-    """How many convolutions of PyTorch's a training step calls."""
+def calls_of_float32(case: Case) -> tuple[int, int]:
+    """How often a training step calls PyTorch's convolution, and its gradients."""
     x, params, spec = case.build(torch.float32, torch.channels_last)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         run(x, params, spec, "native", case.upstream(torch.float32))
-    return sum(event.name == "aten::convolution" for event in profiled.events())
+    names = [event.name for event in profiled.events()]
+    return names.count("aten::convolution"), names.count("aten::convolution_backward")
 
 
 def test_who_convolves_float32() -> None:
-    """A picture of 4 x 4 is a patch's; a small one alone is left to PyTorch."""
-    assert calls_of_float32(TABLE["basic"]) == 0
-    assert calls_of_float32(TABLE["bottleneck"]) == 2
-    assert calls_of_float32(replace(TABLE["basic"], batch=1)) == 2
+    """Of pictures smaller than a patch, and of a small one alone, PyTorch does all."""
+    basic = TABLE["basic"]
+    assert calls_of_float32(basic) == (0, 0)
+    for small in (replace(basic, batch=1), replace(basic, size=(3, 9))):
+        forward, backward = calls_of_float32(small)
+        assert forward == 2 and backward >= 2
+
+
+@pytest.mark.parametrize("count", THREADS)
+def test_threads_change_no_bit_of_float32(count: int) -> None:
+    case = WINOGRAD["many patches"]
+    x, params, spec = case.build(torch.float32, torch.channels_last)
+    one, several = [], []
+    for threads_of, found in ((1, one), (count, several)):
+        with threads(threads_of):
+            found.append(run(x, params, spec, "native", case.upstream(torch.float32)))
+    for name in ("grad of x", "grad of stages.0.weight"):
+        assert torch.equal(one[0][name], several[0][name]), name  # type: ignore[arg-type]
 
 
 @tiles
