@@ -75,6 +75,9 @@ def _table() -> dict[str, Entry]:
         "patches": chain(32, ((3, 3), 40, same), ((3, 3), 72, same), size=(7, 9)),
         "patches, no padding": chain(40, ((3, 3), 33, StageSpec()), ((3, 3), 32, StageSpec(1, 2)), size=(6, 8)),
         "patches of a bottleneck": bottleneck("identity", channels=64, width=40, size=(10, 11)),
+        "patches beside a projection": block(
+            2, "projection", channels=32, width=48, out_channels=72, stride=2, size=(18, 21)
+        ),
         "1x1 with stride": chain(32, ((1, 1), 40, StageSpec(2)), ((1, 1), 16, StageSpec((1, 3)))),
         "5x5": block(2, channels=16, width=24, kernel=5),
         "1x3 and 3x1": chain(
@@ -116,6 +119,9 @@ def _table() -> dict[str, Entry]:
     large = {
         "bands": block(2, channels=16, width=16, size=(72, 101)),
         "bands with projection": bottleneck("projection", channels=32, width=16, size=(91, 78)),
+        "bands of patches beside a projection": block(
+            2, "projection", channels=32, width=96, out_channels=96, stride=2, size=(131, 122)
+        ),
         "bands of patches": block(2, channels=32, width=48, size=(61, 75)),
         "patches a page apart": chain(1024, ((3, 3), 32, same), size=(5, 6)),
         "wide": block(2, channels=256, width=256, size=(2, 2)),

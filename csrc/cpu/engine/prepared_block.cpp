@@ -91,9 +91,10 @@ class Prepared final : public PreparedBlock {
       conv.packed = pack<T, P>(weight, factor.empty() ? nullptr : factor.data(), conv.shape.kind, stage.groups);
       conv.shape.panels = conv.packed.panels;
       conv.shape.products = conv.packed.taps * conv.packed.depth;
-      // a projection's products are added to the last convolution's
-      const bool alone = !projects && !(spec_.has_projection() && static_cast<int64_t>(i) == last);
-      conv.shape.winograd = std::is_same_v<P, float> && alone && may_be_winograd(conv.shape);
+      // a projection's product is kept apart in the results' type, which must not round it
+      const bool joins = spec_.has_projection() && static_cast<int64_t>(i) == last;
+      conv.shape.winograd =
+          std::is_same_v<P, float> && !projects && (!joins || std::is_same_v<T, float>) && may_be_winograd(conv.shape);
       const int64_t padded = conv.packed.panels * kPanel;
       finite_ = finite_ && conv.packed.finite;
       if (!projects) {
@@ -110,6 +111,7 @@ class Prepared final : public PreparedBlock {
       convs_.push_back(std::move(conv));
     }
     const int64_t out = convs_[last].shape.out, padded = convs_[last].shape.panels * kPanel;
+    zeros_.assign(padded, 0.0f);
     if (given.branch_scale)
       branch_scale_ = per_channel(*given.branch_scale, out, padded);
     else if (spec_.join == JoinReads::branch)
@@ -462,10 +464,41 @@ class Prepared final : public PreparedBlock {
   void multiply_patches_to(Call& call, unsigned char* buffers, int64_t item, const Step& step) const {
     const Schedule& s = call.schedule;
     bool wild = false;
-    const auto e = epilogue<Out, last>(call, buffers, item, step, wild);
+    auto e = epilogue<Out, last>(call, buffers, item, step, wild);
+    if constexpr (last && !kWidens)
+      if (spec_.has_projection()) e.residual = project(call, buffers, item, step, e);
     const bool finite = engine::multiply_patches(
         s, step.conv, step, buffer(s, buffers, step.conv), convs_[step.conv].winograd, buffers, e);
     if (!finite) call.wild = true;
+  }
+
+  // The projection's product, scaled as `e` says and laid out as its results, for those of the step.
+  const T* project(Call& call, unsigned char* buffers, int64_t item, const Step& step, const Epilogue<T>& e) const {
+    const Schedule& s = call.schedule;
+    const Layout& l = s.layouts[step.conv];
+    Task<P, T> task{};
+    task.factors[0] = factor(call, buffers, item, step, spec_.projection());
+    task.rows = step.tiles.data();
+    task.row_count = static_cast<int64_t>(step.tiles.size());
+    task.epilogue.scale = e.scale;
+    task.epilogue.shift = zeros_.data();
+    task.epilogue.target = e.target;
+    task.epilogue.pitch = task.epilogue.channels = e.pitch;
+    task.epilogue.out = reinterpret_cast<T*>(buffers + s.projected_buffer);
+    if (l.images == 1) task.epilogue.out -= step.begin * l.output.width * e.pitch;
+    const int64_t panels = convs_[step.conv].shape.panels;
+    const int64_t shares = s.splits_outputs ? std::min(kShares * at::get_num_threads(), panels) : 1;
+    const auto share = [&](int64_t t) {
+      Task<P, T> own = task;
+      own.panel_begin = t * panels / shares;
+      own.panel_end = (t + 1) * panels / shares;
+      products<P, T>().multiply(own);
+    };
+    if (shares == 1)
+      share(0);
+    else
+      for_each_job(shares, share);
+    return task.epilogue.out;
   }
 
   // Out: the element type of the results. last: whether they are the block's.
@@ -533,7 +566,7 @@ class Prepared final : public PreparedBlock {
   std::vector<Conv> convs_;
   std::vector<Shape> chain_;
   std::optional<Window> pool_;
-  std::vector<float> branch_scale_, skip_scale_;
+  std::vector<float> branch_scale_, skip_scale_, zeros_;
   std::vector<bool> processes_, circular_, weight_is_last_;  // for the result's memory format
   Activation pre_act_;
   std::vector<float> pre_center_, pre_scale_, pre_shift_, pre_slope_;

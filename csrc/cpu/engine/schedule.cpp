@@ -155,9 +155,8 @@ class Planner {
         const bool reads_x = i == 0 && s.reads_x;
         const int64_t readable = reads_x ? s.images * input_.pixels() : kUnlimited;
         Step step{i, from, to, 0, 0, 0, 0, 0, {}, {}, {}};
-        if (s.winograd[i])
-          add_patches(l, s.targets[i], step);
-        else
+        if (s.winograd[i]) add_patches(l, s.targets[i], step);
+        if (!s.winograd[i] || (projection_ && i == last()))
           step.tiles = l.tiles(from, to, m_.tile_rows, m_.whole_tiles, readable);
         const auto [first, beyond] = l.window.reads(from, to, l.input.height);
         if (i == 0) {
@@ -218,6 +217,14 @@ class Planner {
   }
 
   void place_patches(Schedule& s) const {
+    s.projected_buffer = s.scratch = round_up(s.scratch, 64);
+    if (projection_ && s.winograd[last()]) {
+      int64_t rows = 0;
+      for (const Part& part : s.parts)
+        for (const Step& step : part)
+          if (step.conv == last()) rows = std::max(rows, step.end - step.begin);
+      s.scratch += s.images * rows * s.layouts[last()].output.width * chain_[last()].out * 4;
+    }
     s.winograd_buffer = s.scratch = round_up(s.scratch, 64);
     int64_t floats = 0;
     for (int64_t i = 0; i <= last(); ++i) {
@@ -290,11 +297,13 @@ class Planner {
         // a pair of tiles takes 64 cycles for 32 channels; a vector kernel one for each row and channel; and an
         // epilogue
         double cycles = 0;
-        if (s.winograd[step.conv])
+        if (s.winograd[step.conv]) {
           cycles =
               winograd_cycles(shape, static_cast<int64_t>(step.patches.size())) / static_cast<double>(shape.panels);
-        else if (m_.whole_tiles)
-          cycles = static_cast<double>((step.tiles.size() + 1) / 2) * (2 * depth + 100);
+          depth -= static_cast<double>(shape.products);  // of a projection; else there are no tiles
+        }
+        if (m_.whole_tiles)
+          cycles += static_cast<double>((step.tiles.size() + 1) / 2) * (2 * depth + 100);
         else
           for (const Rows& t : step.tiles) cycles += (t.end - t.begin + 1) * (depth + 8);
         products += cycles * panels;

@@ -32,7 +32,8 @@ struct Step {
   int64_t target_row;            // the output buffer begins with this row
   int64_t pool_begin, pool_end;  // rows of the pooling behind the last convolution
   std::vector<Rows> tiles;
-  std::vector<int32_t> patches, patch_targets;  // instead, by Winograd (winograd.h)
+  // By Winograd (winograd.h); tiles are then of a projection alone.
+  std::vector<int32_t> patches, patch_targets;
 };
 
 // What one thread computes without waiting for another: rows of some images, band by band through all convolutions, so
@@ -61,6 +62,7 @@ struct Schedule {
   Size pooled;                   // the result's size
   int64_t pool_buffer;           // byte offset of what is pooled
   std::vector<Patches> patches;  // of each convolution of the chain
+  int64_t projected_buffer;      // byte offset of the projection's product beside a last convolution by Winograd
   int64_t winograd_buffer;  // byte offset of all V of a step where outputs are split, else of one; then of the sums
   int64_t scratch;          // bytes
   double cost;              // cycles of the slowest thread, estimated
