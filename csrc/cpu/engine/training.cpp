@@ -377,7 +377,7 @@ std::optional<std::string> reason_against_data_gradient(
 }
 
 bool is_small(const Batch& batch, int64_t channels) {
-  return std::min(batch.size.height, batch.size.width) < 4 ||
+  return batch.images == 0 || std::min(batch.size.height, batch.size.width) < 4 ||
          (batch.images == 1 && channels * batch.size.pixels() <= 20480);
 }
 

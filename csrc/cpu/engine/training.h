@@ -37,9 +37,9 @@ struct Batch {
 };
 Batch batch_of(const at::Tensor& p);
 
-// Whether float32 of this size is left to PyTorch: pictures smaller than a patch, or a small one alone, which it
-// convolves as one matrix product, whose sums are more exact than those by Winograd (error against fp64 of 256 to 256
-// channels, 8×8, 1.9e-7 and 4.4e-7; oneDNN's with four pictures 5.7e-7).
+// Whether float32 of this size is left to PyTorch: no picture, pictures smaller than a patch, or a small one alone,
+// which it convolves as one matrix product, whose sums are more exact than those by Winograd (error against fp64 of 256
+// to 256 channels, 8×8, 1.9e-7 and 4.4e-7; oneDNN's with four pictures 5.7e-7).
 bool is_small(const Batch& batch, int64_t channels);
 
 struct Convolved {

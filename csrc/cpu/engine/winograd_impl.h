@@ -1,7 +1,5 @@
 // The steps of winograd.h; included once per instruction set.
 
-#include <utility>
-
 #include "vector_tile_impl.h"
 #include "winograd.h"
 
@@ -71,16 +69,16 @@ static void transform_patches(const WinogradTask<Out>& task, int64_t begin, int6
         task.transformed + p * task.v_pitch, task.v_plane);
 }
 
-// The outputs of patches [begin, end), of one panel, from the sums of its products.
+// The outputs of one panel, from the sums of its products.
 template <class Finish, class Out>
-static void transform_sums(const WinogradTask<Out>& task, int64_t channel, int64_t begin, int64_t end) {
+static void transform_sums(const WinogradTask<Out>& task, int64_t channel) {
   constexpr int64_t at_once = 8;
   const int64_t plane = task.count * kPanel;
   typename Vector::Type wild = Vector::zero();
   const auto zero = Vector::zero();
   alignas(64) float out[at_once * engine::kOutputs][kPanel];
-  for (int64_t first = begin; first < end; first += at_once) {
-    const int64_t count = end - first < at_once ? end - first : at_once;
+  for (int64_t first = 0; first < task.count; first += at_once) {
+    const int64_t rest = task.count - first, count = rest < at_once ? rest : at_once;
     for (int64_t p = 0; p < count; ++p)
       for (int64_t c = 0; c < kPanel; c += Vector::lanes) {
         const float* sums = task.sums + (first + p) * kPanel + c;
@@ -131,7 +129,7 @@ static void multiply_patches(const WinogradTask<Out>& task) {
           }
         }
       }
-      transform_sums<Finish>(task, panel * kPanel, 0, task.count);
+      transform_sums<Finish>(task, panel * kPanel);
     }
   });
 }
@@ -176,22 +174,31 @@ static void multiply_outer_tile(const OuterTask& task, int64_t channel, int64_t 
   }
 }
 
-using MultiplyOuter = void (*)(const OuterTask&, int64_t, int64_t);
-template <int... rows>
-struct OuterTiles {
-  static constexpr MultiplyOuter of[] = {nullptr, multiply_outer_tile<rows + 1>...};
+constexpr void (*kMultiplyOuter[])(const OuterTask&, int64_t, int64_t) = {
+    nullptr,
+    multiply_outer_tile<1>,
+    multiply_outer_tile<2>,
+    multiply_outer_tile<3>,
+    multiply_outer_tile<4>,
+    multiply_outer_tile<5>,
+    multiply_outer_tile<6>,
+#if VECTOR_BYTES == 64
+    multiply_outer_tile<7>,
+    multiply_outer_tile<8>,
+    multiply_outer_tile<9>,
+    multiply_outer_tile<10>,
+    multiply_outer_tile<11>,
+    multiply_outer_tile<12>,
+    multiply_outer_tile<13>,
+    multiply_outer_tile<14>
+#endif
 };
-template <int... rows>
-static constexpr OuterTiles<rows...> outer_tiles(std::integer_sequence<int, rows...>) {
-  return {};
-}
 
 static void multiply_outer(const OuterTask& task) {
-  constexpr auto tiles = outer_tiles(std::make_integer_sequence<int, kVectorRows>());
   const int64_t count = (task.channels + kVectorRows - 1) / kVectorRows;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t first = t * task.channels / count, rows = (t + 1) * task.channels / count - first;
-    for (int64_t column = 0; column < kPanel; column += kColumns) tiles.of[rows](task, first, column);
+    for (int64_t column = 0; column < kPanel; column += kColumns) kMultiplyOuter[rows](task, first, column);
   }
 }
 

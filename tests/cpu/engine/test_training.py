@@ -79,6 +79,14 @@ def test_who_convolves_float32() -> None:
         assert forward == 2 and backward >= 2
 
 
+def test_no_picture_of_float32() -> None:
+    case = replace(TABLE["no norm"], batch=0, size=(9, 9))
+    x, params, spec = case.build(torch.float32, torch.channels_last)
+    got = run(x, params, spec, "native", case.upstream(torch.float32))
+    for name, value in got.items():
+        assert value is None or not value.any(), name
+
+
 @pytest.mark.parametrize("count", THREADS)
 def test_threads_change_no_bit_of_float32(count: int) -> None:
     case = WINOGRAD["many patches"]
