@@ -53,6 +53,18 @@ def test_a_schedule_is_made_for_the_threads_there_are() -> None:
     assert torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize("name", [name for name in TABLE if "patches" in name])
+@torch.no_grad()
+def test_threads_change_no_bit(name: str) -> None:
+    """Wherever a thread begins, and whoever shares outputs with whom; repeated, since threads may miss each other."""
+    x, params, spec = replace(TABLE[name].case, batch=3).build(torch.float32, torch.channels_last)
+    with threads(1):
+        expected = on_engine(x, params, spec)
+    for count in (2, 7) * 8:
+        with threads(count):
+            assert torch.equal(on_engine(x, params, spec), expected), f"{count} threads"
+
+
 @torch.no_grad()
 def test_sizes_by_the_hundred() -> None:
     """More than are kept: each of them as when it came alone."""

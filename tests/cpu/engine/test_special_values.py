@@ -28,6 +28,8 @@ LAYOUTS: dict[str, Case] = {
     "pixels that are copied": bottleneck("projection", channels=5, width=4, size=(3, 4)),
     "planes": block(2, channels=17, width=8, size=(4, 3)),
     "patches": block(2, channels=32, width=40, size=(5, 4)),
+    # its infinities keep their signs, which others' do not survive
+    "patches alone": chain(32, ((3, 3), 40, replace(SAME, act="identity")), size=(5, 4)),
     "planes of a stride": block(2, "projection", channels=17, width=8, out_channels=6, stride=2, size=(5, 4)),
     "columns": chain(8, ((1, 1), 8, StageSpec(2)), ((3, 3), 4, SAME), size=(4, 5)),
     "folded": chain(3, ((3, 3), 8, StageSpec(2, 1)), ((1, 1), 8, StageSpec()), size=(5, 6)),

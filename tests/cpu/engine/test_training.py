@@ -324,6 +324,23 @@ def test_what_is_not_finite_comes_out_where_eager_has_it(
     assert_same_is_lost(run(x, params, spec, "native", dout), run(x, params, spec, "eager", dout), f"{bad} in {where}")
 
 
+@pytest.mark.parametrize("where", ["x", "dout"])
+def test_infinities_of_float32_keep_their_signs(where: str) -> None:
+    """Winograd subtracts them from each other: oneDNN has to compute what they reach."""
+    stage = StageSpec(1, 1, norm=False, act="identity")
+    case = chain(32, ((3, 3), 64, stage), size=(6, 7), batch=2)
+    x, params, spec = case.build(torch.float32, torch.channels_last)
+    dout = case.upstream(torch.float32)
+    {"x": x, "dout": dout}[where][1, 3, 2, 2] = INF
+    got, eager = (run(x, params, spec, backend, dout) for backend in ("native", "eager"))
+    for name, value in eager.items():
+        ours = got[name]
+        assert value is None or ours is not None
+        for lost in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert value is None or torch.equal(lost(ours), lost(value)), f"{name}: {lost}"  # type: ignore[arg-type]
+    assert any(value is not None and value.isinf().any() for value in eager.values())
+
+
 @tiles
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_weights_that_are_not_finite_are_left_to_pytorch(bad: float) -> None:
