@@ -91,6 +91,12 @@ bool Window::is_pixel() const {
   return true;
 }
 
+bool Window::fits_winograd() const {
+  for (int d = 0; d < 2; ++d)
+    if (kernel[d] != 3 || stride[d] != 1 || dilation[d] != 1) return false;
+  return true;
+}
+
 Size Window::output(Size input) const {
   const auto length = [&](int64_t in, int d) {
     return (in + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;

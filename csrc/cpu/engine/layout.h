@@ -20,7 +20,8 @@ struct Size {
 struct Window {
   std::array<int64_t, 2> kernel, stride, padding, dilation;
 
-  bool is_pixel() const;  // of one pixel, nothing padded or skipped
+  bool is_pixel() const;       // of one pixel, nothing padded or skipped
+  bool fits_winograd() const;  // 3×3, next to each other, at every pixel (winograd.h)
   Size output(Size input) const;
   // The input rows under output rows [begin, end), padding included.
   std::array<int64_t, 2> covers(int64_t begin, int64_t end) const;

@@ -61,10 +61,7 @@ struct Conv {
 
 // Whether winograd.h computes it. Narrow convolutions have too few products for what surrounds them.
 bool may_be_winograd(const Shape& shape) {
-  const auto& w = shape.window;
-  const auto is = [](std::array<int64_t, 2> pair, int64_t value) { return pair == std::array{value, value}; };
-  return shape.kind == Layout::Kind::planes && shape.groups == 1 && is(w.kernel, 3) && is(w.stride, 1) &&
-         is(w.dilation, 1) && shape.in >= kPanel;
+  return shape.kind == Layout::Kind::planes && shape.groups == 1 && shape.window.fits_winograd() && shape.in >= kPanel;
 }
 
 // T: of tensors, to which weights are rounded. P: of what is multiplied, and of values between convolutions.
@@ -140,7 +137,7 @@ class Prepared final : public PreparedBlock {
   std::string describe(int64_t images, int64_t height, int64_t width) override {
     const auto s = schedule(images, {height, width});
     std::string text = kWidens ? "products of float32, " : "";
-    if (std::find(s->winograd.begin(), s->winograd.end(), true) != s->winograd.end()) text += "3x3 by Winograd, ";
+    if (s->any_winograd()) text += "3x3 by Winograd, ";
     if (s->splits_outputs) return text + "threads share the outputs of each convolution";
     text += s->images > 1 ? "groups of " + std::to_string(s->images) + " images" : "image by image";
     if (s->parts.size() > 1) text += ", each in " + std::to_string(s->parts.size()) + " parts";

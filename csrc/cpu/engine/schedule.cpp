@@ -50,7 +50,7 @@ class Planner {
     s.pooled = pool_ ? pool_->output(s.layouts[last()].output) : s.layouts[last()].output;
     const int64_t height = s.pooled.height;
     int64_t band = images > 1 || splits_outputs ? height : band_rows(s);
-    if (any_winograd(s)) band = std::min(height, round_up(band, 2));  // a patch has two rows
+    if (s.any_winograd()) band = std::min(height, round_up(band, 2));  // a patch has two rows
     if (s.layouts[0].kind == Layout::Kind::folded) {
       // for the first convolution: as many rows as a band can ask for, and the rows that two of its windows share
       int64_t from = 0, to = band;
@@ -179,10 +179,6 @@ class Planner {
       for (auto each = reversed.rbegin(); each != reversed.rend(); ++each) steps.push_back(std::move(*each));
     }
     return steps;
-  }
-
-  static bool any_winograd(const Schedule& s) {
-    return std::find(s.winograd.begin(), s.winograd.end(), true) != s.winograd.end();
   }
 
   static int64_t patches(Size output) { return ceil_div(output.height, 2) * ceil_div(output.width, 2); }

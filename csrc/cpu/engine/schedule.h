@@ -2,6 +2,7 @@
 // in which order.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -66,6 +67,8 @@ struct Schedule {
   int64_t winograd_buffer;  // byte offset of all V of a step where outputs are split, else of one; then of the sums
   int64_t scratch;          // bytes
   double cost;              // cycles of the slowest thread, estimated
+
+  bool any_winograd() const { return std::find(winograd.begin(), winograd.end(), true) != winograd.end(); }
 };
 
 struct Machine {

@@ -63,9 +63,8 @@ std::vector<Tap> all_taps(const Window& w) {
 
 // Of floats the engine convolves by Winograd alone, and padding of a pixel gives both directions the same window.
 bool by_winograd(const at::Tensor& weight, const Stage& stage) {
-  const auto is = [](std::array<int64_t, 2> pair, int64_t value) { return pair == std::array{value, value}; };
-  return weight.size(2) == 3 && weight.size(3) == 3 && is(stage.stride, 1) && is(stage.padding, 1) &&
-         is(stage.dilation, 1);
+  const Window window = window_of(weight, stage);
+  return window.fits_winograd() && window.padding == std::array<int64_t, 2>{1, 1};
 }
 
 template <class T>
