@@ -590,6 +590,33 @@ std::optional<std::string> reason_against(
   return std::nullopt;
 }
 
+namespace {
+
+// Products of the block with panels of 32 outputs and depths of whole steps / those that are asked for; Winograd's are
+// 16 of 36. Groups are of whole panels.
+double padding_of(const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, bool pairs) {
+  double all = 0, asked = 0, pixels = 1;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const auto& w = weights[i];
+    const auto& stage = spec.convs[i];
+    const bool projects = spec.has_projection() && static_cast<int64_t>(i) == spec.projection();
+    const Window window = window_of(stage, w[2], w[3]);
+    if (!projects) pixels /= static_cast<double>(stage.stride[0] * stage.stride[1]);  // else as many as the last one's
+    Shape shape{window, stage.groups, w[1] * stage.groups, w[0]};
+    shape.kind = kind_of(window, shape.in, stage.groups, i == 0, stage.input_stage != kNone);
+    // a row's few channels side by side are padded by all
+    const int64_t side = shape.kind == Layout::Kind::folded ? w[3] : 1;
+    const int64_t depth = round_up(w[1] * side, pairs ? kDepthStep<bf16> : kDepthStep<float>);
+    const auto taps = static_cast<double>(w[2] * w[3] / side);
+    const double products = !pairs && may_be_winograd(shape) ? taps * 16 / 36 : taps;
+    all += pixels * products * static_cast<double>(depth * round_up(w[0], kPanel));
+    asked += pixels * taps * static_cast<double>((side > 1 ? depth : w[1]) * w[0]);
+  }
+  return all / asked;
+}
+
+}  // namespace
+
 // Measured with torch 2.13 on a Sapphire Rapids processor, 2 threads, ResNet-50 at 224 x 224 (oneDNN's time / ours, the
 // range of its blocks): AMX 1.2 to 2.1 at batch 16, 1.3 to 1.8 at batch 1. float32 by AVX-512 1.0 to 1.6 at batch
 // 16, 1.06 to 1.21 at batch 1. bfloat16 by AVX512-BF16 0.94 to 1.10 at batch 16; its products as floats (products.cpp)
@@ -597,6 +624,12 @@ std::optional<std::string> reason_against(
 // batch 16 and 1, the worst block beside eager 1.03 to 1.13. A pointwise convolution on its own has nothing to keep in
 // a cache: with those of timm's efficientnet_b0 in oneDNN its evaluation takes 0.82 of the time (float32, median of 60
 // in turns, batch 4, torch 2.13 on Zen 5, 2 threads).
+// Channels that are no multiples of 32 (basic blocks and bottlenecks of 8 to 176, Zen 4, one thread, batch 2), oneDNN's
+// time / ours by how much they are padded: bfloat16 1.01 to 1.12 not at all, 0.81 to 1.06 from 1.14 to 1.33, 0.24 to
+// 0.95 beyond; float32 0.47 to 0.99 from 1.7 on but for a bottleneck of 16 (1.20), 0.94 to 1.8 below. Groups of 48, 56
+// and 120: the networks (regnetx_032, 064, 080) in float32 0.78, 0.88 and 0.81 of the time with oneDNN.
+constexpr double kMostPaddingOfPairs = 1.1, kMostPadding = 1.7;
+
 std::optional<std::string> faster_elsewhere(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
   if (is_forced() || !has_post_ops(dtype)) return std::nullopt;
@@ -609,9 +642,11 @@ std::optional<std::string> faster_elsewhere(
     return "a pointwise convolution on its own is faster in oneDNN";
   for (size_t i = 0; i < weights.size(); ++i) {
     const int64_t width = weights[i][0] / spec.convs[i].groups;  // of a group's outputs
-    if (spec.convs[i].groups > 1 && width < kPanel)
+    if (spec.convs[i].groups > 1 && width % kPanel != 0)
       return "convolutions of groups of " + std::to_string(width) + " channels are faster in oneDNN";
   }
+  if (padding_of(spec, weights, pairs) > (pairs ? kMostPaddingOfPairs : kMostPadding))
+    return "its channels, padded to multiples of 32, are faster in oneDNN";
   return std::nullopt;
 }
 
