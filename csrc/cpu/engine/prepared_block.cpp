@@ -592,6 +592,12 @@ std::optional<std::string> reason_against(
 
 namespace {
 
+// Channels that are no multiples of 32 (basic blocks and bottlenecks of 8 to 176, Zen 4, one thread, batch 2), oneDNN's
+// time / ours by how much they are padded: bfloat16 1.01 to 1.12 not at all, 0.81 to 1.06 from 1.14 to 1.33, 0.24 to
+// 0.95 beyond; float32 0.47 to 0.99 from 1.7 on but for a bottleneck of 16 (1.20), 0.94 to 1.8 below. Groups of 48, 56
+// and 120: the networks (regnetx_032, 064, 080) in float32 0.78, 0.88 and 0.81 of the time with oneDNN.
+constexpr double kMostPaddingOfPairs = 1.1, kMostPadding = 1.7;
+
 // Products of the block with panels of 32 outputs and depths of whole steps / those that are asked for; Winograd's are
 // 16 of 36. Groups are of whole panels.
 double padding_of(const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, bool pairs) {
@@ -624,12 +630,6 @@ double padding_of(const BlockSpec& spec, const std::vector<std::vector<int64_t>>
 // batch 16 and 1, the worst block beside eager 1.03 to 1.13. A pointwise convolution on its own has nothing to keep in
 // a cache: with those of timm's efficientnet_b0 in oneDNN its evaluation takes 0.82 of the time (float32, median of 60
 // in turns, batch 4, torch 2.13 on Zen 5, 2 threads).
-// Channels that are no multiples of 32 (basic blocks and bottlenecks of 8 to 176, Zen 4, one thread, batch 2), oneDNN's
-// time / ours by how much they are padded: bfloat16 1.01 to 1.12 not at all, 0.81 to 1.06 from 1.14 to 1.33, 0.24 to
-// 0.95 beyond; float32 0.47 to 0.99 from 1.7 on but for a bottleneck of 16 (1.20), 0.94 to 1.8 below. Groups of 48, 56
-// and 120: the networks (regnetx_032, 064, 080) in float32 0.78, 0.88 and 0.81 of the time with oneDNN.
-constexpr double kMostPaddingOfPairs = 1.1, kMostPadding = 1.7;
-
 std::optional<std::string> faster_elsewhere(
     const BlockSpec& spec, const std::vector<std::vector<int64_t>>& weights, at::ScalarType dtype) {
   if (is_forced() || !has_post_ops(dtype)) return std::nullopt;
