@@ -220,7 +220,7 @@ def _check_residual(x: Tensor, params: BlockParams, spec: BlockSpec, residual: T
 
 def splits(x: Tensor, params: BlockParams, spec: BlockSpec) -> str | None:
     """Why this block is computed in pieces now (`ops.split_block`), or None."""
-    return split_block.reason_to_split(params, spec, autocast_dtype(x) not in (None, torch.float32))
+    return split_block.reason_to_split(params, spec, lambda: autocast_dtype(x) not in (None, torch.float32))
 
 
 def _takes_split(backend: str, x: Tensor, params: BlockParams, refusal: str | None) -> bool:
@@ -339,7 +339,7 @@ def refuses(
         return differentiated_otherwise(x, (*params.tensors, residual))
     if gate is not None and (reason := gated_block.reason_against(spec)) is not None:
         return reason
-    if autocast_dtype(x) not in (None, x.dtype) and _keeps_width(spec):
+    if _keeps_width(spec) and autocast_dtype(x) not in (None, x.dtype):
         return _MIXES
     return differentiated_otherwise(x, (*params.tensors, residual))
 

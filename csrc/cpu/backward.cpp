@@ -9,12 +9,7 @@ namespace resnet_fused::cpu {
 namespace {
 
 at::Tensor like_parameter(const std::vector<double>& values, const at::Tensor& parameter) {
-  auto t = at::empty(parameter.sizes(), parameter.options().memory_format(at::MemoryFormat::Contiguous));
-  TORCH_INTERNAL_ASSERT(t.numel() == static_cast<int64_t>(values.size()));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, t.scalar_type(), "like_parameter", [&] {
-    std::copy(values.begin(), values.end(), t.mutable_data_ptr<scalar_t>());
-  });
-  return t;
+  return from_vector(values, parameter.sizes(), parameter.scalar_type());
 }
 
 // The gradient of a scale or slope from its per-channel gradient: their sum where the scale is a single value.

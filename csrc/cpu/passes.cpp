@@ -1,6 +1,7 @@
 #include "passes.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -127,6 +128,15 @@ std::vector<A> to_vector(const at::Tensor& t) {
   const auto flat = t.to(at::kCPU, c10::CppTypeToScalarType<A>::value).reshape(-1).contiguous();
   const A* p = flat.template const_data_ptr<A>();
   return {p, p + flat.numel()};
+}
+
+at::Tensor from_vector(const std::vector<double>& values, at::IntArrayRef sizes, at::ScalarType type) {
+  at::Tensor t = at::empty(sizes, at::dtype(type));
+  TORCH_INTERNAL_ASSERT(t.numel() == static_cast<int64_t>(values.size()));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, type, "from_vector", [&] {
+    std::copy(values.begin(), values.end(), t.mutable_data_ptr<scalar_t>());
+  });
+  return t;
 }
 
 namespace {

@@ -101,6 +101,8 @@ struct ApplyVectors {
 // The values of a tensor of any type, in arithmetic type.
 template <class A>
 std::vector<A> to_vector(const at::Tensor& t);
+// A contiguous tensor of these values, rounded once.
+at::Tensor from_vector(const std::vector<double>& values, at::IntArrayRef sizes, at::ScalarType type);
 
 // [2, C]: mean and biased variance, in arithmetic type.
 template <class S>

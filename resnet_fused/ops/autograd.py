@@ -156,6 +156,7 @@ class ResidualBlock(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, (a, b), masters = ctx.saved_tensors, ctx.split, ctx.masters
+        tensors = _placed(ctx.count, ctx.places, saved[:a])
         with torch.no_grad():
             grads = ctx.backend.backward(
                 ctx.spec,
@@ -163,11 +164,11 @@ class ResidualBlock(torch.autograd.Function):
                 saved[a],
                 list(saved[a + 1 : b]),
                 list(saved[b:]),
-                _placed(ctx.count, ctx.places, saved[:a]),
+                tensors,
                 ctx.needs,
                 masters[0].dtype if masters else None,
             )
-            _stride_as(grads.weights, list(_placed(ctx.count, ctx.places, saved[:a]).weights))
+            _stride_as(grads.weights, tensors.weights)
         flat = grads.flat
         sources = [dout, *saved[:a], *masters]
         given = refuse_second_derivative("residual_block", [flat[i] for i in ctx.places], sources)

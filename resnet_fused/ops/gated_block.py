@@ -12,7 +12,7 @@ from torch._prims_common import suggest_memory_format
 
 from resnet_fused.ops import gated_join, join_operators, operators, reference, running_stats
 from resnet_fused.ops.gate import Gate, LayeredGate, per_channel
-from resnet_fused.ops.gated_join import JoinNorm
+from resnet_fused.ops.join_operators import JoinNorm
 from resnet_fused.params import BlockParams, StageParams
 from resnet_fused.spec import Activation, BlockSpec, StageSpec
 from resnet_fused.spec.activations import IDENTITY
@@ -106,18 +106,9 @@ def join(
 
     normalises: `parts.norm` is applied here; otherwise y has been through every norm.
     """
-    pools = callable(gate)
     stage, tensors = parts.norm if normalises and parts.norm is not None else (None, None)
-    images = None
-    if pools or (stage is not None and stage.batch_stats):
-        with torch.no_grad():
-            images = join_operators.image_statistics(y)
-    if stage is not None and tensors is not None:
-        norm, batch = _norm(y, stage, tensors, images)
-    else:
-        norm, batch = JoinNorm.identity(y), None
-    means = images[:, 0] if pools and images is not None else None
-    y, pooled, handoff = gated_join.pooled_norm(y, norm, means)
+    norm = JoinNorm() if stage is None or tensors is None else _norm(stage, tensors)
+    y, pooled, handoff, norm = gated_join.pooled_norm(y, norm, callable(gate))
     if gate is None:
         gate = y.new_ones(1, 1)
     factor = per_channel(gate(pooled) if callable(gate) else gate, y)  # type: ignore[arg-type]
@@ -129,8 +120,9 @@ def join(
         skip = reference.scaled(skip, params.skip_scale)
         skip = skip.contiguous(memory_format=torch.channels_last)
     # before the join, where checkpointing, which computes all this again, stops: its last tensor is saved there
-    if batch is not None and tensors is not None:
-        running_stats.update_one(tensors, batch[0], batch[1], y.numel() // y.shape[1])
+    if norm.of_batch:
+        assert tensors is not None and norm.mean is not None and norm.var is not None
+        running_stats.update_one(tensors, norm.mean, norm.var, y.numel() // y.shape[1])
         running_stats.count_one(tensors)
     return gated_join.gated_join(y, factor, skip, parts.slope, handoff, norm, parts.act)
 
@@ -163,23 +155,21 @@ def evaluated(y: Tensor, skip: Tensor | None, parts: Parts, gate: LayeredGate) -
 
 def _pooled(y: Tensor) -> Tensor:
     """The mean of each channel of each image; of 16 bits ATen first makes a float32 copy, the statistics do not."""
-    return join_operators.image_statistics(y)[:, 0].to(y.dtype) if y.dtype.itemsize == 2 else y.mean((2, 3))
+    return join_operators.pooled_statistics(y, JoinNorm(), pools=True)[2] if y.dtype.itemsize == 2 else y.mean((2, 3))
 
 
 def norm_act(x: Tensor, norm: JoinNorm, residual: Tensor | None, act: Activation, blend: Callable[[], None]) -> Tensor:
     """act(norm(x) + residual) in x's memory format: a join whose gate is one. blend: called before the join."""
     form = suggest_memory_format(x)
-    y, _, handoff = gated_join.pooled_norm(x.contiguous(memory_format=torch.channels_last), norm, None)
+    y, _, handoff = gated_join.PooledNorm.apply(
+        x.contiguous(memory_format=torch.channels_last), norm.weight, norm.bias, norm, None, None
+    )
     blend()
     one = torch.ones(x.shape[:2], dtype=torch.float64, device=x.device)
     return gated_join.gated_join(y, one, residual, None, handoff, norm, act).contiguous(memory_format=form)
 
 
-def _norm(y: Tensor, stage: StageSpec, tensors: StageParams, images: Tensor | None) -> tuple[JoinNorm, Tensor | None]:
-    """(the norm of the join, its batch statistics [2, C] or None)."""
-    weight, bias = tensors.norm_weight, tensors.norm_bias
-    if stage.batch_stats and images is not None:
-        batch = gated_join.batch_statistics(images)
-        return JoinNorm(batch[0], batch[1], weight, bias, stage.eps, y.numel() // y.shape[1]), batch
-    assert tensors.running_mean is not None and tensors.running_var is not None  # by validation
-    return JoinNorm(tensors.running_mean, tensors.running_var, weight, bias, stage.eps, None), None
+def _norm(stage: StageSpec, tensors: StageParams) -> JoinNorm:
+    """That of the join; the batch's statistics are not known yet."""
+    constants = (None, None) if stage.batch_stats else (tensors.running_mean, tensors.running_var)
+    return JoinNorm(*constants, tensors.norm_weight, tensors.norm_bias, stage.eps, stage.batch_stats)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops import autograd, gated_block, norm_operators, running_stats, sync_batch_norm
-from resnet_fused.ops.gated_join import JoinNorm
+from resnet_fused.ops.join_operators import JoinNorm
 from resnet_fused.spec import Activation
 from resnet_fused.spec.activations import IDENTITY, RELU
 from resnet_fused.spec.batch_norm import BatchNorm
@@ -29,7 +29,7 @@ def norm_act(x: Tensor, norm: BatchNorm, residual: Tensor | None, act: Activatio
             running_stats.count_one(norm)
 
     if act not in (IDENTITY, RELU):
-        joined = JoinNorm(mean, var, norm.weight, norm.bias, norm.eps, count)
+        joined = JoinNorm(mean, var, norm.weight, norm.bias, norm.eps, count is not None)
         return gated_block.norm_act(x, joined, residual, act, blend)
     if autograd.needs_grad(tensors):
         # checkpointing computes this again and stops where the last tensor is saved; a traced Function cannot write

@@ -28,19 +28,18 @@ from resnet_fused.spec.batch_norm import BatchNorm
 Fused = Callable[[Tensor, BlockParams, BlockSpec], Tensor]
 
 
-def reason_to_split(params: BlockParams, spec: BlockSpec, autocast: bool) -> str | None:
+def reason_to_split(params: BlockParams, spec: BlockSpec, narrows: Callable[[], bool]) -> str | None:
     """Why the block is computed in pieces now, or None.
 
-    autocast: whether the convolutions are cast to a narrower dtype than float32.
+    narrows: whether autocast gives the convolutions a narrower dtype than float32; asked where it matters.
     """
     if params.shares_batch:
         return (
             "SyncBatchNorm shares its statistics between processes: one operator for each convolution, one pass for "
             "each norm with its activation (and the addition)"
         )
-    if not autocast or spec.order == "pre":
-        return None
-    if spec.stages[-1].promotes or (spec.projection is not None and spec.projection.promotes):
+    promotes = spec.stages[-1].promotes or (spec.projection is not None and spec.projection.promotes)
+    if promotes and spec.order != "pre" and narrows():
         return (
             "under autocast FrozenBatchNorm2d's result is float32: the chain is fused in autocast's dtype; the last "
             "norm, the addition and the activation are one float32 pass"

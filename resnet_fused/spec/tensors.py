@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -46,15 +46,15 @@ class BlockTensors(Generic[T]):
     slopes: list[T]
 
     @classmethod
-    def of(cls, flat: Sequence[T]) -> BlockTensors[T]:
+    def of(cls, flat: list[T]) -> BlockTensors[T]:
         """The inverse of `flat`."""
-        count = (len(flat) - len(SINGLE)) // len(PER_CONVOLUTION)
-        if len(flat) != len(SINGLE) + count * len(PER_CONVOLUTION):
+        count, rest = divmod(len(flat) - len(SINGLE), len(PER_CONVOLUTION))
+        if rest or count < 1:
             raise ValueError(
                 f"a block of k convolutions has {len(SINGLE)} + {len(PER_CONVOLUTION)} k tensors, got {len(flat)}"
             )
-        starts = range(len(SINGLE), len(flat), count) if count else ()
-        return cls(*flat[: len(SINGLE)], *(list(flat[start : start + count]) for start in starts))  # type: ignore[arg-type]
+        lists = [flat[start : start + count] for start in range(len(SINGLE), len(flat), count)]
+        return cls(flat[0], flat[1], flat[2], *lists)
 
     @classmethod
     def filled(cls, value: T, convs: int) -> BlockTensors[T]:
@@ -80,8 +80,18 @@ class BlockTensors(Generic[T]):
     @property
     def flat(self) -> list[T]:
         """Every value, in the order of `arguments`."""
-        first = [self.x, self.branch_scale, self.skip_scale]
-        return [*first, *(value for values in self.arguments[len(SINGLE) :] for value in values)]  # type: ignore[union-attr]
+        return [
+            self.x,
+            self.branch_scale,
+            self.skip_scale,
+            *self.weights,
+            *self.biases,
+            *self.norm_weights,
+            *self.norm_biases,
+            *self.running_means,
+            *self.running_vars,
+            *self.slopes,
+        ]
 
     def map(self, change: Callable[[T], U]) -> BlockTensors[U]:
         return BlockTensors.of([change(value) for value in self.flat])

@@ -204,13 +204,13 @@ def test_no_other_pass_over_memory() -> None:
     x.requires_grad_()
     with Passes(x.numel()) as forward:
         out = functional.residual_block(x, params, spec, gate=gate, backend="native")
-    assert forward.names == ["residual_block_forward", "image_statistics", "gated_join"]
+    assert forward.names == ["residual_block_forward", "pooled_statistics", "gated_join"]
     dout = torch.ones_like(out)
     with Passes(x.numel()) as backward:
         out.backward(dout)
     assert backward.names == [
-        "gated_join_backward_reduce",
-        "gated_join_backward_apply",
+        "gated_join_backward",
+        "pooled_norm_backward",
         "residual_block_backward",
         "aten::add.Tensor",
     ]
@@ -321,17 +321,18 @@ def arguments(name: str, dtype: torch.dtype, memory_format: torch.memory_format)
     generator = torch.Generator().manual_seed(0)
     y, skip, dout = (torch.randn(2, 5, 3, 4, generator=generator).to(dtype) for _ in range(3))
     y = y.contiguous(memory_format=memory_format)
-    rows = torch.randn(2, 4, 5, generator=generator, dtype=join_operators.arithmetic_dtype(y))
-    slope = torch.rand(5, generator=generator)
+    mean, var, weight, bias, slope = (torch.rand(5, generator=generator) for _ in range(5))
+    norm = (mean, var, weight, bias, 1e-5)
+    gate, of_images = torch.rand(2, 5, generator=generator), torch.rand(3, 2, 5, generator=generator).double()
     return {
-        "image_statistics": (y,),
-        "gated_join": (y, rows[:, :3].contiguous(), skip, Activation("silu").code, 0.0, None),
-        "gated_join_backward_reduce": (dout, None, y, rows[:, :3], skip, Activation("prelu").code, 0.0, slope),
-        "gated_join_backward_apply": (dout, y, rows),
+        "pooled_statistics": (y, None, None, weight, bias, 1e-5, True, True),
+        "gated_join": (y, gate, *norm, skip, Activation("silu").code, 0.0, None),
+        "gated_join_backward": (dout, None, y, gate, *norm, skip, Activation("prelu").code, 0.0, slope),
+        "pooled_norm_backward": (dout, y, gate.to(dtype), of_images, mean.expand(2, 5), *norm, True, [True] * 3),
     }[name]
 
 
-OPERATORS = ["image_statistics", "gated_join", "gated_join_backward_reduce", "gated_join_backward_apply"]
+OPERATORS = ["pooled_statistics", "gated_join", "gated_join_backward", "pooled_norm_backward"]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -341,19 +342,42 @@ def test_opcheck(name: str, dtype: torch.dtype, memory_format: torch.memory_form
     torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, arguments(name, dtype, memory_format))
 
 
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("pooled_statistics", {6: False, 7: False}),
+        ("gated_join", dict.fromkeys(range(2, 6))),
+        ("gated_join_backward", dict.fromkeys([4, 5, 6, 7, 9, 12]) | {10: Activation("identity").code}),
+        ("pooled_norm_backward", dict.fromkeys([0, 2, 3, 4, 5, 6]) | {10: False, 11: [True, False, False]}),
+    ],
+)
+def test_opcheck_without_what_may_be_absent(name: str, absent: dict[int, Any]) -> None:
+    given = list(arguments(name, torch.float32, torch.channels_last))
+    for position, value in absent.items():
+        given[position] = value
+    torch.library.opcheck(getattr(torch.ops.resnet_fused, name).default, tuple(given))
+
+
 BAD: list[tuple[str, int, Callable[[Any], Any], type[Exception], str]] = [
-    ("image_statistics", 0, lambda x: x[0], ValueError, "non-empty"),
-    ("image_statistics", 0, lambda x: x.long(), TypeError, "accepted: Float"),
-    ("gated_join", 1, lambda a: a[:, :2], ValueError, r"affine must be \[2, 3, 5\]"),
-    ("gated_join", 1, lambda a: a.double(), TypeError, "affine is Double"),
-    ("gated_join", 2, lambda s: s[:, :4], ValueError, "skip must be"),
-    ("gated_join", 2, lambda s: s.double(), TypeError, "skip is Double"),
-    ("gated_join", 3, lambda code: 99, ValueError, "unknown activation code 99"),
-    ("gated_join", 3, lambda code: Activation("prelu").code, ValueError, "prelu has a slope"),
-    ("gated_join_backward_reduce", 0, lambda d: d[:1], ValueError, "dout must be"),
-    ("gated_join_backward_reduce", 7, lambda s: s[:3], ValueError, r"slope must be \[1\] or \[5\]"),
-    ("gated_join_backward_apply", 1, lambda y: y[..., :2], ValueError, "y must be"),
-    ("gated_join_backward_apply", 2, lambda k: k[:, :3], ValueError, r"coefficients must be \[2, 4, 5\]"),
+    ("pooled_statistics", 0, lambda x: x[0], ValueError, "non-empty"),
+    ("pooled_statistics", 0, lambda x: x.long(), TypeError, "accepted: Float"),
+    ("pooled_statistics", 3, lambda weight: weight[:4], ValueError, r"weight must be \[5\], got \[4\]"),
+    ("gated_join", 1, lambda gate: gate[:, :2], ValueError, r"gate must be \[2, 5\]"),
+    ("gated_join", 1, lambda gate: gate.long(), TypeError, "gate is Long; accepted: floating point"),
+    ("gated_join", 2, lambda mean: None, ValueError, "mean and var go together"),
+    ("gated_join", 3, lambda var: var[:1], ValueError, r"var must be \[5\]"),
+    ("gated_join", 7, lambda s: s[:, :4], ValueError, "skip must be"),
+    ("gated_join", 7, lambda s: s.double(), TypeError, "skip is Double"),
+    ("gated_join", 8, lambda code: 99, ValueError, "unknown activation code 99"),
+    ("gated_join", 8, lambda code: Activation("prelu").code, ValueError, "prelu has a slope"),
+    ("gated_join_backward", 0, lambda d: d[:1], ValueError, "dout must be"),
+    ("gated_join_backward", 12, lambda s: s[:3], ValueError, r"slope must be \[1\] or \[5\]"),
+    ("pooled_norm_backward", 0, lambda dz: dz[..., :2], ValueError, "dz must be"),
+    ("pooled_norm_backward", 2, lambda d: d[:1], ValueError, r"d_pooled must be \[2, 5\]"),
+    ("pooled_norm_backward", 3, lambda h: h[:2], ValueError, r"handoff must be \[3, 2, 5\]"),
+    ("pooled_norm_backward", 4, lambda m: m[:1], ValueError, r"means must be \[2, 5\]"),
+    ("pooled_norm_backward", 7, lambda weight: None, ValueError, "of the weight, which is None"),
+    ("pooled_norm_backward", 8, lambda bias: None, ValueError, "of the bias, which is None"),
 ]
 
 
@@ -368,11 +392,17 @@ def test_bad_arguments(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_image_statistics(dtype: torch.dtype) -> None:
+def test_statistics_of_the_batch_and_of_its_images(dtype: torch.dtype) -> None:
     """Against fp64; a mean of 1e3 beside a deviation of 1, where sums of squares would lose float32's digits."""
     x = (torch.randn(3, 40, 33, 31, generator=torch.Generator().manual_seed(0)) + 1e3).to(dtype)
-    var, mean = torch.var_mean(x.double(), (2, 3), correction=0)
-    got = join_operators.image_statistics(x).double()
-    eps = torch.finfo(join_operators.arithmetic_dtype(x)).eps
-    torch.testing.assert_close(got[:, 0], mean, rtol=16 * eps, atol=0)
-    torch.testing.assert_close(got[:, 1], var, rtol=1e3 * eps, atol=0)  # deviations have 1e-3 of the mean's digits
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    norm = join_operators.JoinNorm(eps=1e-5, of_batch=True)
+    statistics, means, pooled = join_operators.pooled_statistics(x, norm, pools=True)
+    eps = torch.finfo(statistics.dtype).eps
+    assert statistics.dtype == join_operators.arithmetic_dtype(x)
+    torch.testing.assert_close(statistics[0].double(), mean, rtol=16 * eps, atol=0)
+    torch.testing.assert_close(statistics[1].double(), var, rtol=1e3 * eps, atol=0)  # has 1e-3 of the mean's digits
+    torch.testing.assert_close(means.double(), x.double().mean((2, 3)), rtol=16 * eps, atol=0)
+    expected = (means.double() - statistics[0].double()) / (statistics[1].double() + 1e-5).sqrt()
+    assert pooled.dtype == dtype
+    torch.testing.assert_close(pooled, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
