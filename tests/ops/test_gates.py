@@ -406,3 +406,10 @@ def test_statistics_of_the_batch_and_of_its_images(dtype: torch.dtype) -> None:
     expected = (means.double() - statistics[0].double()) / (statistics[1].double() + 1e-5).sqrt()
     assert pooled.dtype == dtype
     torch.testing.assert_close(pooled, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_an_infinite_gate_makes_no_nan_of_a_bias_that_is_absent() -> None:
+    y, gate = torch.rand(1, 3, 2, 2) + 1, torch.full((1, 3), float("inf"))
+    for norm in (join_operators.JoinNorm(), join_operators.JoinNorm(torch.zeros(3), torch.ones(3), eps=1e-5)):
+        out = join_operators.gated_join(y, gate, norm, None, Activation("identity"), None)
+        assert torch.equal(out, torch.full_like(y, float("inf")))
