@@ -31,9 +31,11 @@ const std::pair<std::string_view, InPlace>* found(std::string_view name) {
 }
 
 at::Tensor of_layer(const at::Tensor& p, const GateLayer& layer) {
-  const auto& w = layer.weight;
-  at::Tensor z = w.dim() == 3 ? at::conv1d(p.unsqueeze(1), w, layer.bias, 1, (w.size(2) - 1) / 2).squeeze(1)
-                              : at::linear(p, w.reshape({w.size(0), w.size(1)}), layer.bias);
+  const at::Tensor w = layer.weight.to(p.scalar_type());
+  std::optional<at::Tensor> bias;
+  if (layer.bias) bias = layer.bias->to(p.scalar_type());
+  at::Tensor z = w.dim() == 3 ? at::conv1d(p.unsqueeze(1), w, bias, 1, (w.size(2) - 1) / 2).squeeze(1)
+                              : at::linear(p, w.reshape({w.size(0), w.size(1)}), bias);
   return found(layer.act)->second(z);
 }
 

@@ -13,7 +13,7 @@
 namespace resnet_fused::cpu {
 
 // One layer of a gate on [N, C]: linear where weight is [out, in, 1, 1] or [out, in]; over neighbouring channels, with
-// zeros around them, where it is [1, 1, k]; then an activation.
+// zeros around them, where it is [1, 1, k]; then an activation. Tensors of float32 are rounded to y's type.
 struct GateLayer {
   at::Tensor weight;
   std::optional<at::Tensor> bias;

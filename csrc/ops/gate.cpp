@@ -41,8 +41,9 @@ void gate_(
         "], got ", bias ? bias->sizes() : at::IntArrayRef{});
     for (const auto& t : {std::optional<at::Tensor>(w), bias})
       TORCH_CHECK_TYPE(
-          !t || (t->scalar_type() == y.scalar_type() && t->device() == y.device()), "y is ", y.scalar_type(),
-          ", a tensor of layer ", i, " is ", t ? t->scalar_type() : at::kFloat, "; they must be alike, on one device");
+          !t || ((t->scalar_type() == y.scalar_type() || t->scalar_type() == at::kFloat) && t->device() == y.device()),
+          "y is ", y.scalar_type(), ", a tensor of layer ", i, " is ", t ? t->scalar_type() : at::kFloat,
+          "; accepted: y's type or Float, on y's device");
     TORCH_CHECK_VALUE(cpu::is_gate_activation(names[i]), "a gate has no activation ", names[i]);
     layers.push_back({w, bias, names[i]});
   }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -39,11 +40,17 @@ class LayeredGate:
         return self.compute(pooled)
 
     def reads(self, y: Tensor) -> bool:
-        """Whether `gate_` computes them for a branch like y: plain tensors of y's dtype and device."""
+        """Whether `gate_` computes them for a branch like y: plain tensors on y's device, of y's dtype.
+
+        Where that is autocast's they may be float32, and are rounded as autocast does.
+        """
+        if forward_ad._current_level >= 0:
+            return False
+        device = y.device
+        narrowed = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == y.dtype
+        accepted = (y.dtype, torch.float32) if narrowed else (y.dtype,)
         tensors = [t for layer in self.layers for t in (layer.weight, layer.bias) if t is not None]
-        return forward_ad._current_level < 0 and all(
-            type(t) in (Tensor, nn.Parameter) and t.dtype == y.dtype and t.device == y.device for t in tensors
-        )
+        return all(type(t) in (Tensor, nn.Parameter) and t.dtype in accepted and t.device == device for t in tensors)
 
 
 def per_channel(factor: object, branch: Tensor) -> Tensor:

@@ -120,7 +120,26 @@ def test_as_accurate_as_eager(
         found.append((got, eager, exact))
     assert_as_accurate("out", *(torch.stack(each) for each in zip(*found, strict=True)))
     names = calls_of(lambda: functional.residual_block(x, params, spec, gate=gate, backend="native"))
-    assert names[-1] == "gate_" and not {"gated_join", "image_statistics"} & set(names)
+    assert names[-1] == "gate_" and not {"gated_join", "pooled_statistics"} & set(names)
+
+
+@pytest.mark.parametrize("skip", ["identity", "projection", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(skip: str, dtype: torch.dtype) -> None:
+    """The gate's float32 tensors are rounded within the call; no further from fp64 than eager."""
+    case = case_of(skip=skip, act="silu")
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for seed in range(4):
+        x, params, spec = case.build(torch.float32, torch.channels_last, seed)
+        spec, gate = replace(spec, in_place_add=True), squeeze_excitation(case.out_shape[1], torch.float32)
+        exact = reference.residual_block(x.double(), to_double(params), spec, doubled(gate))
+        with torch.autocast("cpu", dtype):
+            eager = functional.residual_block(x, params, spec, gate=gate, backend="eager")
+            with Calls() as calls:
+                got = functional.residual_block(x, params, spec, gate=gate, backend="native")
+        assert calls.names[-1] == "gate_" and got.dtype == eager.dtype == dtype
+        found.append((got, eager, exact))
+    assert_as_accurate("out", *(torch.stack(each) for each in zip(*found, strict=True)))
 
 
 @pytest.mark.parametrize("act", NAMES)
@@ -188,6 +207,9 @@ def test_a_weight_written_in_any_way_is_read() -> None:
 def names_where(change: str) -> list[str]:
     x, params, spec = case_of(skip_scale="[1]" if change == "scale" else "one").build(torch.float32)
     gate = squeeze_excitation(6, torch.float64 if change == "wider weights" else torch.float32)
+    if change == "narrower branch":
+        x, params, spec = case_of().build(torch.bfloat16)
+        gate = replace(gate, compute=lambda pooled: in_pytorch(gate.layers, pooled.float()))
     if change == "wider weights":
         gate = replace(gate, compute=lambda pooled: in_pytorch(gate.layers, pooled.double()))
 
@@ -203,7 +225,7 @@ def names_where(change: str) -> list[str]:
     return calls_of(compute)
 
 
-@pytest.mark.parametrize("change", ["autograd", "scale", "wider weights", "forward mode"])
+@pytest.mark.parametrize("change", ["autograd", "scale", "wider weights", "narrower branch", "forward mode"])
 def test_where_the_layers_run_in_pytorch(change: str) -> None:
     assert "gate_" in names_where("nothing")
     assert "gate_" not in names_where(change)
