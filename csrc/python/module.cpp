@@ -90,6 +90,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("activations", &activations, "The names in csrc/block/activations.h, in the order of their codes.");
   m.def(
       "is_channels_last", &is_channels_last, "See csrc/block/result_format.h; first: pre-activation, x is, channels.");
+  m.def(
+      "suggests_channels_last",
+      [](const pybind11::handle& t) {
+        TORCH_CHECK_TYPE(THPVariable_Check(t.ptr()), "expected a tensor, got ", Py_TYPE(t.ptr())->tp_name);
+        const auto& tensor = THPVariable_Unpack(t.ptr());
+        return tensor.layout() == at::kStrided && tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+      },
+      "ATen's suggest_memory_format.");
   m.def("too_large_for_cuda", &resnet_fused::cuda::too_large, "See csrc/cuda/plan/limits.h.");
   m.def("has_cuda_kernel", &resnet_fused::cuda::has_kernel, "See csrc/cuda/plan/limits.h.");
   m.def(

@@ -281,14 +281,20 @@ def pooled(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
     return x.new_empty(size).contiguous(memory_format=suggest_memory_format(x))
 
 
+def _suggests_channels_last(t: Tensor) -> bool:
+    if type(t) in (Tensor, torch.nn.Parameter):
+        return _C.suggests_channels_last(t)
+    return suggest_memory_format(t) == torch.channels_last  # of tensors without memory; 12 microseconds of Python
+
+
 def result_format(x: Tensor, weights: Sequence[Tensor], spec: BlockSpec) -> torch.memory_format:
     """The memory format of a block's result, as PyTorch's own operations would give it (csrc/block/result_format.h)."""
     sizes = _conv_shapes(x, weights, spec)[: len(spec.stages)]
     last = _C.is_channels_last(
-        [spec.order == "pre", suggest_memory_format(x) == torch.channels_last, int(x.shape[1])],
+        [spec.order == "pre", _suggests_channels_last(x), int(x.shape[1])],
         [stage.processes for stage in spec.stages],
         [stage.padding_mode == "circular" for stage in spec.stages],
-        [suggest_memory_format(weight) == torch.channels_last for weight in weights],
+        [_suggests_channels_last(weight) for weight in weights],
         [int(width) for _, width, _, _ in sizes],
         [bool(h * w == 1) for _, _, h, w in sizes],
     )
