@@ -17,6 +17,13 @@ namespace {
 
 using Optional = std::optional<at::Tensor>;
 
+// body(place, channel) for every value of [N, C].
+template <class Body>
+void each_value(size_t values, int64_t channels, const Body& body) {
+  for (size_t image = 0; image < values; image += channels)
+    for (int64_t c = 0; c < channels; ++c) body(image + c, c);
+}
+
 // norm(y) = (y - mean) * scale + shift, by channel. Without a bias there is no shift: a gate that is infinite would
 // make NaN of its zeros.
 struct Coefficients {
@@ -42,12 +49,11 @@ struct Coefficients {
   template <class A>
   NormVectors<A> gated(const std::vector<double>& gate) const {
     NormVectors<A> sets(static_cast<int64_t>(gate.size()));
-    for (size_t i = 0; i < gate.size(); ++i) {
-      const size_t c = i % channels;
+    each_value(gate.size(), channels, [&](size_t i, int64_t c) {
       sets.center[i] = static_cast<A>(mean[c]);
       sets.scale[i] = static_cast<A>(gate[i] * scale[c]);
       if (!shift.empty()) sets.shift[i] = static_cast<A>(gate[i] * shift[c]);
-    }
+    });
     return sets;
   }
 };
@@ -95,11 +101,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pooled_statistics(
     means = of_images.select(1, 0).contiguous();
     const Coefficients k(norm, channels);
     auto values = to_vector<double>(means);
-    for (size_t i = 0; i < values.size(); ++i) {
-      const size_t c = i % channels;
+    each_value(values.size(), channels, [&](size_t i, int64_t c) {
       values[i] = (values[i] - k.mean[c]) * k.scale[c];
       if (!k.shift.empty()) values[i] += k.shift[c];
-    }
+    });
     pooled = from_vector(values, {images, channels}, y.scalar_type());
   });
   return {statistics, means, pooled};
@@ -141,12 +146,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_join_backward(
   });
 
   std::vector<double> d_gate(factors.size()), d_slope(act.slope ? act.slope->numel() : 0, 0.0), handoff = factors;
-  for (size_t i = 0; i < factors.size(); ++i) {
-    const size_t c = i % channels;
+  each_value(factors.size(), channels, [&](size_t i, int64_t c) {
     d_gate[i] = sums.dz_y[i] * k.scale[c];
     if (!k.shift.empty()) d_gate[i] += sums.dz[i] * k.shift[c];
-    if (!d_slope.empty()) d_slope[c % d_slope.size()] += sums.slope[i];
-  }
+    if (!d_slope.empty()) d_slope[d_slope.size() == 1 ? 0 : c] += sums.slope[i];
+  });
   handoff.insert(handoff.end(), sums.dz.begin(), sums.dz.end());
   handoff.insert(handoff.end(), sums.dz_y.begin(), sums.dz_y.end());
   return {
@@ -167,12 +171,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pooled_norm_backward(
   const auto spread = d_pooled ? to_vector<double>(*d_pooled) : std::vector<double>(all, 0.0);
   const auto of_images = means ? to_vector<double>(*means) : std::vector<double>();
   std::vector<double> sum_g(channels, 0.0), sum_g_xhat(channels, 0.0);
-  for (size_t i = 0; i < all; ++i) {
-    const size_t c = i % channels;
+  each_value(all, channels, [&](size_t i, int64_t c) {
     sum_g[c] += gate[i] * sum_dz[i] + spread[i];
     sum_g_xhat[c] += gate[i] * sum_dz_y[i];
     if (d_pooled && means) sum_g_xhat[c] += spread[i] * (of_images[i] - k.mean[c]);
-  }
+  });
   for (int64_t c = 0; c < channels; ++c) sum_g_xhat[c] *= k.inverse_std[c];
 
   at::Tensor dy = nothing(y), d_weight = nothing(y), d_bias = nothing(y);
@@ -186,14 +189,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pooled_norm_backward(
     ApplyVectors<A> apply(static_cast<int64_t>(all));
     apply.y_term = of_batch || d_pooled;
     const double rows = static_cast<double>(images * pixels);
-    for (size_t i = 0; i < all; ++i) {
-      const size_t c = i % channels;
+    each_value(all, channels, [&](size_t i, int64_t c) {
       const double of_all = of_batch ? k.scale[c] / rows : 0.0;
       centers.center[i] = static_cast<A>(k.mean[c]);
       apply.k_dz[i] = static_cast<A>(k.scale[c] * gate[i]);
       apply.k_y[i] = static_cast<A>(-of_all * k.inverse_std[c] * sum_g_xhat[c]);
       apply.k[i] = static_cast<A>(k.scale[c] * spread[i] / static_cast<double>(pixels) - of_all * sum_g[c]);
-    }
+    });
     backward_apply<scalar_t>(
         dz ? dz->contiguous(kLayout) : at::zeros_like(dy), Reads::nothing,
         apply.y_term ? y.contiguous(kLayout) : at::Tensor(), centers, apply, {}, dy);
