@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from resnet_fused.tools.tables import table
 SIDES = (256, 512, 1024, 2048, 4096)  # of square matrices: from the second cache to memory
 COPIED = 256 << 20  # bytes: beyond most caches
 SECONDS = 0.2  # of one measurement, at least once
+LONGEST = 2.0  # seconds of a call: bfloat16's 4096 x 4096 takes many minutes where PyTorch has a plain loop (AVX2)
 
 
 class Ceiling(NamedTuple):
@@ -28,15 +30,6 @@ class Ceiling(NamedTuple):
 class Ceilings(NamedTuple):
     rows: list[Ceiling]
 
-    def product(self, dtype: str) -> float:
-        """The best rate of products of "float32" or "bfloat16", in FLOP/s."""
-        return max(row.rate for row in self.rows if row.what == f"{dtype} product")
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second of a copy, read and written."""
-        return max(row.rate for row in self.rows if row.what == "copy")
-
     def table(self) -> str:
         rows = [[r.what, r.detail, f"{r.bytes / 2**20:.1f}", f"{r.rate / 1e9:.1f}", f"G{r.unit}/s"] for r in self.rows]
         title = f"Ceilings: the fastest of several repetitions, {torch.get_num_threads()} threads"
@@ -49,16 +42,20 @@ class Ceilings(NamedTuple):
 def ceilings(device: str = "cpu", sides: tuple[int, ...] = SIDES, copied: int = COPIED) -> Ceilings:
     """Measured with torch's current threads: ``a @ b`` (oneDNN or MKL, on a GPU cuBLAS) and ``copy_``.
 
-    The product of side n counts 2 n^3 operations; a copy counts what it reads and what it writes.
+    The product of side n counts 2 n^3 operations; a copy counts what it reads and what it writes. Sides ascend, as far
+    as a call is expected to take no more than LONGEST.
     """
-    rows = []
+    rows: list[Ceiling] = []
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
+        rate = math.inf
         for side in sides:
+            if 2 * side**3 / rate > LONGEST:
+                break
             a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
             seconds = _fastest(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))  # type: ignore[misc]
-            size = 3 * a.nbytes
-            rows.append(Ceiling(f"{name} product", f"torch.mm of {side} x {side}", size, 2 * side**3 / seconds, "FLOP"))
+            rate = 2 * side**3 / seconds
+            rows.append(Ceiling(f"{name} product", f"torch.mm of {side} x {side}", 3 * a.nbytes, rate, "FLOP"))
     source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)
     seconds = _fastest(lambda: target.copy_(source))
