@@ -6,6 +6,7 @@
 
 #include "../block/kernel_layout.h"
 #include "depthwise.h"
+#include "isa.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -137,6 +138,8 @@ bool is_small_weight_product(const at::Tensor& p, const at::Tensor& weight, cons
   return is_small_product(p, weight, stage) && (p.element_size() == 2 || weight.numel() <= 1 << 16);
 }
 
+at::Tensor wide(const at::Tensor& t) { return t.to(at::kFloat); }
+
 at::Tensor as_matrix(const at::Tensor& weight) { return weight.reshape({weight.size(0), weight.size(1)}); }
 
 at::Tensor product(const at::Tensor& p, const at::Tensor& weight, const Bias& bias) {
@@ -177,6 +180,10 @@ std::optional<PostOp> post_op(const Activation& act) {
 }  // namespace
 
 at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, const Bias& bias, const Stage& given) {
+  if (widens(given_p.scalar_type())) {
+    const Bias wide_bias = bias ? Bias(wide(*bias)) : Bias();
+    return convolution(wide(given_p), wide(weight), wide_bias, given).to(given_p.scalar_type());
+  }
   const auto [p, stage] = sound(given_p, weight, given);
   // wider types gain nothing: PyTorch does not give their few pixels to oneDNN
   if (p.element_size() == 2 && is_small_product(p, weight, stage)) return product(p, weight, bias);
@@ -188,6 +195,12 @@ at::Tensor convolution(const at::Tensor& given_p, const at::Tensor& weight, cons
 
 at::Tensor convolution_backward_data(
     const at::Tensor& dy, const at::Tensor& like_p, const at::Tensor& weight, const Stage& stage) {
+  if (has_faster_backward_data(weight, stage))
+    if (auto dp = depthwise_backward_data(dy, like_p, weight, stage); dp.defined()) return dp;
+  if (widens(dy.scalar_type())) {
+    const auto like = at::empty(like_p.sizes(), like_p.options().dtype(at::kFloat).memory_format(kLayout));
+    return convolution_backward_data(wide(dy), like, wide(weight), stage).to(dy.scalar_type());
+  }
   if (is_small_product(like_p, weight, stage)) {
     auto dp = at::empty(like_p.sizes(), like_p.options().memory_format(kLayout));
     auto rows = as_rows(dp);
@@ -201,8 +214,6 @@ at::Tensor convolution_backward_data(
         like_p.options().memory_format(kLayout));
     return unpadded(convolution_backward_data(dy, like, weight, without_padding(stage)), like_p, stage);
   }
-  if (has_faster_backward_data(weight, stage))
-    if (auto dp = depthwise_backward_data(dy, like_p, weight, stage); dp.defined()) return dp;
   auto [dp, dw, db] = at::convolution_backward(
       dy, like_p, weight, std::nullopt, stage.stride, stage.padding, stage.dilation, false, {0, 0}, stage.groups,
       {true, false, false});
@@ -214,20 +225,26 @@ bool accumulates_backward_data(const at::Tensor& weight, const Stage& stage) {
 }
 
 void accumulate_backward_data(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& accumulated) {
-  as_rows(accumulated).addmm_(as_rows(dy), as_matrix(weight));
+  if (widens(dy.scalar_type()))
+    as_rows(accumulated).add_(at::mm(as_rows(wide(dy)), as_matrix(wide(weight))));
+  else
+    as_rows(accumulated).addmm_(as_rows(dy), as_matrix(weight));
 }
 
 WeightGradients convolution_backward_weight(
     const at::Tensor& dy, const at::Tensor& p_in, const at::Tensor& weight, const Stage& stage_in, bool needs_weight,
     bool needs_bias) {
   WeightGradients grads;
-  if (needs_weight && is_small_weight_product(p_in, weight, stage_in)) {
+  if (needs_weight && has_faster_backward_weight(weight, stage_in))
+    grads.weight = depthwise_backward_weight(dy, p_in, weight, stage_in);
+  if (needs_weight && !grads.weight.defined() && widens(p_in.scalar_type())) {
+    const auto of_wide = convolution_backward_weight(wide(dy), wide(p_in), wide(weight), stage_in, true, false);
+    grads.weight = of_wide.weight.to(weight.scalar_type());
+  } else if (needs_weight && is_small_weight_product(p_in, weight, stage_in)) {
     auto dw = at::empty_like(weight, weight.suggest_memory_format());
     auto matrix = dw.as_strided({weight.size(0), weight.size(1)}, {weight.size(1), 1});
     at::mm_out(matrix, as_rows(dy).t(), as_rows(p_in));
     grads.weight = dw;
-  } else if (needs_weight && has_faster_backward_weight(weight, stage_in)) {
-    grads.weight = depthwise_backward_weight(dy, p_in, weight, stage_in);
   }
   if (needs_weight && !grads.weight.defined()) {
     const auto [p, stage] = without_stride(sound(p_in, weight, stage_in), weight);
@@ -240,6 +257,8 @@ WeightGradients convolution_backward_weight(
   return grads;
 }
 
+bool widens(at::ScalarType dtype) { return (dtype == at::kBFloat16 || dtype == at::kHalf) && !has_post_ops(dtype); }
+
 bool has_post_ops(const at::Tensor& x) { return x.numel() > 0 && has_post_ops(x.scalar_type()); }
 
 bool has_post_ops(at::ScalarType dtype) {
@@ -249,8 +268,8 @@ bool has_post_ops(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
       return true;
-    case at::kBFloat16:
-      return bf16;
+    case at::kBFloat16:  // which needs AVX-512 there
+      return bf16 && vector_isa() >= Isa::avx512;
     case at::kHalf:
       return fp16;
     default:

@@ -107,6 +107,13 @@ PYBIND11_MODULE(_C, m) {
         return resnet_fused::cpu::has_post_ops(THPVariable_Unpack(x.ptr()));
       },
       "See csrc/cpu/convolution.h.");
+  m.def(
+      "widens",
+      [](const pybind11::handle& dtype) {
+        TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "expected a dtype, got ", Py_TYPE(dtype.ptr())->tp_name);
+        return resnet_fused::cpu::widens(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
+      },
+      "See csrc/cpu/convolution.h.");
   for (const auto& [name, question] :
        {std::pair{"engine_reason_against", &resnet_fused::cpu::engine::reason_against},
         std::pair{"engine_faster_elsewhere", &resnet_fused::cpu::engine::faster_elsewhere}})

@@ -241,6 +241,12 @@ def has_post_ops(x: Tensor) -> bool:
     return _C is not None and _C.has_post_ops(x)
 
 
+def widens(dtype: torch.dtype) -> bool:
+    """Whether the CPU's convolutions outside the engine multiply this dtype as float32 (csrc/cpu/convolution.h)."""
+    require()
+    return _C.widens(dtype)
+
+
 def few_pixels() -> int:
     """The number of pixels up to which small 1x1 convolutions are matrix products (csrc/cpu/convolution.h)."""
     return _C.FEW_PIXELS

@@ -169,7 +169,7 @@ def _of_call(module: FusedModule, call: Described, x: Tensor | None) -> tuple[st
         if not finite:
             return "eager", ["in evaluation: a parameter or buffer is not finite, or is not once norms are folded in"]
         if against is not None:
-            notes.append(f"evaluation runs oneDNN's convolutions: {against}")
+            notes.append(f"evaluation runs oneDNN's convolutions{_form(x.dtype)}: {against}")
         elif given:
             notes.append(f"engine: {prepared.prepared(params, x, spec).describe(x)}")
     if backend == "native" and x.device.type == "cpu" and not evaluates and (given or x.dtype == torch.bfloat16):
@@ -193,10 +193,16 @@ def _who_trains(x: Tensor, params: BlockParams, spec: BlockSpec) -> str:
                 left.setdefault(reason, []).append(f"{part} of {conv}")
     if not left:
         return "training runs the engine's convolutions"
+    form = _form(x.dtype)
     if sum(map(len, left.values())) == 3 * len(reasons):
-        return f"training runs oneDNN's convolutions: {'; '.join(left)}"
+        return f"training runs oneDNN's convolutions{form}: {'; '.join(left)}"
     others = ", ".join(f"{' and '.join(parts)} ({reason})" for reason, parts in left.items())
-    return f"training runs the engine's convolutions, and oneDNN's for {others}"
+    return f"training runs the engine's convolutions, and oneDNN's{form} for {others}"
+
+
+def _form(dtype: torch.dtype) -> str:
+    """In which type oneDNN convolves 16 bits that it does not multiply here (csrc/cpu/convolution.h)."""
+    return " in float32" if operators.widens(dtype) else ""
 
 
 def _dispatched(asked: str, against: dict[str, str | None]) -> tuple[str, list[str]]:
