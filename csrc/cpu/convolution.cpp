@@ -225,10 +225,14 @@ bool accumulates_backward_data(const at::Tensor& weight, const Stage& stage) {
 }
 
 void accumulate_backward_data(const at::Tensor& dy, const at::Tensor& weight, const at::Tensor& accumulated) {
-  if (widens(dy.scalar_type()))
-    as_rows(accumulated).add_(at::mm(as_rows(wide(dy)), as_matrix(wide(weight))));
-  else
+  if (!widens(dy.scalar_type())) {
     as_rows(accumulated).addmm_(as_rows(dy), as_matrix(weight));
+    return;
+  }
+  auto product = at::empty(accumulated.sizes(), accumulated.options().dtype(at::kFloat).memory_format(kLayout));
+  auto rows = as_rows(product);
+  at::mm_out(rows, as_rows(wide(dy)), as_matrix(wide(weight)));  // at::mm is autocast's to narrow
+  as_rows(accumulated).add_(rows);
 }
 
 WeightGradients convolution_backward_weight(

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from resnet_fused import functional
 from resnet_fused.ops import operators
+from resnet_fused.params import map_tensors
 from resnet_fused.spec import BlockSpec, StageSpec
 
 NAN, INF = math.nan, math.inf
@@ -321,7 +322,14 @@ def test_what_is_not_finite_comes_out_where_eager_has_it(
         params.stages[0].weight[1, 3, 0, 0] = bad
     else:
         {"x": x, "dout": dout}[where][position] = bad
-    assert_same_is_lost(run(x, params, spec, "native", dout), run(x, params, spec, "eager", dout), f"{bad} in {where}")
+    got = run(x, params, spec, "native", dout)
+    if operators.widens(dtype):  # eager's plain loops multiply the padding's zeros, its float32 does not
+        x, dout, params = (
+            x.float(),
+            dout.float(),
+            map_tensors(params, lambda _, t: t.float() if t.dtype == dtype else t),
+        )
+    assert_same_is_lost(got, run(x, params, spec, "eager", dout), f"{bad} in {where}")
 
 
 @pytest.mark.parametrize("where", ["x", "dout"])
