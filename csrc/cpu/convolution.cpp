@@ -272,10 +272,10 @@ bool has_post_ops(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat:
       return true;
-    case at::kBFloat16:  // which needs AVX-512 there
+    case at::kBFloat16:  // both need AVX-512 there
       return bf16 && vector_isa() >= Isa::avx512;
     case at::kHalf:
-      return fp16;
+      return fp16 && vector_isa() >= Isa::avx512;
     default:
       return false;
   }

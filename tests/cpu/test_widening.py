@@ -11,9 +11,6 @@ from resnet_fused.ops import operators
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_no_product_of_16_bits_and_the_claim(dtype: str) -> None:
-    """float16 is widened but where AVX512-FP16 is, which no RESNET_FUSED_ISA takes away."""
-    if dtype == "float16" and not operators.widens(torch.float16):
-        pytest.skip("this processor multiplies float16")
     done = in_process("baseline", ["-m", "support.widened_blocks", dtype])
     assert done.returncode == 0 and done.stdout.strip() == "all", done.stderr[-4000:]
 

@@ -14,13 +14,14 @@ from support.blocks import Case, block, bottleneck
 from support.engine_runs import threads
 from support.matrix import FORMATS
 from support.runs import run
+from support.training_blocks import CONVOLVING
 from torch.profiler import ProfilerActivity, profile
 
 from resnet_fused.ops import operators
 from resnet_fused.spec import StageSpec
 
 SEEDS = range(8)
-MULTIPLYING = {"aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::addmm_"}
+MULTIPLYING = CONVOLVING | {"aten::addmm_"}
 
 
 def _circular() -> Case:

@@ -82,11 +82,8 @@ def memory(run: Record) -> str:
 
 def roofline(run: Record, ceilings: Sequence[Record]) -> str:
     """FLOP/s over FLOP per byte of each block, below the measured rates of products and of a copy."""
-    products = [
-        "float32 product"
-    ]  # which 16 bits can be widened for: without instructions for them it is the faster one
-    if run["dtype"] != "float32":
-        products.append("bfloat16 product")
+    # 16 bits can be widened: without instructions for them float32's product is the faster one
+    products = {"float32 product"} if run["dtype"] == "float32" else {"float32 product", "bfloat16 product"}
     best = max((row for row in ceilings if row["what"] in products), key=lambda row: row["rate"])
     peak = best["rate"]
     bandwidth = max(row["rate"] for row in ceilings if row["what"] == "copy")

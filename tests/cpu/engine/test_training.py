@@ -324,11 +324,8 @@ def test_what_is_not_finite_comes_out_where_eager_has_it(
         {"x": x, "dout": dout}[where][position] = bad
     got = run(x, params, spec, "native", dout)
     if operators.widens(dtype):  # eager's plain loops multiply the padding's zeros, its float32 does not
-        x, dout, params = (
-            x.float(),
-            dout.float(),
-            map_tensors(params, lambda _, t: t.float() if t.dtype == dtype else t),
-        )
+        x, dout = x.float(), dout.float()
+        params = map_tensors(params, lambda _, t: t.float() if t.dtype == dtype else t)
     assert_same_is_lost(got, run(x, params, spec, "eager", dout), f"{bad} in {where}")
 
 
